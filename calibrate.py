@@ -1,0 +1,3 @@
+from hisvd.cli.calibrate import main
+
+main()

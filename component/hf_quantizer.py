@@ -1,0 +1,38 @@
+"""Registers the quantization method `hisvd` with transformers, so that `from_pretrained` loads our folders."""
+
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from hisvd.component.low_rank import swap_linears
+
+METHOD = "hisvd"
+
+
+@register_quantization_config(METHOD)
+class HiSVDConfig(QuantizationConfigMixin):
+    """The `quantization_config` entry of config.json: which linears are factored, how, at which rank."""
+
+    def __init__(self, modules: dict[str, dict], format_version: int = 1, **_: Any) -> None:
+        self.quant_method = METHOD
+        self.format_version = format_version
+        self.modules = modules
+
+
+@register_quantizer(METHOD)
+class HiSVDQuantizer(HfQuantizer):
+    """Swaps the factored modules into the empty model; transformers then loads the weights as usual."""
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        swap_linears(model, self.quantization_config.modules)
+
+    def is_serializable(self) -> bool:
+        """`save_pretrained` of a loaded model writes the same format again."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Factors are ordinary parameters, so they can be fine-tuned."""
+        return True

@@ -1,0 +1,26 @@
+"""The fallback for a family without an adapter: every nn.Linear inside the decoder layers."""
+
+from torch import nn
+
+from hisvd.component.adapter import Adapter
+from hisvd.errors import HiSVDError
+
+
+def generic_adapter(model: nn.Module, num_layers: int) -> Adapter:
+    """An adapter for `model` (a causal language model, possibly on the meta device).
+
+    The decoder layers are the first nn.ModuleList of `num_layers` members that holds nn.Linear modules;
+    which linears share an input is found later, from the tensors they receive.
+
+    Raises:
+        HiSVDError: the model has no such list.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+            layers = list(module)
+            if all(any(isinstance(child, nn.Linear) for child in layer.modules()) for layer in layers):
+                return Adapter(family=f"generic ({model.config.model_type})", layers=path, inputs={})
+    raise HiSVDError(
+        f"No list of {num_layers} decoder layers with nn.Linear modules was found in the model type "
+        f"'{model.config.model_type}', so HiSVD cannot compress it; use a decoder-only model built from nn.Linear."
+    )

@@ -1,0 +1,14 @@
+"""Llama 1, 2 and 3, with or without grouped-query attention."""
+
+from hisvd.component.adapter import Adapter
+
+ADAPTER = Adapter(
+    family="llama",
+    layers="model.layers",
+    inputs={
+        "attn_in": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "attn_out": ("self_attn.o_proj",),
+        "mlp_in": ("mlp.gate_proj", "mlp.up_proj"),
+        "mlp_mid": ("mlp.down_proj",),
+    },
+)

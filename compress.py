@@ -1,0 +1,3 @@
+from hisvd.cli.compress import main
+
+main()

@@ -1,0 +1,3 @@
+from hisvd.cli.evaluate import main
+
+main()

@@ -1,0 +1,1 @@
+"""The three programs: parse options, call, print."""

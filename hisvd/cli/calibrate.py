@@ -1,0 +1,83 @@
+"""calibrate.py: measure a model's input second moments once, into a cache that compress.py reads."""
+
+import click
+
+from hisvd.calibration import calibrate, open_or_create_cache
+from hisvd.calibration_cache import cache_folder
+from hisvd.cli.common import data_dir_option, device_option, dtype_option, program
+from hisvd.utils.data_utils import (
+    CALIBRATION_SPLIT,
+    calibration_windows,
+    file_safe,
+    load_text,
+    token_fingerprint,
+    tokenize,
+)
+from hisvd.utils.model_utils import load_tokenizer, open_checkpoint, resolve_device, resolve_dtype
+
+TOKENS_A_BATCH = 4096
+
+
+@click.command()
+@click.option("--model_path", required=True, help="Model folder with safetensors, or a Hub id.")
+@click.option("--model_name", required=True, help="Name of the model in the cache folder's name.")
+@click.option("--nsamples", type=click.IntRange(1), default=256, show_default=True, help="Calibration sequences.")
+@click.option("--seqlen", type=click.IntRange(2), default=2048, show_default=True, help="Tokens a sequence.")
+@click.option("--dataset", default="wikitext2", show_default=True, help="wikitext2, c4, ptb, python-docs or a file.")
+@data_dir_option
+@click.option(
+    "--sampling",
+    type=click.Choice(["random", "first"]),
+    default="random",
+    show_default=True,
+    help="Windows drawn at random with the seed, or the first ones.",
+)
+@click.option("--seed", default=3, show_default=True, help="Seed of the random windows.")
+@click.option("--batch_size", type=click.IntRange(1), help="Sequences a forward  [default: about 4096 tokens]")
+@click.option("--output_dir", default="calibration_cache", show_default=True, help="Where caches are kept.")
+@device_option
+@dtype_option
+@program
+def main(
+    model_path: str,
+    model_name: str,
+    nsamples: int,
+    seqlen: int,
+    dataset: str,
+    data_dir: str,
+    sampling: str,
+    seed: int,
+    batch_size: int | None,
+    output_dir: str,
+    device: str,
+    dtype: str,
+) -> None:
+    """Run calibration text through the model, one decoder layer in memory at a time.
+
+    Started again after an interruption, the same command goes on at the first missing layer.
+    """
+    checkpoint = open_checkpoint(model_path)
+    torch_device = resolve_device(device)
+    torch_dtype = resolve_dtype(dtype, torch_device, checkpoint.config.dtype)
+    ids = tokenize(load_text(dataset, CALIBRATION_SPLIT, data_dir), load_tokenizer(checkpoint.folder))
+    tokens = calibration_windows(ids, nsamples, seqlen, sampling, seed, dataset)
+    identity = {
+        "model": checkpoint.fingerprint(),
+        "data": token_fingerprint(tokens),
+        "nsamples": nsamples,
+        "seqlen": seqlen,
+        "dtype": str(torch_dtype),
+    }
+    options = {"model_path": model_path, "dataset": dataset, "sampling": sampling, "seed": seed}
+    folder = cache_folder(output_dir, file_safe(model_name), nsamples, seqlen)
+    num_layers = checkpoint.config.get_text_config().num_hidden_layers
+    cache = open_or_create_cache(folder, identity, options, num_layers)
+    if cache.complete:
+        click.echo(f"{folder} is complete already: nothing to do.")
+    batch = batch_size or max(1, TOKENS_A_BATCH // seqlen)
+    calibrate(checkpoint, tokens, cache, batch, torch_device, torch_dtype)
+    click.echo(f"Calibration of {num_layers} layers on {tokens.numel()} tokens of {dataset}: {folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""What the three programs share: error messages, common options, tables."""
+
+import functools
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import click
+
+from hisvd.errors import HiSVDError
+from hisvd.utils.data_utils import default_data_dir
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def program(function: Callable) -> Callable:
+    """Turn HiSVDError into one sentence and exit code 2, Ctrl-C into exit code 130."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> None:
+        logging.getLogger("transformers").setLevel(logging.ERROR)
+        try:
+            function(*args, **kwargs)
+        except HiSVDError as error:
+            click.echo(f"Error: {error}", err=True)
+            sys.exit(2)
+        except OSError as error:
+            click.echo(f"Error: {error.filename or 'a file'}: {error.strerror or error}.", err=True)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            click.echo("Interrupted; run the same command again to go on where it stopped.", err=True)
+            sys.exit(130)
+
+    return wrapper
+
+
+def device_option(function: Callable) -> Callable:
+    """--device."""
+    return click.option(
+        "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps …; auto: an accelerator if any."
+    )(function)
+
+
+def dtype_option(function: Callable) -> Callable:
+    """--dtype."""
+    return click.option(
+        "--dtype",
+        type=click.Choice(DTYPES),
+        default="auto",
+        show_default=True,
+        help="Compute dtype; auto: float32 on the CPU, else the checkpoint's.",
+    )(function)
+
+
+def data_dir_option(function: Callable) -> Callable:
+    """--data_dir."""
+    return click.option(
+        "--data_dir",
+        default=default_data_dir,
+        show_default="HISVD_DATA_DIR or data",
+        help="Where local copies of the data sets are looked for.",
+    )(function)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Columns padded to their widest cell, the first flush left, the others flush right."""
+    cells = [list(map(str, header)), *(list(map(str, row)) for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = []
+    for row in cells:
+        first, *others = (
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        lines.append("  ".join([first, *others]).rstrip())
+    lines.insert(1, "  ".join("-" * w for w in widths))
+    return "\n".join(lines)
+

@@ -1,0 +1,192 @@
+"""compress.py: model + calibration cache + budget → compressed model."""
+
+from importlib.metadata import version
+from pathlib import Path
+
+import click
+
+from hisvd.calibration_cache import CalibrationCache, check_same_model, open_finished_cache
+from hisvd.cli.common import device_option, program, table
+from hisvd.compression import compress, plan_ranks
+from hisvd.errors import HiSVDError
+from hisvd.rank_metrics import RANK_METHODS
+from hisvd.refinement import MODULATIONS
+from hisvd.shape_utils import is_dense, stored_numbers
+from hisvd.utils.files import check_writable_file, write_json
+from hisvd.utils.model_utils import open_checkpoint, resolve_device
+from hisvd.utils.save_utils import ModelWriter, output_path
+
+NOT_SETTINGS = ("model_path", "calib_cache", "target_compression", "plan_only", "save_model", "json_path", "device")
+
+
+def parse_targets(text: str) -> list[float]:
+    """The comma-separated targets, each in (0, 1].
+
+    Raises:
+        HiSVDError: one is no number or out of range.
+    """
+    try:
+        targets = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise HiSVDError(f"--target_compression '{text}' is no number or comma-separated list of numbers.") from None
+    for target in targets:
+        if not 0 < target <= 1:
+            raise HiSVDError(
+                f"--target_compression {target:g} is outside (0, 1]; 0.8 keeps 80 % of the decoder's linear weights."
+            )
+    return list(dict.fromkeys(targets))
+
+
+@click.command()
+@click.option("--model_path", help="The folder or Hub id that was calibrated.  [required unless --plan_only]")
+@click.option("--calib_cache", required=True, help="Cache folder of calibrate.py (X or X.pkl).")
+@click.option("--target_compression", required=True, help="Share of the linear weights to keep: 0.8, or 0.8,0.6,…")
+@click.option("--rank_method", type=click.Choice(RANK_METHODS), default="stable", show_default=True)
+@click.option("--alpha", default=1.0, show_default=True, help="Stage 1: exponent of the rank density; 0 is uniform.")
+@click.option("--modulation", type=click.Choice(MODULATIONS), default="logarithmic", show_default=True)
+@click.option(
+    "--lwe_strength",
+    type=click.FloatRange(0),
+    default=1.0,
+    show_default=True,
+    help="Stage 2: strength of the modulation; 0 leaves Stage 1 as it is.",
+)
+@click.option("--tail_redundancy_weight", type=click.FloatRange(0), default=1.0, show_default=True)
+@click.option("--allocation", type=click.Choice(["hisvd", "uniform"]), default="hisvd", show_default=True)
+@click.option("--whitening", type=click.Choice(["input", "none"]), default="input", show_default=True)
+@click.option("--factors", type=click.Choice(["pivoted", "svd"]), default="pivoted", show_default=True)
+@click.option(
+    "--export",
+    type=click.Choice(["none", "dense"]),
+    default="none",
+    show_default=True,
+    help="dense: multiply the factors back, so that any tool loads the result.",
+)
+@click.option("--plan_only", is_flag=True, help="Print the rank table from the cache alone and stop.")
+@click.option("--save_model", help="X.pt, or a folder.  [required unless --plan_only]")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the figures to this file.")
+@device_option
+@click.pass_context
+@program
+def main(context: click.Context, **options: object) -> None:
+    """Compress a model to a share of its linear weights, without training."""
+    settings = {key: value for key, value in options.items() if key not in NOT_SETTINGS}
+    targets = parse_targets(options["target_compression"])
+    cache = open_finished_cache(options["calib_cache"])
+    plan_settings = {k: v for k, v in settings.items() if k not in ("whitening", "factors", "export")}
+    plans = plan_ranks(cache, targets, form=settings["factors"], **plan_settings)
+    if options["plan_only"]:
+        reports = [plan_report(cache, target, ranks, settings) for target, ranks in plans.items()]
+        for target, report in zip(targets, reports, strict=True):
+            click.echo(rank_table(cache, plans[target], settings["factors"]))
+            click.echo(summary(report))
+        write_reports(options["json_path"], reports)
+        return
+    for name in ("model_path", "save_model"):
+        if not options[name]:
+            raise click.MissingParameter(ctx=context, param_hint=f"--{name}", param_type="option")
+    checkpoint = open_checkpoint(options["model_path"])
+    check_same_model(cache, checkpoint.fingerprint(), checkpoint.folder)
+
+    writers = {}
+    for target, ranks in plans.items():
+        report = plan_report(cache, target, ranks, settings)
+        report["model_numbers_before"] = checkpoint.count_numbers()
+        report["weight_bytes_before"] = checkpoint.count_bytes()
+        output = output_path(options["save_model"], target, several=len(targets) > 1)
+        writers[target] = ModelWriter(output, report, cache.num_layers + 1)
+    compress(
+        checkpoint,
+        cache,
+        plans,
+        writers,
+        form=settings["factors"],
+        whitening=settings["whitening"],
+        export=settings["export"],
+        device=resolve_device(options["device"]),
+    )
+    reports = []
+    for target, writer in writers.items():
+        modules = {} if settings["export"] == "dense" else factored_modules(cache, plans[target], settings["factors"])
+        reports.append(writer.finish(checkpoint, modules))
+        click.echo(rank_table(cache, plans[target], settings["factors"]))
+        click.echo(f"{summary(reports[-1])}\n{size_summary(reports[-1])}\nSaved to {writer.output}")
+    write_reports(options["json_path"], reports)
+
+
+def factored_modules(cache: CalibrationCache, ranks: list[int], form: str) -> dict[str, dict]:
+    """The table of factored modules for config.json."""
+    return {
+        s.name: {"form": form, "rank": r}
+        for s, r in zip(cache.sublayers, ranks, strict=True)
+        if not is_dense(r, s.shape, form)
+    }
+
+
+def plan_report(cache: CalibrationCache, target: float, ranks: list[int], settings: dict) -> dict:
+    """Everything that is decided before the first matrix is factored, as it is saved in hisvd.json."""
+    form = settings["factors"]
+    rows = [
+        {
+            "name": s.name,
+            "shape": list(s.shape),
+            "form": "dense" if is_dense(r, s.shape, form) else form,
+            "rank": r,
+            "numbers": stored_numbers(r, s.shape, form),
+        }
+        for s, r in zip(cache.sublayers, ranks, strict=True)
+    ]
+    before = sum(s.size for s in cache.sublayers)
+    planned = sum(row["numbers"] for row in rows)
+    after = before if settings["export"] == "dense" else planned
+    return {
+        "format_version": 1,
+        "hisvd_version": version("hisvd"),
+        "source_model": str(cache.options.get("model_path")),
+        "source_fingerprint": cache.identity["model"],
+        "target_compression": target,
+        "settings": settings,
+        "calibration": {**cache.options, **cache.identity},
+        "linear_numbers_before": before,
+        "linear_numbers_planned": planned,
+        "linear_numbers_after": after,
+        "linear_kept": after / before,
+        "sublayers": rows,
+    }
+
+
+def rank_table(cache: CalibrationCache, ranks: list[int], form: str) -> str:
+    """Ranks as a table: a row a decoder layer, a column a sublayer type."""
+    types = list(dict.fromkeys(s.type for s in cache.sublayers))
+    cells: dict[tuple[int, str], str] = {}
+    for s, r in zip(cache.sublayers, ranks, strict=True):
+        cells[s.layer, s.type] = "dense" if is_dense(r, s.shape, form) else str(r)
+    rows = [[i, *(cells.get((i, t), "") for t in types)] for i in range(cache.num_layers)]
+    return table(["layer", *(t.rpartition(".")[2] for t in types)], rows)
+
+
+def summary(report: dict) -> str:
+    """One line about the linear weights."""
+    before, after = report["linear_numbers_before"], report["linear_numbers_after"]
+    line = f"Target {report['target_compression']:g}: {after:,} of {before:,} linear numbers kept ({after / before:.3%})"
+    if report["linear_numbers_planned"] != after:
+        line += f"; multiplied back from {report['linear_numbers_planned']:,} factored ones (--export dense)"
+    return line
+
+
+def size_summary(report: dict) -> str:
+    """One line about the whole model."""
+    return (
+        f"Whole model: {report['model_numbers_after']:,} of {report['model_numbers_before']:,} numbers "
+        f"({report['model_kept']:.1%}), {report['weight_bytes_after']:,} of {report['weight_bytes_before']:,} bytes"
+    )
+
+
+def write_reports(path: Path | None, reports: list[dict]) -> None:
+    """Write the figures as JSON, if a path was given."""
+    if path:
+        write_json(check_writable_file(path), reports)
+
+
+if __name__ == "__main__":
+    main()

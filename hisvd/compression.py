@@ -1,0 +1,129 @@
+"""Plan the ranks from the cache, then factor the model layer by layer into shards."""
+
+from collections.abc import Sequence
+
+import torch
+from tqdm import tqdm
+
+from hisvd.calibration_cache import CalibrationCache
+from hisvd.component.low_rank import factor_tensors
+from hisvd.rank_allocation import project_shares, ranks_from_shares, stage1_shares, uniform_shares
+from hisvd.rank_metrics import rank_of
+from hisvd.refinement import stage2_shares
+from hisvd.shape_utils import FactorForm, Sublayer, is_dense
+from hisvd.utils.model_utils import Checkpoint
+from hisvd.utils.save_utils import ModelWriter
+from hisvd.whitening_svd import left_singular_vectors, low_rank_factors, whitened
+
+
+def plan_ranks(
+    cache: CalibrationCache,
+    targets: Sequence[float],
+    *,
+    form: FactorForm,
+    allocation: str,
+    rank_method: str,
+    alpha: float,
+    modulation: str,
+    lwe_strength: float,
+    tail_redundancy_weight: float,
+) -> dict[float, list[int]]:
+    """Ranks of all sublayers (in the order of `cache.sublayers`) for every target, from the cache alone.
+
+    `allocation` is `uniform`, or `hisvd`: Stage 1 refined by Stage 2 (lwe_strength 0 leaves Stage 1 alone).
+
+    Raises:
+        HiSVDError: a damaged cache, or a target below rank 1 everywhere.
+    """
+    sublayers = cache.sublayers
+    spectra = {}
+    for index, layer in enumerate(cache.read_spectra()):
+        spectra |= {(index, name): values for name, values in layer.items()}
+    sigmas = [spectra[s.layer, f"{s.type}.singular_values"] for s in sublayers]
+    whitened_sigmas = [spectra[s.layer, f"{s.type}.whitened_singular_values"] for s in sublayers]
+
+    plans = {}
+    for target in targets:
+        if allocation == "uniform":
+            shares = project_shares(uniform_shares(sublayers, target), sublayers, target, form)
+        else:
+            ranks = [rank_of(sigma, s.shape, rank_method) for sigma, s in zip(sigmas, sublayers, strict=True)]
+            shares = stage1_shares(sublayers, ranks, target, alpha, form)
+            shares = stage2_shares(
+                sublayers, shares, whitened_sigmas, target, form, modulation, lwe_strength, tail_redundancy_weight
+            )
+        plans[target] = ranks_from_shares(shares, sublayers, target, form)
+    return plans
+
+
+def compress(
+    checkpoint: Checkpoint,
+    cache: CalibrationCache,
+    plans: dict[float, list[int]],
+    writers: dict[float, ModelWriter],
+    *,
+    form: FactorForm,
+    whitening: str,
+    export: str,
+    device: torch.device,
+) -> None:
+    """Write the factored shards of every target, one decoder layer in memory, each matrix decomposed once.
+
+    Shards that a writer has from an interrupted run are kept. `export` "dense" multiplies the factors back.
+
+    Raises:
+        HiSVDError: non-finite weights, or a damaged cache.
+    """
+    rank_tables = {t: dict(zip((s.name for s in cache.sublayers), ranks, strict=True)) for t, ranks in plans.items()}
+    rest = set(checkpoint.files)
+    for index in tqdm(range(cache.num_layers), "compressing layers"):
+        sublayers = cache.sublayers_of(index)
+        names = layer_tensor_names(checkpoint, sublayers[0])
+        rest -= names
+        open_targets = [t for t in plans if not writers[t].has_shard(index)]
+        if not open_targets:
+            continue
+        original = checkpoint.read(names)
+        statistics = cache.read_layer(index)
+        shards = {t: dict(original) for t in open_targets}
+        for sublayer in sublayers:
+            key = checkpoint.stored_name(f"{sublayer.name}.weight")
+            ranks = {t: rank_tables[t][sublayer.name] for t in open_targets}
+            factored = {t: r for t, r in ranks.items() if not is_dense(r, sublayer.shape, form)}
+            if not factored:
+                continue
+            weight = original[key].to(device)
+            basis = left_singular_vectors(whitened_weight(weight, sublayer, statistics, whitening))
+            for target, rank in factored.items():
+                left, right = low_rank_factors(weight, basis, rank)
+                del shards[target][key]
+                for name, tensor in exported(left, right, form, export).items():
+                    stored = tensor.to("cpu", weight.dtype if tensor.is_floating_point() else tensor.dtype)
+                    shards[target][f"{key.removesuffix('weight')}{name}"] = stored
+        for target, shard in shards.items():
+            writers[target].write_shard(index, shard)
+    for writer in writers.values():
+        if not writer.has_shard(cache.num_layers):
+            writer.write_shard(cache.num_layers, checkpoint.read(rest))
+
+
+def layer_tensor_names(checkpoint: Checkpoint, first: Sublayer) -> set[str]:
+    """Names of all checkpoint tensors of the decoder layer that `first` belongs to."""
+    prefix = checkpoint.stored_name(f"{first.name}.weight").removesuffix(f"{first.type}.weight")
+    return {name for name in checkpoint.files if name.startswith(prefix)}
+
+
+def whitened_weight(
+    weight: torch.Tensor, sublayer: Sublayer, statistics: dict[str, torch.Tensor], whitening: str
+) -> torch.Tensor:
+    """The matrix whose truncation is optimal: W H^{1/2} (`input`) or W (`none`), float64."""
+    if whitening == "none":
+        return weight.double()
+    eigenvalues = statistics[f"{sublayer.input_group}.eigenvalues"].to(weight.device)
+    eigenvectors = statistics[f"{sublayer.input_group}.eigenvectors"].to(weight.device)
+    return whitened(weight, eigenvalues, eigenvectors)
+
+
+def exported(left: torch.Tensor, right: torch.Tensor, form: FactorForm, export: str) -> dict[str, torch.Tensor]:
+    """State dict entries for a pair of factors: those of the factored module, or one dense `weight`."""
+    return {"weight": left @ right} if export == "dense" else factor_tensors(left, right, form)

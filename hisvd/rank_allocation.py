@@ -1,0 +1,97 @@
+"""Stage 1: how many numbers each sublayer may keep, and the ranks that spend exactly that budget.
+
+A share is a count of stored numbers (float) for one sublayer; shares become ranks only at the end.
+"""
+
+import math
+from collections.abc import Sequence
+
+from hisvd.errors import HiSVDError
+from hisvd.shape_utils import FactorForm, Sublayer, largest_rank, next_rank, stored_numbers
+
+
+def budget_of(sublayers: Sequence[Sublayer], target: float) -> int:
+    """Numbers that may be stored in all: floor(target · Σ mn)."""
+    return math.floor(target * sum(s.size for s in sublayers) + 1e-6)
+
+
+def uniform_shares(sublayers: Sequence[Sublayer], target: float) -> list[float]:
+    """The same fraction `target` of every sublayer."""
+    return [target * s.size for s in sublayers]
+
+
+def stage1_shares(
+    sublayers: Sequence[Sublayer], ranks: Sequence[float], target: float, alpha: float, form: FactorForm
+) -> list[float]:
+    """Rank-density-aware shares, projected onto the budget.
+
+    `ranks` holds R(W) ≥ 1 of each sublayer. Density d = ln R / ln min(m, n); weight (d / mean d)^alpha;
+    share = target · mn · weight. alpha = 0 is the uniform allocation.
+    """
+    densities = [math.log(r) / math.log(max(s.full_rank, 2)) for r, s in zip(ranks, sublayers, strict=True)]
+    mean = sum(densities) / len(densities)
+    if mean == 0:  # every sublayer has rank 1: nothing tells them apart
+        return project_shares(uniform_shares(sublayers, target), sublayers, target, form)
+    shares = [target * s.size * (d / mean) ** alpha for s, d in zip(sublayers, densities, strict=True)]
+    return project_shares(shares, sublayers, target, form)
+
+
+def project_shares(
+    shares: Sequence[float], sublayers: Sequence[Sublayer], target: float, form: FactorForm
+) -> list[float]:
+    """Clip every share to [numbers of rank 1, mn] and rescale the others until the sum is the budget.
+
+    The clipped sum grows with the common scale, so that the scale is found by bisection.
+
+    Raises:
+        HiSVDError: the budget does not even hold rank 1 everywhere.
+    """
+    budget = budget_of(sublayers, target)
+    floors = [stored_numbers(1, s.shape, form) for s in sublayers]
+    if sum(floors) > budget:
+        smallest = sum(floors) / sum(s.size for s in sublayers)
+        raise HiSVDError(
+            f"Target {target:g} is too small for this model: rank 1 everywhere already stores {smallest:.4f} "
+            f"of the linear weights, so choose a target of at least {math.ceil(smallest * 1e4) / 1e4:g}."
+        )
+
+    def clipped(scale: float) -> list[float]:
+        return [
+            min(max(scale * share, floor), s.size)
+            for share, floor, s in zip(shares, floors, sublayers, strict=True)
+        ]
+
+    low, high = 0.0, 1.0
+    while sum(clipped(high)) < budget and high < 1e30:
+        high *= 2
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(clipped(middle)) <= budget else (low, middle)
+    return clipped(low if sum(clipped(high)) > budget else high)
+
+
+def ranks_from_shares(
+    shares: Sequence[float], sublayers: Sequence[Sublayer], target: float, form: FactorForm
+) -> list[int]:
+    """Ranks whose stored numbers sum to at most the budget, with no room left for one more rank.
+
+    Every share is rounded down to a rank; what is left goes one rank at a time to the sublayer that is
+    furthest below its share.
+    """
+    ranks = [largest_rank(share + 1e-6, s.shape, form) for share, s in zip(shares, sublayers, strict=True)]
+    left = budget_of(sublayers, target) - sum(
+        stored_numbers(r, s.shape, form) for r, s in zip(ranks, sublayers, strict=True)
+    )
+    while True:
+        unmet = [share - stored_numbers(r, s.shape, form) for share, r, s in zip(shares, ranks, sublayers, strict=True)]
+        spent = 0
+        for k in sorted(range(len(ranks)), key=lambda k: -unmet[k]):
+            shape = sublayers[k].shape
+            larger = next_rank(ranks[k], shape, form)
+            price = stored_numbers(larger, shape, form) - stored_numbers(ranks[k], shape, form)
+            if 0 < price <= left - spent:
+                ranks[k] = larger
+                spent += price
+        if spent == 0:
+            return ranks
+        left -= spent

@@ -1,0 +1,97 @@
+"""Writing files so that what exists is never lost and what is new is never half there."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from hisvd.errors import HiSVDError
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`; on success it is fsynced and renamed to `path`, else removed."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        sync_file(temporary)
+        os.replace(temporary, path)
+        sync_file(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync_file(path: Path) -> None:
+    """fsync a file or a folder (a folder: so that a rename in it survives a power cut)."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write a safetensors file, atomically, readable by transformers and with the umask's permissions."""
+    with atomic_path(path) as temporary:
+        save_file({k: t.contiguous() for k, t in tensors.items()}, temporary, metadata={"format": "pt"})
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # safetensors writes 0600
+
+
+def sha256_of_file(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sha256_of_tensors(tensors: dict[str, torch.Tensor]) -> str:
+    """Hex digest of the tensors' names and bytes, in name order."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def make_folder(path: Path) -> Path:
+    """Create a folder (and its parents) that can be written into.
+
+    Raises:
+        HiSVDError: it cannot be created or written.
+    """
+    probe = path / f".hisvd_probe_{os.getpid()}"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise HiSVDError(f"Cannot write to {path}: {error.strerror}; choose another output path.") from None
+    return path
+
+
+def check_writable_file(path: Path) -> Path:
+    """Make sure that `path` can be written as a file, before long work starts.
+
+    Raises:
+        HiSVDError: its folder cannot be created or written, or `path` is a folder.
+    """
+    if path.is_dir():
+        raise HiSVDError(f"Cannot write the file {path}: a folder of that name exists; choose another name.")
+    make_folder(path.parent)
+    return path

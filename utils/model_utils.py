@@ -1,0 +1,302 @@
+"""Open a checkpoint lazily, build its model without weights, load compressed models."""
+
+import hashlib
+import json
+import math
+import os
+import struct
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from hisvd.errors import HiSVDError
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+PT_FORMAT = "hisvd-pt-1"
+PT_FILE_PREFIX = "file:"
+# Entries of config.json that say nothing about what the model computes.
+COSMETIC_CONFIG_KEYS = {"_name_or_path", "_model_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model folder whose weights are read tensor by tensor from its safetensors files."""
+
+    folder: Path
+    config: PreTrainedConfig
+    files: dict[str, Path]  # tensor name → the file that holds it
+
+    def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """The named tensors, as stored, on the CPU. Files are closed again, so nothing stays mapped.
+
+        Raises:
+            HiSVDError: a tensor is missing, a file is truncated, or a value is not finite.
+        """
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            if name not in self.files:
+                raise HiSVDError(f"The tensor '{name}' is missing from the checkpoint {self.folder}.")
+            by_file.setdefault(self.files[name], []).append(name)
+        tensors = {}
+        for path, members in by_file.items():
+            with open_safetensors(path) as file:
+                for name in members:
+                    tensors[name] = file.get_tensor(name).clone()  # a copy outlives the mapped file
+                    if tensors[name].is_floating_point() and not torch.isfinite(tensors[name]).all():
+                        raise HiSVDError(
+                            f"The weight '{name}' in {path} holds NaN or infinite values; repair the checkpoint first."
+                        )
+        return tensors
+
+    def stored_name(self, name: str) -> str:
+        """The checkpoint's name for the parameter `name` of the causal language model.
+
+        Checkpoints saved from a base model (GPT-2, OPT) leave out the first component of the name.
+        """
+        short = name.partition(".")[2]
+        return short if name not in self.files and short in self.files else name
+
+    def count_numbers(self) -> int:
+        """Numbers in all tensors of the checkpoint."""
+        return sum(math.prod(entry["shape"]) for entry in self._entries().values())
+
+    def count_bytes(self) -> int:
+        """Bytes of the weight files."""
+        return sum(path.stat().st_size for path in set(self.files.values()))
+
+    def _entries(self) -> dict[str, dict]:
+        """The safetensors header entry of every tensor: dtype, shape, file and the byte range in it."""
+        entries = {}
+        for path in set(self.files.values()):
+            offset, header = _safetensors_header(path)
+            for name, entry in header.items():
+                if self.files.get(name) == path:
+                    start, end = entry["data_offsets"]
+                    entries[name] = {**entry, "file": path, "start": offset + start, "end": offset + end}
+        return entries
+
+    def fingerprint(self) -> str:
+        """sha256 over what the model computes from: its config, and name, shape, dtype and 4 KiB of every tensor.
+
+        Independent of how the tensors are spread over files, and quick on checkpoints of any size.
+        """
+        config = {k: v for k, v in self.config.to_dict().items() if k not in COSMETIC_CONFIG_KEYS}
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+        for name, entry in sorted(self._entries().items()):
+            digest.update(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
+            with open(entry["file"], "rb") as file:
+                file.seek(entry["start"] + max(0, (entry["end"] - entry["start"] - 4096) // 2))
+                digest.update(file.read(min(4096, entry["end"] - entry["start"])))
+        return digest.hexdigest()
+
+
+def open_safetensors(path: Path) -> Any:
+    """`safe_open` on the CPU, with a truncated, foreign or missing file named.
+
+    Raises:
+        HiSVDError: the file is missing, truncated or not in safetensors format.
+    """
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise HiSVDError(f"Cannot read {path}: it is missing, truncated or no safetensors file ({error}).") from None
+
+
+def _safetensors_header(path: Path) -> tuple[int, dict]:
+    """(offset of the data, header) of a safetensors file; the caller has opened it successfully before."""
+    with open(path, "rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        return 8 + length, json.loads(file.read(length))
+
+
+def local_folder(model_path: str) -> Path:
+    """The local folder for a path or a Hub id (then downloaded into the Hugging Face cache).
+
+    Raises:
+        HiSVDError: no such folder, an empty folder, or the Hub is out of reach.
+    """
+    path = Path(model_path)
+    if path.is_dir():
+        if not any(path.iterdir()):
+            raise HiSVDError(f"The model folder {path} is empty; give a folder with config.json and *.safetensors.")
+        return path
+    if path.exists():
+        raise HiSVDError(f"{path} is a file, not a model folder; give the folder that holds config.json.")
+    if model_path.count("/") > 1 or model_path.startswith((".", "/", "~")) or "\\" in model_path:
+        raise HiSVDError(f"The model folder {path} does not exist; check --model_path.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+        return Path(snapshot_download(model_path, allow_patterns=patterns))
+    except Exception as error:  # the hub client raises dozens of types; all mean "could not be fetched"
+        raise HiSVDError(
+            f"'{model_path}' is no local folder and could not be fetched from the Hugging Face Hub "
+            f"({type(error).__name__}); download it where there is a connection and pass the folder."
+        ) from None
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """The model's configuration.
+
+    Raises:
+        HiSVDError: config.json is missing or not one that transformers knows.
+    """
+    if not (folder / "config.json").is_file():
+        raise HiSVDError(f"{folder} has no config.json, so it is not a Hugging Face model folder.")
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (ValueError, KeyError, OSError) as error:
+        raise HiSVDError(f"{folder}/config.json cannot be used: {first_line(error)}") from None
+
+
+def open_checkpoint(model_path: str) -> Checkpoint:
+    """Open a folder or Hub id for lazy reading.
+
+    Raises:
+        HiSVDError: nothing there, no safetensors, a shard missing, or a model that is quantized already.
+    """
+    folder = local_folder(model_path)
+    config = read_config(folder)
+    method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
+    if method:
+        raise HiSVDError(
+            f"{folder} is already compressed or quantized ('{method}'); start from the original checkpoint."
+        )
+    files: dict[str, Path] = {}
+    if (folder / INDEX_NAME).is_file():
+        weight_map = json.loads((folder / INDEX_NAME).read_text())["weight_map"]
+        files = {name: folder / file for name, file in weight_map.items()}
+    elif (folder / SINGLE_NAME).is_file():
+        with open_safetensors(folder / SINGLE_NAME) as file:
+            files = {name: folder / SINGLE_NAME for name in file.keys()}  # noqa: SIM118 (not a dict)
+    else:
+        raise HiSVDError(
+            f"{folder} has no model.safetensors (or its index); convert the weights once with "
+            f"AutoModelForCausalLM.from_pretrained('{folder}').save_pretrained('NEW_FOLDER')."
+        )
+    for path in sorted(set(files.values())):
+        with open_safetensors(path):
+            pass
+    return Checkpoint(folder, config, files)
+
+
+def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The causal language model with its parameters on the meta device and its buffers computed, in eval mode."""
+    with init_empty_weights(include_buffers=False):
+        return AutoModelForCausalLM.from_config(config).eval()
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` is the accelerator if there is one, else the CPU.
+
+    Raises:
+        HiSVDError: the name is no device of this machine.
+    """
+    if device == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise HiSVDError(f"The device '{device}' cannot be used here: {first_line(error)}") from None
+    return torch.device(device)
+
+
+def resolve_dtype(dtype: str, device: torch.device, stored: torch.dtype | None) -> torch.dtype:
+    """`auto` is float32 on the CPU (exact, and as fast there as half precision), else the checkpoint's dtype."""
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    return torch.float32 if device.type == "cpu" else stored or torch.bfloat16
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer saved in a model folder.
+
+    Raises:
+        HiSVDError: there is none, or it cannot be loaded.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # tokenizers raises bare Exception for a broken file
+        raise HiSVDError(f"No usable tokenizer in {folder}: {first_line(error)}") from None
+
+
+def first_line(error: Exception) -> str:
+    """An exception's message cut to its first line, for one-sentence errors."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def load(path: str | os.PathLike, dtype: Any = None, device: Any = None) -> PreTrainedModel:
+    """Load a compressed model (folder or .pt), or any Hugging Face folder or Hub id, in eval mode.
+
+    `dtype` is a torch dtype, None keeps the stored one; `device` is a torch device, None the CPU.
+
+    Raises:
+        HiSVDError: nothing is there, or the file is not one of ours.
+    """
+    dtype = dtype or "auto"
+    if Path(path).is_file():
+        side_files, tensors = read_pt(Path(path))
+        config = AutoConfig.for_model(**json.loads(side_files["config.json"]))
+        model = AutoModelForCausalLM.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
+        if "generation_config.json" in side_files:
+            model.generation_config = GenerationConfig.from_dict(json.loads(side_files["generation_config.json"]))
+    else:
+        folder = local_folder(os.fspath(path))
+        read_config(folder)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+            raise HiSVDError(f"The model in {folder} cannot be loaded: {first_line(error)}") from None
+    return model.eval().to(device or "cpu")
+
+
+def read_pt(path: Path) -> tuple[dict[str, str | torch.Tensor], dict[str, torch.Tensor]]:
+    """(side files, weights) of a `.pt` model. Weights stay memory-mapped.
+
+    Side files are config.json, hisvd.json, the tokenizer …: text as str, binary as a uint8 tensor.
+
+    Raises:
+        HiSVDError: the file is truncated or was not written by compress.py.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # the zip reader, the unpickler and its allow-list each raise types of their own
+        content = None
+    if not isinstance(content, dict) or content.get("format") != PT_FORMAT:
+        raise HiSVDError(f"{path} is not a model written by compress.py, or is truncated; make it again.")
+    side_files = {k.removeprefix(PT_FILE_PREFIX): v for k, v in content.items() if k.startswith(PT_FILE_PREFIX)}
+    weights = {k: v for k, v in content.items() if k != "format" and not k.startswith(PT_FILE_PREFIX)}
+    return side_files, weights
+
+
+def unpack_side_files(path: Path, folder: Path) -> None:
+    """Write the side files of a `.pt` model into `folder`."""
+    for name, content in read_pt(path)[0].items():
+        data = content.encode() if isinstance(content, str) else content.numpy().tobytes()
+        (folder / Path(name).name).write_bytes(data)
+
+
+def tokenizer_of(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to a model: folder, Hub id or `.pt`."""
+    if Path(path).is_file():
+        with tempfile.TemporaryDirectory() as folder:
+            unpack_side_files(Path(path), Path(folder))
+            return load_tokenizer(Path(folder))
+    return load_tokenizer(local_folder(path))

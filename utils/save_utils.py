@@ -1,0 +1,182 @@
+"""Write a compressed model: shards into a partial folder, then a Hugging Face folder or one .pt file."""
+
+import json
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from hisvd.component.hf_quantizer import METHOD
+from hisvd.errors import HiSVDError
+from hisvd.utils.files import atomic_path, make_folder, sync_file, write_json, write_tensors
+from hisvd.utils.model_utils import (
+    INDEX_NAME,
+    PT_FILE_PREFIX,
+    PT_FORMAT,
+    Checkpoint,
+    open_safetensors,
+)
+
+REPORT = "hisvd.json"
+PLAN = "plan.json"
+# What a model folder holds beside config and weights.
+SIDE_FILES = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "*.tiktoken",
+    "LICENSE*",
+    "USE_POLICY*",
+)
+
+
+def output_path(save_model: str, target: float, several: bool) -> Path:
+    """OUT, or with several targets OUT with the ratio in its name: OUT_80p, X_80p.pt."""
+    path = Path(save_model)
+    if not several:
+        return path
+    return path.with_name(f"{path.stem if is_pt(path) else path.name}_{100 * target:g}p{'.pt' if is_pt(path) else ''}")
+
+
+def is_pt(path: Path) -> bool:
+    """Whether the output is one file rather than a folder."""
+    return path.suffix == ".pt"
+
+
+class ModelWriter:
+    """Writes one compressed model: shard k for decoder layer k, the last one for everything else.
+
+    Shards go to the folder OUT.partial beside the output; `finish` turns it into the output. An interrupted
+    run's partial folder is continued if it was made by the same plan.
+    """
+
+    def __init__(self, output: Path, plan: dict, num_shards: int) -> None:
+        """Prepare OUT.partial.
+
+        Raises:
+            HiSVDError: the output exists already or cannot be written.
+        """
+        if output.exists():
+            raise HiSVDError(f"{output} exists already; delete it or choose another --save_model.")
+        self.output, self.plan, self.num_shards = output, plan, num_shards
+        self.folder = output.with_name(f"{output.name}.partial")
+        make_folder(self.folder)
+        if not self._has_same_plan():
+            shutil.rmtree(self.folder)
+            make_folder(self.folder)
+            write_json(self.folder / PLAN, plan)
+
+    def _has_same_plan(self) -> bool:
+        try:
+            return json.loads((self.folder / PLAN).read_text(encoding="utf-8")) == json.loads(json.dumps(self.plan))
+        except (OSError, ValueError):
+            return False
+
+    def _shard(self, index: int) -> Path:
+        return self.folder / f"model-{index + 1:05d}-of-{self.num_shards:05d}.safetensors"
+
+    def has_shard(self, index: int) -> bool:
+        """Whether shard `index` is written; files appear whole or not at all."""
+        return self._shard(index).is_file()
+
+    def write_shard(self, index: int, tensors: dict[str, torch.Tensor]) -> None:
+        """Write shard `index`."""
+        write_tensors(self._shard(index), tensors)
+
+    def finish(self, checkpoint: Checkpoint, modules: dict[str, dict]) -> dict:
+        """Add configuration, tokenizer, index, report and model card, and move the result to its place.
+
+        `modules` is the table for config.json (empty: a plain model). Returns the report.
+        """
+        weight_map, numbers, size = {}, 0, 0
+        for index in range(self.num_shards):
+            with open_safetensors(self._shard(index)) as shard:
+                for name in shard.keys():  # noqa: SIM118 (not a dict)
+                    tensor = shard.get_slice(name)
+                    weight_map[name] = self._shard(index).name
+                    numbers += _product(tensor.get_shape()) if tensor.get_dtype() != "I32" else 0
+            size += self._shard(index).stat().st_size
+        report = dict(self.plan)
+        report["model_numbers_after"] = numbers
+        report["model_kept"] = numbers / report["model_numbers_before"]
+        report["weight_bytes_after"] = size
+        self._write_side_files(checkpoint, modules, report, weight_map)
+        (self.folder / PLAN).unlink()
+        if is_pt(self.output):
+            with atomic_path(self.output) as temporary:
+                torch.save(self._flat_content(weight_map), temporary)
+            shutil.rmtree(self.folder)
+        else:
+            self.folder.rename(self.output)
+            sync_file(self.output.parent)
+        return report
+
+    def _write_side_files(
+        self, checkpoint: Checkpoint, modules: dict[str, dict], report: dict, weight_map: dict[str, str]
+    ) -> None:
+        for pattern in SIDE_FILES:
+            for file in checkpoint.folder.glob(pattern):
+                shutil.copyfile(file, self.folder / file.name)
+        config = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
+        if modules:
+            config["quantization_config"] = {"quant_method": METHOD, "format_version": 1, "modules": modules}
+        write_json(self.folder / "config.json", config)
+        write_json(self.folder / REPORT, report)
+        index = {"metadata": {"total_size": report["weight_bytes_after"]}, "weight_map": weight_map}
+        write_json(self.folder / INDEX_NAME, index)
+        (self.folder / "README.md").write_text(model_card(report), encoding="utf-8")
+
+    def _flat_content(self, weight_map: dict[str, str]) -> dict[str, str | torch.Tensor]:
+        """What the .pt file holds; the weights are mapped from the shards, not read into memory."""
+        content: dict[str, str | torch.Tensor] = {"format": PT_FORMAT}
+        for path in sorted(self.folder.iterdir()):
+            if path.suffix == ".safetensors" or path.name == INDEX_NAME:
+                continue
+            data = path.read_bytes()
+            try:
+                content[PT_FILE_PREFIX + path.name] = data.decode()
+            except UnicodeDecodeError:  # a SentencePiece model
+                content[PT_FILE_PREFIX + path.name] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        for name in sorted(set(weight_map.values())):
+            with open_safetensors(self.folder / name) as shard:
+                content |= {key: shard.get_tensor(key) for key in shard.keys()}  # noqa: SIM118 (not a dict)
+        return content
+
+
+def _product(shape: list[int]) -> int:
+    return int(torch.Size(shape).numel())
+
+
+def model_card(report: dict) -> str:
+    """README.md of a compressed folder."""
+    settings = "\n".join(f"| {key} | {value} |" for key, value in report["settings"].items())
+    return f"""---
+library_name: transformers
+tags: [hisvd, low-rank, compression]
+---
+# {Path(report["source_model"]).name}, {report["linear_kept"]:.1%} of its linear weights
+
+Compressed without training by HiSVD {version("hisvd")} from `{report["source_model"]}`; the original's license applies.
+
+```python
+import hisvd  # registers the format with transformers
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER", dtype="auto")
+```
+
+Numbers in the decoder's linear weights: {report["linear_numbers_after"]:,} of {report["linear_numbers_before"]:,};
+in the whole model: {report["model_numbers_after"]:,} of {report["model_numbers_before"]:,}.
+
+| setting | value |
+| --- | --- |
+{settings}
+
+Calibrated on {report["calibration"]["nsamples"]} × {report["calibration"]["seqlen"]} tokens of
+{report["calibration"]["dataset"]}. The ranks of all sublayers are in `{REPORT}`.
+"""

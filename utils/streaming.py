@@ -1,0 +1,178 @@
+"""Run a decoder layer by layer, one layer in memory, its hidden states on disk.
+
+Any family works: the model's own forward prepares the masks and position embeddings, and the layer's own
+forward uses them.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from hisvd.component.adapter import Adapter
+from hisvd.errors import HiSVDError
+from hisvd.utils.files import sync_file
+from hisvd.utils.model_utils import Checkpoint
+
+Arguments = tuple[tuple, dict[str, Any]]  # what a decoder layer receives beside the hidden states
+
+
+class ActivationFile:
+    """Hidden states (sequences, seqlen, hidden) in a flat file, read and written a batch at a time."""
+
+    def __init__(self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+        self.path, self.shape, self.dtype = path, shape, dtype
+        self.bytes_per_sequence = shape[1] * shape[2] * dtype.itemsize
+
+    def is_whole(self) -> bool:
+        """Whether the file is there with all its bytes."""
+        return self.path.is_file() and self.path.stat().st_size == self.shape[0] * self.bytes_per_sequence
+
+    def write(self, batches: Iterator[torch.Tensor]) -> None:
+        """Write consecutive batches (b, seqlen, hidden) and fsync."""
+        with open(self.path, "wb") as file:
+            for batch in batches:
+                file.write(batch.detach().to("cpu", self.dtype).contiguous().view(torch.uint8).numpy().data)
+        sync_file(self.path)
+
+    def read(self, batch_size: int, device: torch.device) -> Iterator[torch.Tensor]:
+        """Yield consecutive batches (b, seqlen, hidden) on `device`."""
+        with open(self.path, "rb") as file:
+            while data := bytearray(file.read(batch_size * self.bytes_per_sequence)):
+                yield torch.frombuffer(data, dtype=self.dtype).view(-1, *self.shape[1:]).to(device)
+
+
+def decoder_layers(model: PreTrainedModel, adapter: Adapter) -> nn.ModuleList:
+    """The decoder layers of `model`."""
+    return model.get_submodule(adapter.layers)
+
+
+def load_weights(
+    module: nn.Module, names: dict[str, str], checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Fill meta parameters of `module` in place; `names` maps each to its tensor in the checkpoint."""
+    tensors = checkpoint.read(names.values())
+    weights = {name: tensors[stored].to(device, dtype) for name, stored in names.items()}
+    module.load_state_dict(weights, strict=False, assign=True)
+    module.requires_grad_(False)
+
+
+def load_layer(
+    model: PreTrainedModel, adapter: Adapter, index: int, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
+) -> nn.Module:
+    """A copy of decoder layer `index` with its weights; dropping it frees them."""
+    layer = copy.deepcopy(decoder_layers(model, adapter)[index])
+    names = {
+        name: checkpoint.stored_name(f"{adapter.layers}.{index}.{name}")
+        for name, _ in layer.named_parameters()
+    }
+    load_weights(layer, names, checkpoint, device, dtype)
+    return layer.to(device)
+
+
+def load_outside_layers(
+    model: PreTrainedModel, adapter: Adapter, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Load what the base model holds outside its decoder layers (embeddings, final norm), in place."""
+    prefix = model.base_model_prefix
+    names = {
+        name: checkpoint.stored_name(name)
+        for name, _ in model.named_parameters()
+        if name.startswith(f"{prefix}.") and not name.startswith(f"{adapter.layers}.")
+    }
+    load_weights(model, names, checkpoint, device, dtype)
+    inside = set(decoder_layers(model, adapter).modules())
+    for module in model.modules():
+        if module not in inside:
+            for key, buffer in module.named_buffers(recurse=False):
+                module._buffers[key] = buffer.to(device)
+
+
+@torch.no_grad()
+def first_inputs(
+    model: PreTrainedModel, adapter: Adapter, tokens: torch.Tensor, batch_size: int, device: torch.device
+) -> tuple[Iterator[torch.Tensor], list[list[Arguments]]]:
+    """The first decoder layer's hidden states, batch by batch, and the other arguments of every layer.
+
+    Runs the model's own forward with decoder layers that only note what they are called with. The second
+    result, [layer][batch], fills while the first is consumed; equal arguments are kept once, so that masks
+    and position embeddings take the memory of one batch.
+    """
+    layers = decoder_layers(model, adapter)
+    calls: list[list[Arguments]] = [[] for _ in layers]
+    known: list[Arguments] = []
+    first: list[torch.Tensor] = []
+
+    def noting(index: int) -> Callable:
+        def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
+            hidden = args[0] if args else kwargs.pop("hidden_states")
+            if index == 0:
+                first.append(hidden)
+            calls[index].append(_known_equal((args[1:], kwargs), known))
+            return hidden
+
+        return forward
+
+    def batches() -> Iterator[torch.Tensor]:
+        for index, layer in enumerate(layers):
+            layer.forward = noting(index)
+        try:
+            for batch in tokens.split(batch_size):
+                model.base_model(input_ids=batch.to(device), use_cache=False)
+                yield first.pop()
+        finally:
+            for layer in layers:
+                del layer.forward
+
+    return batches(), calls
+
+
+def _known_equal(arguments: Arguments, known: list[Arguments]) -> Arguments:
+    """An equal one among the last few of `known`, else `arguments` itself, which is then known."""
+    for candidate in known[-4:]:
+        if _equal(arguments, candidate):
+            return candidate
+    known.append(arguments)
+    return arguments
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
+    return a == b
+
+
+@torch.no_grad()
+def layer_outputs(
+    layer: nn.Module,
+    name: str,
+    inputs: Iterator[torch.Tensor],
+    arguments: list[Arguments],
+    after_batch: Callable[[], None] = lambda: None,
+) -> Iterator[torch.Tensor]:
+    """Run all batches through `layer`; `after_batch` is called behind each forward.
+
+    Raises:
+        HiSVDError: an output is not finite; the layer is named.
+    """
+    for hidden, (args, kwargs) in zip(inputs, arguments, strict=True):
+        output = layer(hidden, *args, **kwargs)
+        output = output[0] if isinstance(output, tuple) else output
+        if not torch.isfinite(output).all():
+            raise HiSVDError(
+                f"The activations behind {name} are NaN or infinite; check the checkpoint, or use --dtype float32."
+            )
+        after_batch()
+        yield output
