@@ -1,3 +1,5 @@
+"""Run hisvd.cli.calibrate from the checkout."""
+
 from hisvd.cli.calibrate import main
 
 main()

@@ -165,9 +165,7 @@ def layer_statistics(
             weight = layer.get_submodule(path).weight
             sublayers.append(Sublayer(f"{layer_name}.{path}", index, path, group, *weight.shape))
             tensors[f"{path}.singular_values"] = singular_values(weight)
-            tensors[f"{path}.whitened_singular_values"] = singular_values(
-                whitened(weight, eigenvalues, eigenvectors)
-            )
+            tensors[f"{path}.whitened_singular_values"] = singular_values(whitened(weight, eigenvalues, eigenvectors))
             tensors[f"{path}.Vh"] = left_singular_vectors(weight.T)[:, :LEADING_VECTORS].T
     return {name: t.float().cpu() for name, t in tensors.items()}, sublayers
 

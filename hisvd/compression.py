@@ -50,7 +50,14 @@ def plan_ranks(
             ranks = [rank_of(sigma, s.shape, rank_method) for sigma, s in zip(sigmas, sublayers, strict=True)]
             shares = stage1_shares(sublayers, ranks, target, alpha, form)
             shares = stage2_shares(
-                sublayers, shares, whitened_sigmas, target, form, modulation, lwe_strength, tail_redundancy_weight
+                sublayers,
+                shares,
+                whitened_sigmas,
+                target,
+                form,
+                modulation,
+                lwe_strength,
+                tail_redundancy_weight,
             )
         plans[target] = ranks_from_shares(shares, sublayers, target, form)
     return plans

@@ -7,9 +7,7 @@ Source: PIFA, arXiv 2501.19090.
 import torch
 
 
-def pack_pivoted(
-    left: torch.Tensor, right: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def pack_pivoted(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Pack left (m, r) @ right (r, n) into (base, coefficients, permutation).
 
     LU with partial pivoting of `left` picks the r base rows. With B = base (r, n) and C = coefficients
@@ -25,9 +23,7 @@ def pack_pivoted(
     return base, coefficients, torch.argsort(order).to(torch.int32)
 
 
-def unpack_pivoted(
-    base: torch.Tensor, coefficients: torch.Tensor, permutation: torch.Tensor
-) -> torch.Tensor:
+def unpack_pivoted(base: torch.Tensor, coefficients: torch.Tensor, permutation: torch.Tensor) -> torch.Tensor:
     """The dense (m, n) matrix that pack_pivoted's output stands for, in the dtype of `base`."""
     return torch.cat([base, coefficients @ base]).index_select(0, permutation)
 

@@ -57,8 +57,7 @@ def project_shares(
 
     def clipped(scale: float) -> list[float]:
         return [
-            min(max(scale * share, floor), s.size)
-            for share, floor, s in zip(shares, floors, sublayers, strict=True)
+            min(max(scale * share, floor), s.size) for share, floor, s in zip(shares, floors, sublayers, strict=True)
         ]
 
     low, high = 0.0, 1.0

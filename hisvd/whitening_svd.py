@@ -47,9 +47,7 @@ def left_singular_vectors(matrix: torch.Tensor) -> torch.Tensor:
     return torch.linalg.qr(matrix @ right).Q
 
 
-def low_rank_factors(
-    weight: torch.Tensor, left_basis: torch.Tensor, rank: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def low_rank_factors(weight: torch.Tensor, left_basis: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(left, right) of shapes (m, r), (r, n) in float64: left @ right = U_r U_rᵀ W."""
     left = left_basis[:, :rank]
     return left, left.T @ weight.double()

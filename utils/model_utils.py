@@ -15,6 +15,7 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -31,7 +32,14 @@ SINGLE_NAME = "model.safetensors"
 PT_FORMAT = "hisvd-pt-1"
 PT_FILE_PREFIX = "file:"
 # Entries of config.json that say nothing about what the model computes.
-COSMETIC_CONFIG_KEYS = {"_name_or_path", "_model_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
+COSMETIC_CONFIG_KEYS = {
+    "_name_or_path",
+    "_model_name_or_path",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "use_cache",
+}
 
 
 @dataclass(frozen=True)
@@ -254,7 +262,8 @@ def load(path: str | os.PathLike, dtype: Any = None, device: Any = None) -> PreT
     if Path(path).is_file():
         side_files, tensors = read_pt(Path(path))
         config = AutoConfig.for_model(**json.loads(side_files["config.json"]))
-        model = AutoModelForCausalLM.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
+        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        model = model_class.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
         if "generation_config.json" in side_files:
             model.generation_config = GenerationConfig.from_dict(json.loads(side_files["generation_config.json"]))
     else:

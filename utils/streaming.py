@@ -62,14 +62,16 @@ def load_weights(
 
 
 def load_layer(
-    model: PreTrainedModel, adapter: Adapter, index: int, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
+    model: PreTrainedModel,
+    adapter: Adapter,
+    index: int,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> nn.Module:
     """A copy of decoder layer `index` with its weights; dropping it frees them."""
     layer = copy.deepcopy(decoder_layers(model, adapter)[index])
-    names = {
-        name: checkpoint.stored_name(f"{adapter.layers}.{index}.{name}")
-        for name, _ in layer.named_parameters()
-    }
+    names = {name: checkpoint.stored_name(f"{adapter.layers}.{index}.{name}") for name, _ in layer.named_parameters()}
     load_weights(layer, names, checkpoint, device, dtype)
     return layer.to(device)
 

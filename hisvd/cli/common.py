@@ -38,7 +38,10 @@ def program(function: Callable) -> Callable:
 def device_option(function: Callable) -> Callable:
     """--device."""
     return click.option(
-        "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps …; auto: an accelerator if any."
+        "--device",
+        default="auto",
+        show_default=True,
+        help="cpu, cuda, cuda:1, mps …; auto: an accelerator if any.",
     )(function)
 
 
@@ -75,4 +78,3 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
         lines.append("  ".join([first, *others]).rstrip())
     lines.insert(1, "  ".join("-" * w for w in widths))
     return "\n".join(lines)
-

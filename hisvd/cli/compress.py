@@ -16,7 +16,15 @@ from hisvd.utils.files import check_writable_file, write_json
 from hisvd.utils.model_utils import open_checkpoint, resolve_device
 from hisvd.utils.save_utils import ModelWriter, output_path
 
-NOT_SETTINGS = ("model_path", "calib_cache", "target_compression", "plan_only", "save_model", "json_path", "device")
+NOT_SETTINGS = (
+    "model_path",
+    "calib_cache",
+    "target_compression",
+    "plan_only",
+    "save_model",
+    "json_path",
+    "device",
+)
 
 
 def parse_targets(text: str) -> list[float]:
@@ -168,7 +176,9 @@ def rank_table(cache: CalibrationCache, ranks: list[int], form: str) -> str:
 def summary(report: dict) -> str:
     """One line about the linear weights."""
     before, after = report["linear_numbers_before"], report["linear_numbers_after"]
-    line = f"Target {report['target_compression']:g}: {after:,} of {before:,} linear numbers kept ({after / before:.3%})"
+    line = (
+        f"Target {report['target_compression']:g}: {after:,} of {before:,} linear numbers kept ({after / before:.3%})"
+    )
     if report["linear_numbers_planned"] != after:
         line += f"; multiplied back from {report['linear_numbers_planned']:,} factored ones (--export dense)"
     return line

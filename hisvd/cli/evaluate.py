@@ -1,0 +1,139 @@
+"""evaluate.py: perplexity, speed and memory of original and compressed models."""
+
+from pathlib import Path
+
+import click
+
+from hisvd.cli.common import data_dir_option, device_option, dtype_option, program, table
+from hisvd.errors import HiSVDError
+from hisvd.utils.data_utils import EVALUATION_SPLIT, evaluation_windows, load_text, tokenize
+from hisvd.utils.eval_utils import (
+    linear_numbers,
+    peak_memory,
+    perplexity,
+    reset_peak_memory,
+    speed,
+    weight_file_bytes,
+)
+from hisvd.utils.files import check_writable_file, write_json
+from hisvd.utils.model_utils import load, local_folder, resolve_device, resolve_dtype, tokenizer_of
+
+DEFAULT_SEQLEN = 2048
+
+
+@click.command()
+@click.option(
+    "--model_path",
+    "model_paths",
+    multiple=True,
+    required=True,
+    help="Model folder, .pt of compress.py or Hub id; give it several times for one table.",
+)
+@click.option("--datasets", default="wikitext2", show_default=True, help="Comma-separated names or text files.")
+@data_dir_option
+@click.option("--seqlen", type=click.IntRange(2), help="Tokens a window  [default: 2048, or the model's limit]")
+@click.option("--nsamples", type=click.IntRange(1), help="Only the first N windows of each data set.")
+@click.option("--speed", "with_speed", is_flag=True, help="Also measure prefill and decode tokens/s and peak memory.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the figures to this file.")
+@device_option
+@dtype_option
+@program
+def main(
+    model_paths: tuple[str, ...],
+    datasets: str,
+    data_dir: str,
+    seqlen: int | None,
+    nsamples: int | None,
+    with_speed: bool,
+    json_path: Path | None,
+    device: str,
+    dtype: str,
+) -> None:
+    """Print one table of perplexities (and speeds) of one or more models."""
+    if json_path:
+        check_writable_file(json_path)
+    names = [name.strip() for name in datasets.split(",") if name.strip()]
+    texts = {name: load_text(name, EVALUATION_SPLIT, data_dir) for name in names}
+    results = []
+    for model_path in model_paths:
+        results.append(evaluate_model(model_path, texts, seqlen, nsamples, with_speed, device, dtype))
+        if json_path:
+            write_json(json_path, results)
+    click.echo(result_table(results))
+
+
+def evaluate_model(
+    model_path: str,
+    texts: dict[str, str],
+    seqlen: int | None,
+    nsamples: int | None,
+    with_speed: bool,
+    device: str,
+    dtype: str,
+) -> dict:
+    """All figures of one model."""
+    torch_device = resolve_device(device)
+    reset_peak_memory(torch_device)
+    tokenizer = tokenizer_of(model_path)
+    ids = {name: tokenize(text, tokenizer) for name, text in texts.items()}
+    model = load(model_path)
+    model = model.to(torch_device, resolve_dtype(dtype, torch_device, model.dtype))
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or DEFAULT_SEQLEN
+    length = seqlen or min(DEFAULT_SEQLEN, limit)
+    if length > limit:
+        raise HiSVDError(f"--seqlen {length} exceeds the {limit} positions of {model_path}; choose at most {limit}.")
+    windows = {name: evaluation_windows(t, length, nsamples, name) for name, t in ids.items()}
+    stored, dense = linear_numbers(model)
+    path = Path(model_path)
+    result = {
+        "model": model_path,
+        "linear_numbers_stored": stored,
+        "linear_numbers_dense": dense,
+        "linear_kept": stored / dense,
+        "weight_file_bytes": weight_file_bytes(path if path.exists() else local_folder(model_path)),
+        "seqlen": length,
+        "device": str(torch_device),
+        "dtype": str(model.dtype),
+        "perplexity": {name: perplexity(model, w, name) for name, w in windows.items()},
+    }
+    if with_speed:
+        result["speed"] = speed(model, next(iter(windows.values()))[0])
+        result["speed"]["peak_memory_bytes"] = peak_memory(torch_device)
+    return result
+
+
+def result_table(results: list[dict]) -> str:
+    """The figures as a table, a row a model."""
+    names = list(results[0]["perplexity"])
+    header = [
+        "model",
+        "linear kept",
+        "file MB",
+        *(f"ppl {Path(name).stem}" for name in names),
+        "tokens scored",
+    ]
+    rows = []
+    for result in results:
+        figures = [result["perplexity"][name] for name in names]
+        row = [
+            Path(result["model"]).name,
+            f"{result['linear_kept']:.2%}",
+            f"{result['weight_file_bytes'] / 1e6:.1f}",
+            *(f"{f['perplexity']:.2f}" if f["perplexity"] < 1e5 else f"{f['perplexity']:.2e}" for f in figures),
+            "/".join(str(f["tokens_scored"]) for f in figures),
+        ]
+        if "speed" in result:
+            s = result["speed"]
+            row += [
+                f"{s['prefill_tokens_per_s']:.0f}",
+                f"{s['decode_tokens_per_s']:.1f}",
+                f"{s['peak_memory_bytes'] / 1e6:.0f}",
+            ]
+        rows.append(row)
+    if "speed" in results[0]:
+        header += ["prefill tok/s", "decode tok/s", "peak MB"]
+    return table(header, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,20 @@
+# Sourced by the other scripts: makes .venv beside the checkout's files if it is missing or out of date, and sets
+# PYTHON. HISVD_VENV names another place for it.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+VENV="${HISVD_VENV:-.venv}"
+PYTHON="$VENV/bin/python"
+
+install_environment() { # arguments: what to install beside requirements.txt
+  local stamp
+  stamp="$VENV/.installed-$(cat requirements.txt pyproject.toml <(echo "$@") | cksum | cut -d' ' -f1)"
+  if [ ! -x "$PYTHON" ]; then
+    "${HISVD_PYTHON:-python3}" -m venv "$VENV"
+  fi
+  if [ ! -f "$stamp" ]; then
+    echo "Installing into $VENV …"
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check -r requirements.txt "$@"
+    touch "$stamp"
+  fi
+}

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# From nothing to a table: environment, SmolLM2-135M, calibration, compression to 0.8 and 0.6, evaluation.
+# Run again, it reuses whatever is there already.
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+bash scripts/fetch_smollm2.sh
+
+MODEL=models/smollm2-135m
+CACHE=calibration_cache/smollm2-135m_n96_s512_with_hessian
+"$PYTHON" calibrate.py --model_path "$MODEL" --model_name smollm2-135m --nsamples 96 --seqlen 512 --dataset python-docs
+
+for PERCENT in 80 60; do
+  OUT="compressed_models/smollm2-135m_${PERCENT}p"
+  [ -e "$OUT" ] || "$PYTHON" compress.py --model_path "$MODEL" --calib_cache "$CACHE" \
+    --target_compression "0.$PERCENT" --save_model "$OUT"
+done
+
+"$PYTHON" evaluate.py --model_path "$MODEL" --model_path compressed_models/smollm2-135m_80p \
+  --model_path compressed_models/smollm2-135m_60p --datasets python-docs --seqlen 512 --nsamples 16 \
+  --speed --json results/quickstart.json

@@ -1,0 +1,127 @@
+"""Tiny models with real tokenizers, built once a session; the programs run in this process or as a user would."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read at import: the Hub is out of reach, so fail at once
+
+import pytest
+import torch
+from click.testing import CliRunner
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+
+from hisvd.cli import calibrate, compress, evaluate
+from hisvd.utils.data_utils import CALIBRATION_SPLIT, load_text
+
+ROOT = Path(__file__).parents[1]
+PROGRAMS = {"calibrate": calibrate.main, "compress": compress.main, "evaluate": evaluate.main}
+SHARED = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+CONFIGS = {
+    "llama": LlamaConfig(**SHARED, **HEADS, tie_word_embeddings=True),
+    "mistral": MistralConfig(**SHARED, **HEADS, sliding_window=8, head_dim=24),
+    "qwen2": Qwen2Config(**SHARED, **HEADS),  # biases on q, k, v, and no adapter: the generic one
+}
+
+
+@dataclass
+class Result:
+    code: int
+    output: str
+    error: str
+
+
+def run(program: str, *arguments: object) -> Result:
+    """Run one of the programs in this process."""
+    result = CliRunner().invoke(PROGRAMS[program], [str(a) for a in arguments])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return Result(result.exit_code, result.stdout, result.stderr)
+
+
+def start(program: str, *arguments: object) -> subprocess.Popen:
+    """Start one of the programs as a user would."""
+    command = [sys.executable, str(ROOT / f"{program}.py"), *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def expect_sentence(result: Result, *fragments: str) -> None:
+    """Bad input: exit code 2, one line with the culprit in it, no traceback."""
+    assert result.code == 2, result
+    lines = [line for line in result.error.splitlines() if line.startswith("Error:")]
+    assert len(lines) == 1, result.error
+    assert "Traceback" not in result.error
+    for fragment in fragments:
+        assert fragment in lines[0], (fragment, lines[0])
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 300 tokens trained on python-docs."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator([load_text("python-docs", CALIBRATION_SPLIT, "data")[:50_000]], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe)
+
+
+def build_model(config: AutoConfig, folder: Path, tokenizer: PreTrainedTokenizerFast, dtype=torch.float32) -> Path:
+    """A random-weight model folder; biases random too, so that losing one shows."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+    model.to(dtype).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model_folders(tmp_path_factory, tokenizer) -> dict[str, Path]:
+    """One tiny float32 model folder a family."""
+    root = tmp_path_factory.mktemp("models")
+    return {name: build_model(config, root / name, tokenizer) for name, config in CONFIGS.items()}
+
+
+def calibrate_arguments(model: Path, output_dir: Path, name: str = "tiny") -> list[object]:
+    """calibrate.py on 6 windows of 32 tokens."""
+    where = ["--model_path", model, "--model_name", name, "--output_dir", output_dir, "--dataset", "python-docs"]
+    return [*where, "--nsamples", 6, "--seqlen", 32, "--batch_size", 4]
+
+
+@pytest.fixture(scope="session")
+def caches(tmp_path_factory, model_folders) -> dict[str, Path]:
+    """The calibration cache of every tiny model."""
+    root = tmp_path_factory.mktemp("caches")
+    for name, folder in model_folders.items():
+        assert run("calibrate", *calibrate_arguments(folder, root, name)).code == 0
+    return {name: root / f"{name}_n6_s32_with_hessian" for name in model_folders}
+
+
+@pytest.fixture
+def chain(model_folders, caches, tmp_path):
+    """compress.py on a tiny model: chain("llama", "0.8", "out.pt", *options) → the output's path."""
+
+    def call(family: str, targets: str, output: str, *options: object) -> Path:
+        where = ["--model_path", model_folders[family], "--calib_cache", caches[family]]
+        goal = ["--target_compression", targets, "--save_model", tmp_path / output]
+        result = run("compress", *where, *goal, *options)
+        assert result.code == 0, result
+        return tmp_path / output
+
+    return call

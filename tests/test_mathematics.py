@@ -1,0 +1,224 @@
+"""Ranks, budgets, factors and packing, by their properties."""
+
+import math
+
+import pytest
+import torch
+
+from hisvd.cluster_sublayer_lwe import cluster_scores, tail_redundancy
+from hisvd.errors import HiSVDError
+from hisvd.pivoting import pack_pivoted, unpack_pivoted
+from hisvd.rank_allocation import budget_of, project_shares, ranks_from_shares, stage1_shares, uniform_shares
+from hisvd.rank_metrics import effective_rank, mathematical_rank, rank_of, stable_rank
+from hisvd.refinement import modulation_factor, stage2_shares
+from hisvd.shape_utils import Sublayer, is_dense, largest_rank, next_rank, stored_numbers
+from hisvd.whitening_svd import damped, left_singular_vectors, low_rank_factors, singular_values, whitened
+
+FORMS = ("pivoted", "svd")
+SHAPES = {"q": (64, 64), "k": (32, 64), "up": (160, 64), "down": (64, 160)}
+SUBLAYERS = [Sublayer(f"{i}.{t}", i, t, t, *shape) for i in range(6) for t, shape in SHAPES.items()]
+
+
+def total(ranks, form):
+    return sum(stored_numbers(r, s.shape, form) for r, s in zip(ranks, SUBLAYERS, strict=True))
+
+
+def random_spectrum(sublayer, seed):
+    generator = torch.Generator().manual_seed(seed)
+    decay = 0.01 + 0.2 * torch.rand(1, generator=generator)
+    return torch.exp(-decay * torch.arange(sublayer.full_rank))
+
+
+def random_psd(n, rank, seed):
+    x = torch.randn(rank, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return x.T @ x / rank
+
+
+# --- shapes ---
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", [(5, 9), (9, 5), (8, 8), (1, 7), (2, 3)])
+def test_largest_rank_is_the_largest_that_fits(shape, form):
+    m, n = shape
+    useful = [r for r in range(1, min(shape)) if not is_dense(r, shape, form)] + [min(shape)]
+    for numbers in range(m + n, m * n + 1):
+        fitting = [r for r in useful if stored_numbers(r, shape, form) <= numbers]
+        assert largest_rank(numbers, shape, form) == max(fitting, default=1), numbers
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_next_rank_walks_through_every_useful_rank_to_dense(form):
+    rank, seen = 1, []
+    while rank < 9:
+        seen.append(stored_numbers(rank, (9, 14), form))
+        rank = next_rank(rank, (9, 14), form)
+    assert seen == sorted(set(seen)) and seen[-1] < 9 * 14
+    assert stored_numbers(rank, (9, 14), form) == 9 * 14
+
+
+# --- rank metrics ---
+
+
+def test_rank_metrics_on_spectra_with_known_answers():
+    flat, single = torch.ones(10), torch.tensor([3.0, 0, 0])
+    assert stable_rank(flat) == pytest.approx(10) and effective_rank(flat) == pytest.approx(10)
+    assert stable_rank(single) == pytest.approx(1) and effective_rank(single) == pytest.approx(1)
+    assert mathematical_rank(flat, (10, 20)) == 10 and mathematical_rank(single, (3, 3)) == 1
+    two = torch.tensor([2.0, 1.0])
+    assert stable_rank(two) == pytest.approx(5 / 4)
+    assert effective_rank(two) == pytest.approx(math.exp(-(2 / 3 * math.log(2 / 3) + 1 / 3 * math.log(1 / 3))))
+    assert stable_rank(torch.zeros(4)) == effective_rank(torch.zeros(4)) == 0
+
+
+def test_mathematical_rank_agrees_with_torch():
+    matrix = torch.randn(30, 7) @ torch.randn(7, 20)
+    assert mathematical_rank(torch.linalg.svdvals(matrix), (30, 20)) == torch.linalg.matrix_rank(matrix) == 7
+
+
+# --- Stage 1 and the budget ---
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("target", [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3])
+@pytest.mark.parametrize("method", ["stable", "effective", "mathematical"])
+def test_budget_is_met_from_below_and_spent(form, target, method):
+    spectra = [random_spectrum(s, i) for i, s in enumerate(SUBLAYERS)]
+    ranks = [rank_of(sigma, s.shape, method) for sigma, s in zip(spectra, SUBLAYERS, strict=True)]
+    shares = stage1_shares(SUBLAYERS, ranks, target, 1.0, form)
+    assert sum(shares) == pytest.approx(budget_of(SUBLAYERS, target), rel=1e-9)
+    shares = stage2_shares(SUBLAYERS, shares, spectra, target, form, "logarithmic", 1.0, 1.0)
+    assert sum(shares) == pytest.approx(budget_of(SUBLAYERS, target), rel=1e-9)
+    chosen = ranks_from_shares(shares, SUBLAYERS, target, form)
+    left = budget_of(SUBLAYERS, target) - total(chosen, form)
+    assert left >= 0
+    for r, s in zip(chosen, SUBLAYERS, strict=True):
+        if not is_dense(r, s.shape, form):
+            larger = stored_numbers(next_rank(r, s.shape, form), s.shape, form)
+            assert larger - stored_numbers(r, s.shape, form) > left, "room for one more rank was left"
+
+
+def test_stage1_weights_follow_the_log_density():
+    ranks = [2.0 + i for i in range(len(SUBLAYERS))]
+    shares = stage1_shares(SUBLAYERS, ranks, 0.5, 1.0, "pivoted")
+    densities = [math.log(r) / math.log(s.full_rank) for r, s in zip(ranks, SUBLAYERS, strict=True)]
+    ratios = [share / s.size / d for share, s, d in zip(shares, SUBLAYERS, densities, strict=True) if share < s.size]
+    assert max(ratios) == pytest.approx(min(ratios), rel=1e-6)
+
+
+def test_alpha_zero_is_uniform_and_target_one_is_dense():
+    ranks = [2.0 + i for i in range(len(SUBLAYERS))]
+    assert stage1_shares(SUBLAYERS, ranks, 0.5, 0.0, "svd") == pytest.approx(uniform_shares(SUBLAYERS, 0.5))
+    shares = stage1_shares(SUBLAYERS, ranks, 1.0, 1.0, "pivoted")
+    assert ranks_from_shares(shares, SUBLAYERS, 1.0, "pivoted") == [s.full_rank for s in SUBLAYERS]
+
+
+def test_projection_clips_and_keeps_proportions():
+    shares = [1e9] + [1.0] * (len(SUBLAYERS) - 1)
+    projected = project_shares(shares, SUBLAYERS, 0.5, "pivoted")
+    assert projected[0] == SUBLAYERS[0].size
+    free = [share for share, s in zip(projected, SUBLAYERS, strict=True) if share < s.size]
+    assert len(free) > 6 and max(free) == pytest.approx(min(free))
+    assert sum(projected) == pytest.approx(budget_of(SUBLAYERS, 0.5))
+
+
+def test_impossible_target_is_refused():
+    with pytest.raises(HiSVDError, match="rank 1 everywhere"):
+        project_shares(uniform_shares(SUBLAYERS, 0.01), SUBLAYERS, 0.01, "svd")
+
+
+# --- Stage 2 ---
+
+
+def test_tail_redundancy_of_flat_single_and_short_tails():
+    assert tail_redundancy(torch.tensor([9.0, 1, 1, 1, 1]), 1) == pytest.approx(0)
+    assert tail_redundancy(torch.tensor([9.0, 5, 0, 0, 0]), 1) == pytest.approx(1 - 1 / 4)
+    assert tail_redundancy(torch.tensor([9.0, 5]), 1) is None
+
+
+def test_cluster_scores_are_relative_means_and_zero_without_tails():
+    scores = cluster_scores([0.1, 0.3, 0.6, None], ["a", "a", "b", "c"], weight=2.0)
+    assert scores == pytest.approx({"a": 2 * 0.2 / 0.4, "b": 2 * 0.6 / 0.4, "c": 0.0})
+
+
+def test_modulations_as_defined():
+    assert modulation_factor(1.5, "logarithmic", 2.0) == pytest.approx(1 / (1 + 2 * math.log(2.5)))
+    assert modulation_factor(1.5, "power", 2.0) == pytest.approx(2.5**-2)
+    assert modulation_factor(1.5, "exponential", 2.0) == pytest.approx(math.exp(-3))
+    assert modulation_factor(0.25, "linear", 2.0) == pytest.approx(0.5)
+    assert modulation_factor(1.5, "linear", 2.0) == 0.05
+
+
+@pytest.mark.parametrize("modulation", ["logarithmic", "power", "exponential", "linear"])
+def test_stage2_takes_from_the_types_with_redundant_tails(modulation):
+    flat = {"q": 0.0, "k": 0.001, "up": 0.02, "down": 0.2}  # decay: the faster, the more redundant the tail
+    spectra = [torch.exp(-flat[s.type] * torch.arange(s.full_rank)) for s in SUBLAYERS]
+    shares = project_shares(uniform_shares(SUBLAYERS, 0.5), SUBLAYERS, 0.5, "pivoted")
+    refined = stage2_shares(SUBLAYERS, shares, spectra, 0.5, "pivoted", modulation, 0.5, 1.0)
+    change = {s.type: new / old for s, new, old in zip(SUBLAYERS, refined, shares, strict=True)}
+    assert change["q"] > change["k"] > change["up"] > change["down"]
+    unchanged = stage2_shares(SUBLAYERS, shares, spectra, 0.5, "pivoted", modulation, 0.0, 1.0)
+    assert unchanged == pytest.approx(shares)
+
+
+# --- whitened truncation ---
+
+
+@pytest.mark.parametrize(("m", "n"), [(6, 10), (10, 6), (7, 7)])
+def test_factors_are_the_best_rank_r_matrix_for_the_inputs(m, n):
+    torch.manual_seed(m)
+    weight = torch.randn(m, n, dtype=torch.float64)
+    eigenvalues, eigenvectors = torch.linalg.eigh(random_psd(n, 3 * n, seed=n))
+    metric = eigenvectors @ torch.diag(damped(eigenvalues)) @ eigenvectors.T
+
+    def error(candidate):
+        return torch.trace((weight - candidate) @ metric @ (weight - candidate).T).item()
+
+    a = whitened(weight, eigenvalues, eigenvectors)
+    sigma = singular_values(a)
+    basis = left_singular_vectors(a)
+    torch.testing.assert_close(basis.T @ basis, torch.eye(min(m, n), dtype=torch.float64))
+    for rank in (1, 3, 5):
+        left, right = low_rank_factors(weight, basis, rank)
+        assert error(left @ right) == pytest.approx(sigma[rank:].square().sum().item(), rel=1e-6)
+        # Brute force: alternating weighted least squares from random starts cannot do better.
+        for seed in range(5):
+            u = torch.randn(m, rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+            for _ in range(200):
+                v = torch.linalg.lstsq(u, weight).solution
+                u = weight @ metric @ v.T @ torch.linalg.pinv(v @ metric @ v.T)
+            assert error(left @ right) <= error(u @ v) * (1 + 1e-6)
+
+
+def test_singular_values_and_vectors_agree_with_the_svd_also_when_rank_deficient():
+    for shape in [(12, 30), (30, 12)]:
+        matrix = torch.randn(shape[0], 5).double() @ torch.randn(5, shape[1]).double()
+        u, s, _ = torch.linalg.svd(matrix, full_matrices=False)
+        torch.testing.assert_close(singular_values(matrix)[:5], s[:5])
+        assert singular_values(matrix)[5:].max() < 1e-6 * s[0]
+        basis = left_singular_vectors(matrix)
+        torch.testing.assert_close(basis.T @ basis, torch.eye(12, dtype=torch.float64))
+        torch.testing.assert_close(basis[:, :5] @ basis[:, :5].T, u[:, :5] @ u[:, :5].T)
+
+
+# --- lossless packing ---
+
+
+@pytest.mark.parametrize(("m", "n", "rank"), [(12, 20, 5), (20, 12, 11), (9, 9, 1), (5, 40, 4)])
+def test_packing_is_lossless_and_stores_r_squared_fewer_numbers(m, n, rank):
+    torch.manual_seed(rank)
+    left, right = torch.randn(m, rank), torch.randn(rank, n)
+    base, coefficients, permutation = pack_pivoted(left, right)
+    torch.testing.assert_close(unpack_pivoted(base, coefficients, permutation), left.double() @ right.double())
+    assert base.numel() + coefficients.numel() == left.numel() + right.numel() - rank**2
+    assert base.numel() + coefficients.numel() == stored_numbers(rank, (m, n), "pivoted")
+    assert permutation.dtype == torch.int32 and sorted(permutation.tolist()) == list(range(m))
+
+
+def test_packing_picks_rows_of_the_product_and_keeps_coefficients_small():
+    torch.manual_seed(1)
+    left, right = torch.linalg.qr(torch.randn(300, 40).double()).Q, torch.randn(40, 80).double()
+    base, coefficients, permutation = pack_pivoted(left, right)
+    rows = torch.argsort(permutation)[:40]
+    torch.testing.assert_close(base, (left @ right)[rows])
+    assert coefficients.abs().max() < 10

@@ -1,0 +1,135 @@
+"""Perplexity, speed and memory of a loaded model."""
+
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from hisvd.component.families import adapter_for
+from hisvd.component.low_rank import LowRankLinear, PivotedLinear
+from hisvd.utils.streaming import decoder_layers
+
+LOGITS_AT_ONCE = 2**25  # numbers: 128 MiB in float32, whatever the vocabulary
+PROMPT_TOKENS = 32
+DECODED_TOKENS = 64
+
+
+@torch.inference_mode()
+def perplexity(model: PreTrainedModel, windows: torch.Tensor, name: str, tokens_a_batch: int = 4096) -> dict:
+    """exp of the mean next-token cross-entropy over windows (count, seqlen), in float32.
+
+    Every token of a window but its first is scored. Returns perplexity, nll and the number of scored tokens.
+    """
+    total, scored = 0.0, 0
+    batches = windows.split(max(1, tokens_a_batch // windows.shape[1]))
+    for batch in tqdm(batches, f"perplexity on {name}", leave=False):
+        ids = batch.to(model.device)
+        hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+        targets = ids[:, 1:].flatten()
+        chunk = max(1, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
+        for states, labels in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+            logits = head_logits(model, states).float()
+            total += nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+            scored += labels.numel()
+    nll = total / scored
+    return {
+        "perplexity": float(torch.tensor(nll, dtype=torch.float64).exp()),
+        "nll": nll,
+        "tokens_scored": scored,
+    }
+
+
+def head_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits (tokens, vocabulary) of final hidden states (tokens, hidden), by the model's own head code.
+
+    The model's forward runs with a decoder that returns `hidden`, so that scaling or soft-capping of a
+    family's logits is applied as it does.
+    """
+    decoder = model.get_decoder()
+    decoder.forward = lambda *args, **kwargs: BaseModelOutputWithPast(last_hidden_state=hidden[None])
+    try:
+        dummy = torch.zeros(1, hidden.shape[0], dtype=torch.long, device=hidden.device)
+        return model(input_ids=dummy, use_cache=False).logits[0]
+    finally:
+        del decoder.forward
+
+
+@torch.inference_mode()
+def speed(model: PreTrainedModel, window: torch.Tensor, repeats: int = 3) -> dict:
+    """Tokens per second of one forward over `window` (seqlen,) and of greedy decoding with the KV cache.
+
+    Medians over `repeats` runs behind one warm-up; decoding makes 64 tokens from a prompt of 32.
+    """
+    ids = window[None].to(model.device)
+    prompt = ids[:, : min(PROMPT_TOKENS, ids.shape[1])]
+
+    def prefill() -> None:
+        model.get_decoder()(input_ids=ids, use_cache=False)
+
+    def decode() -> None:
+        model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=False,
+            min_new_tokens=DECODED_TOKENS,
+            max_new_tokens=DECODED_TOKENS,
+            pad_token_id=0,
+        )
+
+    return {
+        "prefill_tokens_per_s": ids.shape[1] / _median_seconds(prefill, model.device, repeats),
+        "decode_tokens_per_s": DECODED_TOKENS / _median_seconds(decode, model.device, repeats),
+    }
+
+
+def _median_seconds(function, device: torch.device, repeats: int) -> float:  # noqa: ANN001
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        function()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start measuring the peak anew (on the CPU where the system allows it: Linux)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the accelerator's peak allocation, or the process's peak resident set on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def linear_numbers(model: PreTrainedModel) -> tuple[int, int]:
+    """(stored, dense) numbers in the linear weights of the decoder layers, factored ones included."""
+    stored = dense = 0
+    for module in decoder_layers(model, adapter_for(model)).modules():
+        if isinstance(module, (nn.Linear, LowRankLinear, PivotedLinear)):
+            dense += module.in_features * module.out_features
+            stored += sum(p.numel() for name, p in module.named_parameters() if name != "bias")
+    return stored, dense
+
+
+def weight_file_bytes(path: Path) -> int:
+    """Bytes of a model's weights on disk: a .pt file, or the safetensors files of a folder."""
+    return path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.glob("*.safetensors"))
