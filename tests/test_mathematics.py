@@ -215,10 +215,10 @@ def test_packing_is_lossless_and_stores_r_squared_fewer_numbers(m, n, rank):
     assert permutation.dtype == torch.int32 and sorted(permutation.tolist()) == list(range(m))
 
 
-def test_packing_picks_rows_of_the_product_and_keeps_coefficients_small():
+def test_packing_picks_rows_of_the_product_with_coefficients_of_about_one():
     torch.manual_seed(1)
     left, right = torch.linalg.qr(torch.randn(300, 40).double()).Q, torch.randn(40, 80).double()
     base, coefficients, permutation = pack_pivoted(left, right)
     rows = torch.argsort(permutation)[:40]
     torch.testing.assert_close(base, (left @ right)[rows])
-    assert coefficients.abs().max() < 10
+    assert coefficients.abs().max() <= 1.05

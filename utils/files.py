@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from hisvd.errors import HiSVDError
@@ -43,9 +44,16 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write a safetensors file, atomically, readable by transformers and with the umask's permissions."""
+    """Write a safetensors file, atomically, readable by transformers and with the umask's permissions.
+
+    Raises:
+        HiSVDError: it cannot be written.
+    """
     with atomic_path(path) as temporary:
-        save_file({k: t.contiguous() for k, t in tensors.items()}, temporary, metadata={"format": "pt"})
+        try:
+            save_file({k: t.contiguous() for k, t in tensors.items()}, temporary, metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk, say
+            raise HiSVDError(f"Cannot write {path}: {error}.") from None
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # safetensors writes 0600

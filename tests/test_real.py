@@ -1,0 +1,131 @@
+"""The whole chain on the real SmolLM2-135M (scripts/fetch_smollm2.sh puts it into models/)."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, run
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import hisvd
+from hisvd.calibration_cache import read_cache
+from hisvd.compression import compress, whitened_weight
+from hisvd.pivoting import pack_pivoted
+from hisvd.utils.data_utils import EVALUATION_SPLIT, evaluation_windows, load_text, tokenize
+from hisvd.utils.eval_utils import perplexity
+from hisvd.utils.model_utils import open_checkpoint
+from hisvd.utils.save_utils import ModelWriter
+from hisvd.whitening_svd import left_singular_vectors, low_rank_factors
+
+MODEL = Path(os.environ.get("HISVD_TEST_MODEL", ROOT / "models" / "smollm2-135m"))
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.skipif(not MODEL.is_dir(), reason="run scripts/fetch_smollm2.sh to fetch the model"),
+]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    root = tmp_path_factory.mktemp("real")
+    size = ["--nsamples", 32, "--seqlen", 256, "--dataset", "python-docs"]
+    result = run("calibrate", "--model_path", MODEL, "--model_name", "smol", "--output_dir", root, *size)
+    assert result.code == 0, result
+    return root / "smol_n32_s256_with_hessian"
+
+
+@pytest.fixture(scope="module")
+def compressed(cache, tmp_path_factory):
+    """Models at 0.8 and 0.6 by default settings, and at 0.8 without whitening and with uniform shares."""
+    root = tmp_path_factory.mktemp("compressed")
+
+    def make(name, targets, *options):
+        where = ["--model_path", MODEL, "--calib_cache", cache, "--save_model", root / name]
+        result = run("compress", *where, "--target_compression", targets, *options)
+        assert result.code == 0, result
+
+    make("default", "0.8,0.6")
+    make("plain", "0.8", "--whitening", "none", "--allocation", "uniform")
+    make("uniform", "0.8", "--allocation", "uniform")
+    return root
+
+
+@pytest.fixture(scope="module")
+def windows():
+    ids = tokenize(load_text("python-docs", EVALUATION_SPLIT, "data"), AutoTokenizer.from_pretrained(MODEL))
+    return evaluation_windows(ids, 256, 24, "python-docs")
+
+
+def test_quality_falls_with_the_budget_and_every_stage_helps(compressed, windows):
+    paths = {"dense": MODEL, "0.8": compressed / "default_80p", "0.6": compressed / "default_60p"}
+    paths |= {"plain": compressed / "plain", "uniform": compressed / "uniform"}
+    ppl = {k: perplexity(hisvd.load(p, torch.float32), windows, k)["perplexity"] for k, p in paths.items()}
+    assert ppl["dense"] < ppl["0.8"] < ppl["0.6"], ppl
+    assert ppl["0.8"] < ppl["uniform"] < ppl["plain"] / 100, ppl
+    assert ppl["0.8"] < 2.5 * ppl["dense"], ppl
+
+
+def test_saved_bytes_shrink_by_what_was_promised(compressed):
+    original = (MODEL / "model.safetensors").stat().st_size
+    for target in (0.8, 0.6):
+        folder = compressed / f"default_{100 * target:g}p"
+        report = json.loads((folder / "hisvd.json").read_text())
+        saved = original - sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+        rows = sum(row["shape"][0] for row in report["sublayers"] if row["form"] == "pivoted")
+        promised = 2 * report["linear_numbers_before"] * (1 - target) - 4 * rows  # bfloat16; int32 a pivot row
+        assert saved == pytest.approx(promised, rel=0.01)
+
+
+def test_generation_with_cache_equals_generation_without(compressed):
+    tokenizer = AutoTokenizer.from_pretrained(compressed / "default_80p")
+    model = AutoModelForCausalLM.from_pretrained(compressed / "default_80p", dtype=torch.float32)
+    ids = tokenizer("The Python language reference describes", return_tensors="pt")
+    settings = {"max_new_tokens": 16, "do_sample": False}
+    cached, plain = (model.generate(**ids, **settings, use_cache=use) for use in (True, False))
+    assert torch.equal(cached, plain)
+
+
+def test_packing_loses_nothing_on_real_weights(cache):
+    statistics, sublayers = read_cache(cache), read_cache(cache).sublayers
+    checkpoint = open_checkpoint(str(MODEL))
+    largest = 0.0
+    for index in (0, 14, 29):
+        tensors = statistics.read_layer(index)
+        for s in (s for s in sublayers if s.layer == index):
+            weight = checkpoint.read([f"{s.name}.weight"])[f"{s.name}.weight"]
+            basis = left_singular_vectors(whitened_weight(weight, s, tensors, "input"))
+            left, right = low_rank_factors(weight, basis, s.full_rank // 2)
+            base, coefficients, permutation = (
+                t.float() if t.is_floating_point() else t for t in pack_pivoted(left, right)
+            )
+            x = torch.randn(64, s.in_features, generator=torch.Generator().manual_seed(0))
+            expected = x @ right.float().T @ left.float().T
+            t = x @ base.T
+            y = torch.cat([t, t @ coefficients.T], -1).index_select(-1, permutation)
+            assert (y - expected).norm() <= 1e-4 * expected.norm(), s.name
+            largest = max(largest, coefficients.abs().max().item())
+    assert largest < 1.5
+
+
+def test_both_forms_of_the_same_ranks_have_the_same_perplexity_in_bfloat16(cache, windows, tmp_path):
+    checkpoint, statistics = open_checkpoint(str(MODEL)), read_cache(cache)
+    ranks = [int(0.98 * s.size / sum(s.shape)) for s in statistics.sublayers]  # just below dense in the svd form
+    figures = {}
+    for form in ("pivoted", "svd"):
+        folder = tmp_path / form
+        modules = {s.name: {"form": form, "rank": r} for s, r in zip(statistics.sublayers, ranks, strict=True)}
+        write_factored(checkpoint, statistics, ranks, form, folder, modules)
+        model = hisvd.load(folder)
+        assert model.dtype == torch.bfloat16
+        figures[form] = perplexity(model, windows, form)["perplexity"]
+    assert figures["pivoted"] == pytest.approx(figures["svd"], rel=1e-3)
+
+
+def write_factored(checkpoint, cache, ranks, form, output, modules):
+    report = {"model_numbers_before": 1, "linear_numbers_before": 1, "linear_numbers_after": 1, "linear_kept": 1.0}
+    report |= {"source_model": "x", "settings": {}, "calibration": dict.fromkeys(("nsamples", "seqlen", "dataset"))}
+    writer = ModelWriter(output, report, cache.num_layers + 1)
+    device = torch.device("cpu")
+    compress(checkpoint, cache, {0.5: ranks}, {0.5: writer}, form=form, whitening="input", export="none", device=device)
+    writer.finish(checkpoint, modules)
