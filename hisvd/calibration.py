@@ -1,5 +1,6 @@
 """Stream text through the model layer by layer and store what compression needs to know of each layer."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from hisvd.calibration_cache import MANIFEST, CalibrationCache, read_cache
 from hisvd.component.adapter import Adapter
 from hisvd.component.families import adapter_for
 from hisvd.errors import HiSVDError
+from hisvd.gradient_pass import OutputGradientMoments, gradients_at_top, input_gradients
 from hisvd.shape_utils import Sublayer
 from hisvd.utils.files import make_folder
 from hisvd.utils.model_utils import Checkpoint, empty_model
@@ -20,7 +22,7 @@ from hisvd.utils.streaming import (
     load_layer,
     load_outside_layers,
 )
-from hisvd.whitening_svd import left_singular_vectors, singular_values, whitened
+from hisvd.whitening_svd import F_DAMPING, H_DAMPING, damped, left_singular_vectors, singular_values, whitened
 
 LEADING_VECTORS = 64  # right singular vectors of W that the cache keeps
 
@@ -37,7 +39,8 @@ class InputMoments:
         self.moments: list[torch.Tensor] = []
         self.tokens = 0
         self._seen: list[tuple[str, torch.Tensor]] = []
-        self._hooks = [layer.get_submodule(p).register_forward_pre_hook(self._noting(p)) for p in paths]
+        for path in paths:
+            layer.get_submodule(path).register_forward_pre_hook(self._noting(path))
 
     def _noting(self, path: str):  # noqa: ANN202 (a hook's closure)
         def hook(_: nn.Module, args: tuple[torch.Tensor]) -> None:
@@ -63,69 +66,100 @@ class InputMoments:
             moment += rows.T @ rows
         self.tokens += rows.shape[0]
 
-    def remove_hooks(self) -> None:
-        """Take the hooks off the layer."""
-        for hook in self._hooks:
-            hook.remove()
 
+class Calibration:
+    """One calibration run: the model without weights, the tokens, and the files that carry it from layer to layer.
 
-def calibrate(
-    checkpoint: Checkpoint,
-    tokens: torch.Tensor,
-    cache: CalibrationCache,
-    batch_size: int,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> None:
-    """Fill `cache` layer by layer from tokens (sequences, seqlen); continues behind its finished layers.
-
-    Memory: one decoder layer, its moments and one batch; hidden states pass through two files in the cache
+    Memory: one decoder layer, its moments and one batch. Hidden states and gradients pass through files in the cache
     folder, so that a killed run resumes at its first missing layer.
-
-    Raises:
-        HiSVDError: missing or non-finite weights, or non-finite activations.
     """
-    shape = (*tokens.shape, checkpoint.config.get_text_config().hidden_size)
-    files = [ActivationFile(cache.folder / f"hidden_{parity}.bin", shape, dtype) for parity in ("even", "odd")]
-    if not cache.complete:
-        _calibrate_missing_layers(checkpoint, tokens, cache, files, batch_size, device, dtype)
-    for file in files:
-        file.path.unlink(missing_ok=True)
 
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        tokens: torch.Tensor,
+        cache: CalibrationCache,
+        batch_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        """Prepare for tokens (sequences, seqlen); reads no weights yet."""
+        self.checkpoint, self.tokens, self.cache = checkpoint, tokens, cache
+        self.batch_size, self.device, self.dtype = batch_size, device, dtype
+        self.model = empty_model(checkpoint.config)
+        self.adapter = adapter_for(self.model)
 
-def _calibrate_missing_layers(
-    checkpoint: Checkpoint,
-    tokens: torch.Tensor,
-    cache: CalibrationCache,
-    files: list[ActivationFile],
-    batch_size: int,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> None:
-    """Layer k reads its inputs from files[k % 2] and writes its outputs to the other one."""
-    model = empty_model(checkpoint.config)
-    adapter = adapter_for(model)
-    load_outside_layers(model, adapter, checkpoint, device, dtype)
-    hidden, arguments = first_inputs(model, adapter, tokens, batch_size, device)
-    start = len(cache.layers) if files[len(cache.layers) % 2].is_whole() else 0
-    if start == 0:
-        cache.layers.clear()
-        files[0].write(tqdm(hidden, "embedding", len(tokens.split(batch_size)), leave=False))
-    else:
-        for _ in hidden:  # only the layers' arguments are missing
+    def run(self) -> None:
+        """Fill the cache, behind what it holds already.
+
+        Raises:
+            HiSVDError: missing or non-finite weights, or non-finite activations.
+        """
+        if not self.cache.complete:
+            load_outside_layers(self.model, self.adapter, self.checkpoint, self.device, self.dtype)
+            self.forward_pass()
+            if self.cache.has_gradients:
+                self.gradient_pass()
+        for path in self.cache.folder.glob("*.bin"):
+            path.unlink()
+
+    def forward_pass(self) -> None:
+        """Moments of the inputs. Layer k reads hidden_{k % 2} and writes the other one."""
+        tokens, cache = self.tokens, self.cache
+        files = [self._activations(f"hidden_{parity}", len(tokens)) for parity in ("even", "odd")]
+        hidden, arguments = first_inputs(self.model, self.adapter, tokens, self.batch_size, self.device)
+        if not cache.layers or not files[len(cache.layers) % 2].is_whole():
+            cache.layers.clear()
+            files[0].write(tqdm(hidden, "embedding", len(tokens.split(self.batch_size)), leave=False), self._kept(0))
+        elif len(cache.layers) < cache.num_layers:
+            for _ in hidden:  # only the layers' arguments are missing
+                pass
+        for index in _progress("calibrating layers", len(cache.layers), cache.num_layers):
+            layer, name = self._load(index)
+            moments = InputMoments(layer, self.adapter.sublayer_paths(layer))
+            inputs = files[index % 2].read(self.batch_size, self.device)
+            outputs = layer_outputs(layer, name, inputs, arguments[index], moments.add_batch)
+            files[(index + 1) % 2].write(outputs, self._kept(index + 1))
+            groups = named_groups(self.adapter, moments.groups, name)
+            cache.add_layer(*layer_statistics(layer, name, index, groups, moments))
+
+    def gradient_pass(self) -> None:
+        """Moments of the output gradients, from the top down. Layer k writes gradient_{k % 2} and reads the other."""
+        cache, tokens = self.cache, self.tokens[: self.cache.identity["grad_nsamples"]]
+        files = [self._activations(f"gradient_{parity}", len(tokens)) for parity in ("even", "odd")]
+        hidden, arguments = first_inputs(self.model, self.adapter, tokens, self.batch_size, self.device)
+        for _ in hidden:
             pass
-    model.base_model.to("meta")
+        todo = cache.num_layers - len(cache.gradients)
+        if not cache.gradients or not files[todo % 2].is_whole():
+            cache.gradients.clear()
+            top = self._kept(cache.num_layers).read(self.batch_size, self.device)
+            files[cache.num_layers % 2].write(gradients_at_top(self.model, self.adapter, top, tokens, self.batch_size))
+        for done in _progress("gradients of layers", len(cache.gradients), cache.num_layers):
+            index = cache.num_layers - 1 - done
+            layer, name = self._load(index)
+            moments = OutputGradientMoments(layer, self.adapter.sublayer_paths(layer))
+            inputs = self._kept(index).read(self.batch_size, self.device)
+            above = files[(index + 1) % 2].read(self.batch_size, self.device)
+            files[index % 2].write(input_gradients(layer, name, moments, inputs, arguments[index], above))
+            cache.add_gradients(gradient_statistics(layer, cache, index, moments))
 
-    layers = range(start, cache.num_layers)
-    for index in tqdm(layers, "calibrating layers", cache.num_layers, initial=start):
-        layer = load_layer(model, adapter, index, checkpoint, device, dtype)
-        name = f"{adapter.layers}.{index}"
-        moments = InputMoments(layer, adapter.sublayer_paths(layer))
-        inputs = files[index % 2].read(batch_size, device)
-        files[(index + 1) % 2].write(layer_outputs(layer, name, inputs, arguments[index], moments.add_batch))
-        moments.remove_hooks()
-        groups = named_groups(adapter, moments.groups, name)
-        cache.add_layer(*layer_statistics(layer, name, index, groups, moments))
+    def _load(self, index: int) -> tuple[nn.Module, str]:
+        layer = load_layer(self.model, self.adapter, index, self.checkpoint, self.device, self.dtype)
+        return layer, f"{self.adapter.layers}.{index}"
+
+    def _activations(self, name: str, sequences: int) -> ActivationFile:
+        shape = (sequences, self.tokens.shape[1], self.checkpoint.config.get_text_config().hidden_size)
+        return ActivationFile(self.cache.folder / f"{name}.bin", shape, self.dtype)
+
+    def _kept(self, index: int) -> ActivationFile | None:
+        """The inputs of layer `index` that the gradient pass will need."""
+        count = self.cache.identity["grad_nsamples"]
+        return self._activations(f"inputs_{index:03d}", count) if count else None
+
+
+def _progress(title: str, done: int, total: int) -> Iterable[int]:
+    return tqdm(range(done, total), title, total, initial=done)
 
 
 def named_groups(adapter: Adapter, observed: list[list[str]], layer_name: str) -> dict[str, list[str]]:
@@ -161,13 +195,35 @@ def layer_statistics(
         eigenvalues, eigenvectors = torch.linalg.eigh(moments.moments[position] / moments.tokens)
         moments.moments[position] = None  # free the largest tensors as early as possible
         tensors[f"{group}.eigenvalues"], tensors[f"{group}.eigenvectors"] = eigenvalues, eigenvectors
+        h = damped(eigenvalues, eigenvectors, H_DAMPING)
         for path in paths:
             weight = layer.get_submodule(path).weight
             sublayers.append(Sublayer(f"{layer_name}.{path}", index, path, group, *weight.shape))
             tensors[f"{path}.singular_values"] = singular_values(weight)
-            tensors[f"{path}.whitened_singular_values"] = singular_values(whitened(weight, eigenvalues, eigenvectors))
+            tensors[f"{path}.whitened_singular_values"] = singular_values(whitened(weight, h))
             tensors[f"{path}.Vh"] = left_singular_vectors(weight.T)[:, :LEADING_VECTORS].T
     return {name: t.float().cpu() for name, t in tensors.items()}, sublayers
+
+
+def gradient_statistics(
+    layer: nn.Module, cache: CalibrationCache, index: int, moments: OutputGradientMoments
+) -> dict[str, torch.Tensor]:
+    """The gradient pass's cache tensors of one layer (float32, CPU).
+
+    Per sublayer: `{type}.F_eigenvalues` (m,) and `{type}.F_eigenvectors` (m, m) of F = E[g gᵀ], undamped, and
+    `{type}.two_sided_singular_values` of F^{1/2} W H^{1/2}.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    forward = cache.read_forward(index)
+    for sublayer in cache.sublayers_of(index):
+        path, group = sublayer.type, sublayer.input_group
+        weight = layer.get_submodule(path).weight
+        eigenvalues, eigenvectors = torch.linalg.eigh(moments.moments.pop(path) / moments.tokens)
+        h = damped(*(forward[f"{group}.{k}"].to(weight.device) for k in ("eigenvalues", "eigenvectors")), H_DAMPING)
+        f = damped(eigenvalues, eigenvectors, F_DAMPING)
+        tensors[f"{path}.F_eigenvalues"], tensors[f"{path}.F_eigenvectors"] = eigenvalues, eigenvectors
+        tensors[f"{path}.two_sided_singular_values"] = singular_values(whitened(weight, h, f))
+    return {name: t.float().cpu() for name, t in tensors.items()}
 
 
 def open_or_create_cache(folder: Path, identity: dict, options: dict, num_layers: int) -> CalibrationCache:

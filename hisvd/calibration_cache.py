@@ -1,7 +1,9 @@
-"""The calibration cache on disk: a folder with manifest.json and one safetensors file a decoder layer."""
+"""The calibration cache on disk: a folder with manifest.json and, a decoder layer, one safetensors file for each pass.
+
+The forward pass writes layer_000.safetensors upwards, the gradient pass gradients_000.safetensors from the top down.
+"""
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -15,16 +17,16 @@ from hisvd.utils.model_utils import open_safetensors
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-# Per-sublayer spectra, small: all that a rank plan needs.
-SPECTRA = ("singular_values", "whitened_singular_values")
+SPECTRA = "singular_values"  # tensors whose names end so are small, and all that a rank plan needs
 
 
 @dataclass
 class CalibrationCache:
     """One cache folder.
 
-    `identity` is what the moments depend on (model and data fingerprints, nsamples, seqlen, dtype); two runs
-    with the same identity may share a cache. `layers` lists the finished layers in order.
+    `identity` is what the moments depend on (model and data fingerprints, nsamples, grad_nsamples, seqlen, dtype);
+    two runs with the same identity may share a cache. `layers` lists the layers that the forward pass has finished,
+    first to last, `gradients` those of the gradient pass, last to first.
     """
 
     folder: Path
@@ -32,11 +34,17 @@ class CalibrationCache:
     num_layers: int
     options: dict = field(default_factory=dict)
     layers: list[dict] = field(default_factory=list)
+    gradients: list[dict] = field(default_factory=list)
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether the cache holds (or will hold) moments of the output gradients."""
+        return self.identity["grad_nsamples"] > 0
 
     @property
     def complete(self) -> bool:
-        """Whether every layer is there."""
-        return len(self.layers) == self.num_layers
+        """Whether every layer is there, of both passes."""
+        return len(self.layers) == self.num_layers and len(self.gradients) == self.num_layers * self.has_gradients
 
     @property
     def sublayers(self) -> list[Sublayer]:
@@ -48,18 +56,22 @@ class CalibrationCache:
         return [Sublayer(**s) for s in self.layers[index]["sublayers"]]
 
     def add_layer(self, tensors: dict[str, torch.Tensor], sublayers: list[Sublayer]) -> None:
-        """Write the next layer's file, then the manifest that lists it."""
-        file = f"layer_{len(self.layers):03d}.safetensors"
+        """Write the forward pass's next layer, then the manifest that lists it."""
+        entry = self._write(f"layer_{len(self.layers):03d}.safetensors", tensors)
+        self.layers.append({**entry, "sublayers": [asdict(s) for s in sublayers]})
+        self.write_manifest()
+
+    def add_gradients(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Write the gradient pass's next layer (from the top down), then the manifest that lists it."""
+        index = self.num_layers - 1 - len(self.gradients)
+        self.gradients.append(self._write(f"gradients_{index:03d}.safetensors", tensors))
+        self.write_manifest()
+
+    def _write(self, file: str, tensors: dict[str, torch.Tensor]) -> dict:
         write_tensors(self.folder / file, tensors)
         spectra = {name: t for name, t in tensors.items() if name.endswith(SPECTRA)}
-        entry = {
-            "file": file,
-            "sha256": sha256_of_file(self.folder / file),
-            "spectra_sha256": sha256_of_tensors(spectra),
-            "sublayers": [asdict(s) for s in sublayers],
-        }
-        self.layers.append(entry)
-        self.write_manifest()
+        sha256 = sha256_of_file(self.folder / file)
+        return {"file": file, "sha256": sha256, "spectra_sha256": sha256_of_tensors(spectra)}
 
     def write_manifest(self) -> None:
         """Write manifest.json atomically."""
@@ -70,38 +82,55 @@ class CalibrationCache:
             "options": self.options,
             "num_layers": self.num_layers,
             "layers": self.layers,
+            "gradients": self.gradients,
         }
         write_json(self.folder / MANIFEST, manifest)
 
     def read_layer(self, index: int) -> dict[str, torch.Tensor]:
-        """All tensors of one layer, checked against the manifest's checksum.
+        """All tensors of one layer, of both passes, checked against the manifest's checksums.
+
+        Raises:
+            HiSVDError: a file is missing, truncated or edited.
+        """
+        return {k: t for entry in self._files_of(index) for k, t in self._read_checked(entry).items()}
+
+    def read_forward(self, index: int) -> dict[str, torch.Tensor]:
+        """The forward pass's tensors of one layer, checked; what the gradient pass builds on.
 
         Raises:
             HiSVDError: the file is missing, truncated or edited.
         """
-        path = self.folder / self.layers[index]["file"]
+        return self._read_checked(self.layers[index])
+
+    def _files_of(self, index: int) -> list[dict]:
+        return [self.layers[index], *([self.gradients[self.num_layers - 1 - index]] if self.has_gradients else [])]
+
+    def _read_checked(self, entry: dict) -> dict[str, torch.Tensor]:
+        path = self.folder / entry["file"]
         tensors = self._read(path)
-        if sha256_of_file(path) != self.layers[index]["sha256"]:
+        if sha256_of_file(path) != entry["sha256"]:
             raise _damaged(path)
         return tensors
 
-    def read_spectra(self) -> Iterator[dict[str, torch.Tensor]]:
-        """The spectra of every layer in order, each checked; reads a small part of each file.
+    def read_spectra(self, index: int) -> dict[str, torch.Tensor]:
+        """The spectra of one layer, of both passes, checked; reads a small part of the files.
 
         Raises:
             HiSVDError: a file is missing, truncated or its spectra were edited.
         """
-        for layer in self.layers:
-            path = self.folder / layer["file"]
+        tensors = {}
+        for entry in self._files_of(index):
+            path = self.folder / entry["file"]
             spectra = self._read(path, SPECTRA)
-            if sha256_of_tensors(spectra) != layer["spectra_sha256"]:
+            if sha256_of_tensors(spectra) != entry["spectra_sha256"]:
                 raise _damaged(path)
-            yield spectra
+            tensors |= spectra
+        return tensors
 
-    def _read(self, path: Path, endings: tuple[str, ...] = ("",)) -> dict[str, torch.Tensor]:
+    def _read(self, path: Path, ending: str = "") -> dict[str, torch.Tensor]:
         try:
             with open_safetensors(path) as file:
-                return {k: file.get_tensor(k).clone() for k in file.keys() if k.endswith(endings)}  # noqa: SIM118
+                return {k: file.get_tensor(k).clone() for k in file.keys() if k.endswith(ending)}  # noqa: SIM118
         except SafetensorError:
             raise _damaged(path) from None
 
@@ -128,9 +157,8 @@ def read_cache(folder: Path) -> CalibrationCache:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] != "hisvd-calibration" or manifest["format_version"] != FORMAT_VERSION:
             raise ValueError
-        return CalibrationCache(
-            folder, manifest["identity"], manifest["num_layers"], manifest["options"], manifest["layers"]
-        )
+        keys = ("identity", "num_layers", "options", "layers", "gradients")
+        return CalibrationCache(folder, *(manifest[key] for key in keys))
     except (OSError, ValueError, KeyError, TypeError):
         raise HiSVDError(
             f"{folder} holds no readable {MANIFEST} of a HiSVD calibration cache; make one with calibrate.py."
@@ -155,7 +183,8 @@ def open_finished_cache(name: str) -> CalibrationCache:
     cache = read_cache(folder)
     if not cache.complete:
         raise HiSVDError(
-            f"The calibration in {folder} is not finished ({len(cache.layers)} of {cache.num_layers} layers); "
+            f"The calibration in {folder} is not finished ({len(cache.layers)} of {cache.num_layers} layers forward, "
+            f"{len(cache.gradients)} of {cache.num_layers * cache.has_gradients} backward); "
             "run the same calibrate.py command again to finish it."
         )
     return cache

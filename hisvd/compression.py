@@ -7,13 +7,21 @@ from tqdm import tqdm
 
 from hisvd.calibration_cache import CalibrationCache
 from hisvd.component.low_rank import factor_tensors
-from hisvd.rank_allocation import project_shares, ranks_from_shares, stage1_shares, uniform_shares
+from hisvd.rank_allocation import loss_ranks, project_shares, ranks_from_shares, stage1_shares, uniform_shares
 from hisvd.rank_metrics import rank_of
 from hisvd.refinement import stage2_shares
 from hisvd.shape_utils import FactorForm, Sublayer, is_dense
 from hisvd.utils.model_utils import Checkpoint
 from hisvd.utils.save_utils import ModelWriter
-from hisvd.whitening_svd import left_singular_vectors, low_rank_factors, whitened
+from hisvd.whitening_svd import (
+    F_DAMPING,
+    H_DAMPING,
+    SecondMoment,
+    damped,
+    left_singular_vectors,
+    low_rank_factors,
+    whitened,
+)
 
 
 def plan_ranks(
@@ -30,20 +38,27 @@ def plan_ranks(
 ) -> dict[float, list[int]]:
     """Ranks of all sublayers (in the order of `cache.sublayers`) for every target, from the cache alone.
 
-    `allocation` is `uniform`, or `hisvd`: Stage 1 refined by Stage 2 (lwe_strength 0 leaves Stage 1 alone).
+    `allocation` is `uniform`, `hisvd` (Stage 1 refined by Stage 2; lwe_strength 0 leaves Stage 1 alone), or `loss`
+    (least second-order estimate of the loss added, from the two-sided singular values, without gradients the
+    input-whitened ones).
 
     Raises:
         HiSVDError: a damaged cache, or a target below rank 1 everywhere.
     """
     sublayers = cache.sublayers
-    spectra = {}
-    for index, layer in enumerate(cache.read_spectra()):
-        spectra |= {(index, name): values for name, values in layer.items()}
-    sigmas = [spectra[s.layer, f"{s.type}.singular_values"] for s in sublayers]
-    whitened_sigmas = [spectra[s.layer, f"{s.type}.whitened_singular_values"] for s in sublayers]
+    spectra = [cache.read_spectra(index) for index in range(cache.num_layers)]
+
+    def spectra_of(kind: str) -> list[torch.Tensor]:
+        return [spectra[s.layer][f"{s.type}.{kind}"] for s in sublayers]
+
+    sigmas, whitened_sigmas = spectra_of("singular_values"), spectra_of("whitened_singular_values")
 
     plans = {}
     for target in targets:
+        if allocation == "loss":
+            kind = "two_sided_singular_values" if cache.has_gradients else "whitened_singular_values"
+            plans[target] = loss_ranks(spectra_of(kind), sublayers, target, form)
+            continue
         if allocation == "uniform":
             shares = project_shares(uniform_shares(sublayers, target), sublayers, target, form)
         else:
@@ -100,9 +115,10 @@ def compress(
             if not factored:
                 continue
             weight = original[key].to(device)
-            basis = left_singular_vectors(whitened_weight(weight, sublayer, statistics, whitening))
+            h, f = second_moments(sublayer, statistics, whitening, device)
+            basis = left_singular_vectors(whitened(weight, h, f))
             for target, rank in factored.items():
-                left, right = low_rank_factors(weight, basis, rank)
+                left, right = low_rank_factors(weight, basis, rank, f)
                 del shards[target][key]
                 for name, tensor in exported(left, right, form, export).items():
                     stored = tensor.to("cpu", weight.dtype if tensor.is_floating_point() else tensor.dtype)
@@ -120,15 +136,17 @@ def layer_tensor_names(checkpoint: Checkpoint, first: Sublayer) -> set[str]:
     return {name for name in checkpoint.files if name.startswith(prefix)}
 
 
-def whitened_weight(
-    weight: torch.Tensor, sublayer: Sublayer, statistics: dict[str, torch.Tensor], whitening: str
-) -> torch.Tensor:
-    """The matrix whose truncation is optimal: W H^{1/2} (`input`) or W (`none`), float64."""
-    if whitening == "none":
-        return weight.double()
-    eigenvalues = statistics[f"{sublayer.input_group}.eigenvalues"].to(weight.device)
-    eigenvectors = statistics[f"{sublayer.input_group}.eigenvectors"].to(weight.device)
-    return whitened(weight, eigenvalues, eigenvectors)
+def second_moments(
+    sublayer: Sublayer, statistics: dict[str, torch.Tensor], whitening: str, device: torch.device
+) -> tuple[SecondMoment | None, SecondMoment | None]:
+    """(H, F) of a sublayer as `whitening` wants them: `two_sided`, `input` (no F) or `none`."""
+
+    def moment(prefix: str, damping: float) -> SecondMoment:
+        return damped(*(statistics[f"{prefix}{k}"].to(device) for k in ("eigenvalues", "eigenvectors")), damping)
+
+    h = moment(f"{sublayer.input_group}.", H_DAMPING) if whitening != "none" else None
+    f = moment(f"{sublayer.type}.F_", F_DAMPING) if whitening == "two_sided" else None
+    return h, f
 
 
 def exported(left: torch.Tensor, right: torch.Tensor, form: FactorForm, export: str) -> dict[str, torch.Tensor]:

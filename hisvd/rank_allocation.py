@@ -1,10 +1,12 @@
-"""Stage 1: how many numbers each sublayer may keep, and the ranks that spend exactly that budget.
+"""Stage 1 and the loss-aware allocation: the ranks of all sublayers that spend exactly the budget.
 
 A share is a count of stored numbers (float) for one sublayer; shares become ranks only at the end.
 """
 
 import math
 from collections.abc import Sequence
+
+import torch
 
 from hisvd.errors import HiSVDError
 from hisvd.shape_utils import FactorForm, Sublayer, largest_rank, next_rank, stored_numbers
@@ -47,13 +49,7 @@ def project_shares(
         HiSVDError: the budget does not even hold rank 1 everywhere.
     """
     budget = budget_of(sublayers, target)
-    floors = [stored_numbers(1, s.shape, form) for s in sublayers]
-    if sum(floors) > budget:
-        smallest = sum(floors) / sum(s.size for s in sublayers)
-        raise HiSVDError(
-            f"Target {target:g} is too small for this model: rank 1 everywhere already stores {smallest:.4f} "
-            f"of the linear weights, so choose a target of at least {math.ceil(smallest * 1e4) / 1e4:g}."
-        )
+    floors = _rank_one_numbers(sublayers, target, form)
 
     def clipped(scale: float) -> list[float]:
         return [
@@ -67,6 +63,18 @@ def project_shares(
         middle = (low + high) / 2
         low, high = (middle, high) if sum(clipped(middle)) <= budget else (low, middle)
     return clipped(low if sum(clipped(high)) > budget else high)
+
+
+def _rank_one_numbers(sublayers: Sequence[Sublayer], target: float, form: FactorForm) -> list[int]:
+    """The numbers of rank 1 of every sublayer, which must fit the budget."""
+    floors = [stored_numbers(1, s.shape, form) for s in sublayers]
+    if sum(floors) > budget_of(sublayers, target):
+        smallest = sum(floors) / sum(s.size for s in sublayers)
+        raise HiSVDError(
+            f"Target {target:g} is too small for this model: rank 1 everywhere already stores {smallest:.4f} of the linear "
+            f"weights, so choose a target of at least {math.ceil(smallest * 1e4) / 1e4:g}."
+        )
+    return floors
 
 
 def ranks_from_shares(
@@ -94,3 +102,55 @@ def ranks_from_shares(
         if spent == 0:
             return ranks
         left -= spent
+
+
+def loss_ranks(
+    singular_values: Sequence[torch.Tensor], sublayers: Sequence[Sublayer], target: float, form: FactorForm
+) -> list[int]:
+    """Ranks that minimise Σ tail_k(r_k), tail_k(r) = Σ_{i>r} σ_i², within the budget.
+
+    `singular_values` holds those of the whitened weights, largest first; with two-sided whitening half the sum
+    estimates the loss added. For a multiplier λ every sublayer takes the rank (or dense, tail 0) that minimises
+    tail + λ · numbers, and λ is bisected: exact on the convex hull. What is left of the budget is spent on the
+    ranks that lower the tail most per number.
+
+    Raises:
+        HiSVDError: the budget does not even hold rank 1 everywhere.
+    """
+    budget = budget_of(sublayers, target)
+    _rank_one_numbers(sublayers, target, form)  # refuses a target that is too small
+    tails, costs = [], []
+    for sigma, s in zip(singular_values, sublayers, strict=True):
+        energy = sigma.double().square()
+        tails.append((energy.sum() - energy.cumsum(0)).clamp_min(0))  # tails[k][r − 1] is tail_k(r)
+        tails[-1][-1] = 0
+        costs.append(torch.tensor([stored_numbers(r, s.shape, form) for r in range(1, s.full_rank + 1)]).double())
+
+    def ranks_at(multiplier: float) -> list[int]:
+        return [int((t + multiplier * c).argmin()) + 1 for t, c in zip(tails, costs, strict=True)]
+
+    def spent_by(ranks: list[int]) -> float:
+        return sum(float(c[r - 1]) for c, r in zip(costs, ranks, strict=True))
+
+    low, high = 0.0, 1.0
+    while spent_by(ranks_at(high)) > budget:
+        high *= 2
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (low, middle) if spent_by(ranks_at(middle)) <= budget else (middle, high)
+    ranks = ranks_at(high)
+    left = budget - spent_by(ranks)
+    while True:
+        gains = []
+        for k, (t, c, r) in enumerate(zip(tails, costs, ranks, strict=True)):
+            prices = c[r:] - c[r - 1]
+            affordable = ((prices > 0) & (prices <= left)).nonzero().flatten()
+            if len(affordable):
+                rates = (t[r - 1] - t[r + affordable]) / prices[affordable]
+                best = int(rates.argmax())
+                gains.append((float(rates[best]), k, r + int(affordable[best]) + 1))
+        if not gains:
+            return ranks
+        _, k, rank = max(gains)
+        left -= float(costs[k][rank - 1] - costs[k][ranks[k] - 1])
+        ranks[k] = rank

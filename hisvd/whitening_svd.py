@@ -1,27 +1,45 @@
-"""Optimal low-rank factors of a weight in the metric of its inputs.
+"""Optimal low-rank factors of a weight in the metric of its inputs and of its output gradients.
 
 With H = E[x xᵀ], the error E‖(W − W_r) x‖² equals ‖(W − W_r) H^{1/2}‖_F², so the best W_r truncates the
 SVD of A = W H^{1/2} = U Σ Vᵀ: W_r = U_r U_rᵀ W, a projection that needs no inverse of H.
 Source: SVD-LLM, arXiv 2403.07378 (there by Cholesky factor and its inverse).
+
+With F = E[g gᵀ] of the output gradients as well, ½ ‖F^{1/2} (W − W_r) H^{1/2}‖_F² is the second-order estimate of the
+loss added (Kronecker-factored Fisher, arXiv 1503.05671), A = F^{1/2} W H^{1/2} and W_r = F^{−1/2} U_r U_rᵀ F^{1/2} W.
 """
+
+from typing import NamedTuple
 
 import torch
 
 H_DAMPING = 1e-4  # added to H as a fraction of its mean diagonal entry
+F_DAMPING = 1e-2  # the same for F, which is inverted
 
 
-def damped(eigenvalues: torch.Tensor) -> torch.Tensor:
-    """Eigenvalues (n,) of H + 1e-4 · mean(diag H) · I in float64, rounding below zero removed."""
+class SecondMoment(NamedTuple):
+    """A damped second moment V diag(λ) Vᵀ in float64: λ (n,), V (n, n)."""
+
+    eigenvalues: torch.Tensor
+    eigenvectors: torch.Tensor
+
+
+def damped(eigenvalues: torch.Tensor, eigenvectors: torch.Tensor, damping: float) -> SecondMoment:
+    """Add damping · mean diagonal entry · I; eigenvalues that rounding left below zero count as zero."""
     values = eigenvalues.double().clamp_min(0)
-    return values + H_DAMPING * values.mean()
+    return SecondMoment(values + damping * values.mean(), eigenvectors.double())
 
 
-def whitened(weight: torch.Tensor, eigenvalues: torch.Tensor, eigenvectors: torch.Tensor) -> torch.Tensor:
-    """A = W V diag(λ)^{1/2} in float64 for W (m, n), H = V diag(λ) Vᵀ.
+def whitened(weight: torch.Tensor, h: SecondMoment | None, f: SecondMoment | None = None) -> torch.Tensor:
+    """A = F^{1/2} W H^{1/2} in float64 for W (m, n), up to rotations from both sides; None leaves a side out.
 
-    W H^{1/2} up to a rotation from the right, which leaves singular values and U as they are.
+    With F = Q diag(φ) Qᵀ and H = V diag(λ) Vᵀ it is diag(φ)^{1/2} Qᵀ W V diag(λ)^{1/2}.
     """
-    return (weight.double() @ eigenvectors.double()) * damped(eigenvalues).sqrt()
+    matrix = weight.double()
+    if h is not None:
+        matrix = (matrix @ h.eigenvectors) * h.eigenvalues.sqrt()
+    if f is not None:
+        matrix = f.eigenvalues.sqrt()[:, None] * (f.eigenvectors.T @ matrix)
+    return matrix
 
 
 def singular_values(matrix: torch.Tensor) -> torch.Tensor:
@@ -47,7 +65,15 @@ def left_singular_vectors(matrix: torch.Tensor) -> torch.Tensor:
     return torch.linalg.qr(matrix @ right).Q
 
 
-def low_rank_factors(weight: torch.Tensor, left_basis: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(left, right) of shapes (m, r), (r, n) in float64: left @ right = U_r U_rᵀ W."""
+def low_rank_factors(
+    weight: torch.Tensor, left_basis: torch.Tensor, rank: int, f: SecondMoment | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(left, right) of shapes (m, r), (r, n) in float64: left @ right = F^{−1/2} U_r U_rᵀ F^{1/2} W.
+
+    `left_basis` holds the left singular vectors of `whitened(weight, h, f)` for the same f.
+    """
     left = left_basis[:, :rank]
-    return left, left.T @ weight.double()
+    if f is None:
+        return left, left.T @ weight.double()
+    root = f.eigenvalues.sqrt()[:, None]
+    return f.eigenvectors @ (left / root), (f.eigenvectors @ (left * root)).T @ weight.double()

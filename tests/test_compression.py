@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import expect_sentence, run
+from conftest import calibrate_arguments, expect_sentence, run
 from safetensors.torch import load_file, safe_open
 from transformers import AutoModelForCausalLM
 
@@ -113,6 +113,24 @@ def test_dense_export_is_a_plain_model_with_the_same_logits(chain):
     assert type(plain.model.layers[0].mlp.up_proj) is torch.nn.Linear
     with torch.no_grad():
         torch.testing.assert_close(plain(IDS).logits, hisvd.load(factored)(IDS).logits, rtol=1e-3, atol=1e-4)
+
+
+def test_two_sided_needs_gradients(model_folders, tmp_path):
+    assert run("calibrate", *calibrate_arguments(model_folders["llama"], tmp_path), "--no_gradients").code == 0
+    cache = tmp_path / "tiny_n6_s32_with_hessian"
+    where = ["--model_path", model_folders["llama"], "--calib_cache", cache, "--target_compression", "0.6"]
+    expect_sentence(run("compress", *where, "--save_model", tmp_path / "o", "--whitening", "two_sided"), str(cache))
+    assert run("compress", *where, "--save_model", tmp_path / "o").code == 0
+    settings = json.loads((tmp_path / "o" / "hisvd.json").read_text())["settings"]
+    assert (settings["allocation"], settings["whitening"]) == ("hisvd", "input")
+
+
+@pytest.mark.parametrize("allocation", ["hisvd", "loss", "uniform"])
+@pytest.mark.parametrize("whitening", ["two_sided", "input", "none"])
+def test_every_allocation_with_every_whitening_meets_the_budget(chain, model_folders, allocation, whitening):
+    output = chain("llama", "0.6", "out", "--allocation", allocation, "--whitening", whitening)
+    kept = linear_numbers(saved_tensors(output)) / linear_numbers(saved_tensors(model_folders["llama"]))
+    assert 0.599 <= kept <= 0.6
 
 
 def test_target_one_is_the_original(chain, model_folders):

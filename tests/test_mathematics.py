@@ -8,11 +8,26 @@ import torch
 from hisvd.cluster_sublayer_lwe import cluster_scores, tail_redundancy
 from hisvd.errors import HiSVDError
 from hisvd.pivoting import pack_pivoted, unpack_pivoted
-from hisvd.rank_allocation import budget_of, project_shares, ranks_from_shares, stage1_shares, uniform_shares
+from hisvd.rank_allocation import (
+    budget_of,
+    loss_ranks,
+    project_shares,
+    ranks_from_shares,
+    stage1_shares,
+    uniform_shares,
+)
 from hisvd.rank_metrics import effective_rank, mathematical_rank, rank_of, stable_rank
 from hisvd.refinement import modulation_factor, stage2_shares
 from hisvd.shape_utils import Sublayer, is_dense, largest_rank, next_rank, stored_numbers
-from hisvd.whitening_svd import damped, left_singular_vectors, low_rank_factors, singular_values, whitened
+from hisvd.whitening_svd import (
+    F_DAMPING,
+    H_DAMPING,
+    damped,
+    left_singular_vectors,
+    low_rank_factors,
+    singular_values,
+    whitened,
+)
 
 FORMS = ("pivoted", "svd")
 SHAPES = {"q": (64, 64), "k": (32, 64), "up": (160, 64), "down": (64, 160)}
@@ -21,6 +36,16 @@ SUBLAYERS = [Sublayer(f"{i}.{t}", i, t, t, *shape) for i in range(6) for t, shap
 
 def total(ranks, form):
     return sum(stored_numbers(r, s.shape, form) for r, s in zip(ranks, SUBLAYERS, strict=True))
+
+
+def assert_budget_spent(ranks, target, form):
+    """At most the budget, and no room left for one more rank anywhere."""
+    left = budget_of(SUBLAYERS, target) - total(ranks, form)
+    assert left >= 0
+    for r, s in zip(ranks, SUBLAYERS, strict=True):
+        if not is_dense(r, s.shape, form):
+            larger = stored_numbers(next_rank(r, s.shape, form), s.shape, form)
+            assert larger - stored_numbers(r, s.shape, form) > left, "room for one more rank was left"
 
 
 def random_spectrum(sublayer, seed):
@@ -89,13 +114,7 @@ def test_budget_is_met_from_below_and_spent(form, target, method):
     assert sum(shares) == pytest.approx(budget_of(SUBLAYERS, target), rel=1e-9)
     shares = stage2_shares(SUBLAYERS, shares, spectra, target, form, "logarithmic", 1.0, 1.0)
     assert sum(shares) == pytest.approx(budget_of(SUBLAYERS, target), rel=1e-9)
-    chosen = ranks_from_shares(shares, SUBLAYERS, target, form)
-    left = budget_of(SUBLAYERS, target) - total(chosen, form)
-    assert left >= 0
-    for r, s in zip(chosen, SUBLAYERS, strict=True):
-        if not is_dense(r, s.shape, form):
-            larger = stored_numbers(next_rank(r, s.shape, form), s.shape, form)
-            assert larger - stored_numbers(r, s.shape, form) > left, "room for one more rank was left"
+    assert_budget_spent(ranks_from_shares(shares, SUBLAYERS, target, form), target, form)
 
 
 def test_stage1_weights_follow_the_log_density():
@@ -120,6 +139,43 @@ def test_projection_clips_and_keeps_proportions():
     free = [share for share, s in zip(projected, SUBLAYERS, strict=True) if share < s.size]
     assert len(free) > 6 and max(free) == pytest.approx(min(free))
     assert sum(projected) == pytest.approx(budget_of(SUBLAYERS, 0.5))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("target", [0.9, 0.6, 0.3])
+def test_loss_allocation_meets_the_budget_and_beats_uniform_in_its_objective(form, target):
+    spectra = [random_spectrum(s, i) * (1 + i % 5) for i, s in enumerate(SUBLAYERS)]
+
+    def tails(ranks):
+        return sum(sigma[r:].double().square().sum().item() for sigma, r in zip(spectra, ranks, strict=True))
+
+    chosen = loss_ranks(spectra, SUBLAYERS, target, form)
+    assert_budget_spent(chosen, target, form)
+    uniform = ranks_from_shares(uniform_shares(SUBLAYERS, target), SUBLAYERS, target, form)
+    assert tails(chosen) < tails(uniform)
+
+
+def test_loss_allocation_is_exact_on_a_problem_small_enough_for_brute_force():
+    from itertools import product
+
+    few = [Sublayer(str(i), i, "t", "t", *shape) for i, shape in enumerate([(4, 6), (6, 4), (5, 5)])]
+    for seed in range(20):
+        spectra = [
+            torch.rand(4 + (i == 2), generator=torch.Generator().manual_seed(10 * seed + i)).sort(descending=True)[0]
+            for i in range(3)
+        ]
+
+        def tail(ranks, spectra=spectra):
+            return sum(sigma[r:].double().square().sum().item() for sigma, r in zip(spectra, ranks, strict=True))
+
+        def cost(ranks):
+            return sum(stored_numbers(r, s.shape, "pivoted") for r, s in zip(ranks, few, strict=True))
+
+        chosen = loss_ranks(spectra, few, 0.7, "pivoted")
+        assert cost(chosen) <= budget_of(few, 0.7)
+        rivals = [r for r in product(range(1, 5), range(1, 5), range(1, 6)) if cost(r) <= cost(chosen)]
+        slack = max(s[0].item() ** 2 for s in spectra)  # one step of one matrix: the distance to the convex hull
+        assert tail(chosen) <= min(map(tail, rivals)) + slack
 
 
 def test_impossible_target_is_refused():
@@ -164,30 +220,52 @@ def test_stage2_takes_from_the_types_with_redundant_tails(modulation):
 # --- whitened truncation ---
 
 
+def random_moment(n, damping, seed):
+    return damped(*torch.linalg.eigh(random_psd(n, 3 * n, seed)), damping)
+
+
+def dense_moment(moment):
+    return moment.eigenvectors @ torch.diag(moment.eigenvalues) @ moment.eigenvectors.T
+
+
+@pytest.mark.parametrize("two_sided", [False, True])
 @pytest.mark.parametrize(("m", "n"), [(6, 10), (10, 6), (7, 7)])
-def test_factors_are_the_best_rank_r_matrix_for_the_inputs(m, n):
+def test_factors_are_the_best_rank_r_matrix_in_the_weighted_objective(m, n, two_sided):
     torch.manual_seed(m)
     weight = torch.randn(m, n, dtype=torch.float64)
-    eigenvalues, eigenvectors = torch.linalg.eigh(random_psd(n, 3 * n, seed=n))
-    metric = eigenvectors @ torch.diag(damped(eigenvalues)) @ eigenvectors.T
+    h = random_moment(n, H_DAMPING, seed=n)
+    f = random_moment(m, F_DAMPING, seed=m) if two_sided else None
+    metric = dense_moment(h)
+    gradient_metric = dense_moment(f) if two_sided else torch.eye(m, dtype=torch.float64)
 
     def error(candidate):
-        return torch.trace((weight - candidate) @ metric @ (weight - candidate).T).item()
+        return torch.trace(gradient_metric @ (weight - candidate) @ metric @ (weight - candidate).T).item()
 
-    a = whitened(weight, eigenvalues, eigenvectors)
+    a = whitened(weight, h, f)
     sigma = singular_values(a)
     basis = left_singular_vectors(a)
     torch.testing.assert_close(basis.T @ basis, torch.eye(min(m, n), dtype=torch.float64))
     for rank in (1, 3, 5):
-        left, right = low_rank_factors(weight, basis, rank)
+        left, right = low_rank_factors(weight, basis, rank, f)
         assert error(left @ right) == pytest.approx(sigma[rank:].square().sum().item(), rel=1e-6)
         # Brute force: alternating weighted least squares from random starts cannot do better.
         for seed in range(5):
             u = torch.randn(m, rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
             for _ in range(200):
-                v = torch.linalg.lstsq(u, weight).solution
+                v = torch.linalg.solve(u.T @ gradient_metric @ u, u.T @ gradient_metric @ weight)
                 u = weight @ metric @ v.T @ torch.linalg.pinv(v @ metric @ v.T)
             assert error(left @ right) <= error(u @ v) * (1 + 1e-6)
+
+
+def test_two_sided_with_the_identity_is_input_whitening():
+    torch.manual_seed(0)
+    weight, h = torch.randn(8, 12, dtype=torch.float64), random_moment(12, H_DAMPING, seed=1)
+    identity = damped(torch.ones(8), torch.eye(8), F_DAMPING)
+    products = []
+    for f in (None, identity):
+        left, right = low_rank_factors(weight, left_singular_vectors(whitened(weight, h, f)), 3, f)
+        products.append(left @ right)
+    torch.testing.assert_close(products[0], products[1])
 
 
 def test_singular_values_and_vectors_agree_with_the_svd_also_when_rank_deficient():

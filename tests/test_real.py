@@ -11,13 +11,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hisvd
 from hisvd.calibration_cache import read_cache
-from hisvd.compression import compress, whitened_weight
+from hisvd.compression import compress, second_moments
 from hisvd.pivoting import pack_pivoted
 from hisvd.utils.data_utils import EVALUATION_SPLIT, evaluation_windows, load_text, tokenize
 from hisvd.utils.eval_utils import perplexity
 from hisvd.utils.model_utils import open_checkpoint
 from hisvd.utils.save_utils import ModelWriter
-from hisvd.whitening_svd import left_singular_vectors, low_rank_factors
+from hisvd.whitening_svd import left_singular_vectors, low_rank_factors, whitened
 
 MODEL = Path(os.environ.get("HISVD_TEST_MODEL", ROOT / "models" / "smollm2-135m"))
 pytestmark = [
@@ -94,8 +94,8 @@ def test_packing_loses_nothing_on_real_weights(cache):
         tensors = statistics.read_layer(index)
         for s in (s for s in sublayers if s.layer == index):
             weight = checkpoint.read([f"{s.name}.weight"])[f"{s.name}.weight"]
-            basis = left_singular_vectors(whitened_weight(weight, s, tensors, "input"))
-            left, right = low_rank_factors(weight, basis, s.full_rank // 2)
+            h, f = second_moments(s, tensors, "two_sided", torch.device("cpu"))
+            left, right = low_rank_factors(weight, left_singular_vectors(whitened(weight, h, f)), s.full_rank // 2, f)
             base, coefficients, permutation = (
                 t.float() if t.is_floating_point() else t for t in pack_pivoted(left, right)
             )

@@ -6,6 +6,7 @@ forward uses them.
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,21 @@ class ActivationFile:
         """Whether the file is there with all its bytes."""
         return self.path.is_file() and self.path.stat().st_size == self.shape[0] * self.bytes_per_sequence
 
-    def write(self, batches: Iterator[torch.Tensor]) -> None:
-        """Write consecutive batches (b, seqlen, hidden) and fsync."""
-        with open(self.path, "wb") as file:
+    def write(self, batches: Iterator[torch.Tensor], head: "ActivationFile | None" = None) -> None:
+        """Write consecutive batches (b, seqlen, hidden) and fsync; `head` receives the first sequences too."""
+        with ExitStack() as stack:
+            file = stack.enter_context(open(self.path, "wb"))
+            head_file = stack.enter_context(open(head.path, "wb")) if head else None
+            missing = head.shape[0] if head else 0
             for batch in batches:
-                file.write(batch.detach().to("cpu", self.dtype).contiguous().view(torch.uint8).numpy().data)
+                data = batch.detach().to("cpu", self.dtype).contiguous().view(torch.uint8).numpy()
+                file.write(data.data)
+                if head_file and missing > 0:
+                    head_file.write(data[:missing].data)
+                    missing -= len(data)
         sync_file(self.path)
+        if head:
+            sync_file(head.path)
 
     def read(self, batch_size: int, device: torch.device) -> Iterator[torch.Tensor]:
         """Yield consecutive batches (b, seqlen, hidden) on `device`."""
@@ -79,14 +89,15 @@ def load_layer(
 def load_outside_layers(
     model: PreTrainedModel, adapter: Adapter, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Load what the base model holds outside its decoder layers (embeddings, final norm), in place."""
-    prefix = model.base_model_prefix
+    """Load what the model holds outside its decoder layers (embeddings, final norm, head), in place."""
     names = {
         name: checkpoint.stored_name(name)
         for name, _ in model.named_parameters()
-        if name.startswith(f"{prefix}.") and not name.startswith(f"{adapter.layers}.")
+        if not name.startswith(f"{adapter.layers}.")
     }
-    load_weights(model, names, checkpoint, device, dtype)
+    tied = {name for name in getattr(model, "all_tied_weights_keys", {}) if names.get(name) not in checkpoint.files}
+    load_weights(model, {k: v for k, v in names.items() if k not in tied}, checkpoint, device, dtype)
+    model.tie_weights()
     inside = set(decoder_layers(model, adapter).modules())
     for module in model.modules():
         if module not in inside:

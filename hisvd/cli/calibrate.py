@@ -2,7 +2,7 @@
 
 import click
 
-from hisvd.calibration import calibrate, open_or_create_cache
+from hisvd.calibration import Calibration, open_or_create_cache
 from hisvd.calibration_cache import cache_folder
 from hisvd.cli.common import data_dir_option, device_option, dtype_option, program
 from hisvd.utils.data_utils import (
@@ -33,6 +33,19 @@ TOKENS_A_BATCH = 4096
     help="Windows drawn at random with the seed, or the first ones.",
 )
 @click.option("--seed", default=3, show_default=True, help="Seed of the random windows.")
+@click.option(
+    "--gradients/--no_gradients",
+    default=True,
+    show_default=True,
+    help="Also measure second moments of the output gradients (two-sided whitening, loss allocation).",
+)
+@click.option(
+    "--grad_nsamples",
+    type=click.IntRange(1),
+    default=64,
+    show_default=True,
+    help="Gradients use the first N calibration sequences.",
+)
 @click.option("--batch_size", type=click.IntRange(1), help="Sequences a forward  [default: about 4096 tokens]")
 @click.option("--output_dir", default="calibration_cache", show_default=True, help="Where caches are kept.")
 @device_option
@@ -47,6 +60,8 @@ def main(
     data_dir: str,
     sampling: str,
     seed: int,
+    gradients: bool,
+    grad_nsamples: int,
     batch_size: int | None,
     output_dir: str,
     device: str,
@@ -65,6 +80,7 @@ def main(
         "model": checkpoint.fingerprint(),
         "data": token_fingerprint(tokens),
         "nsamples": nsamples,
+        "grad_nsamples": min(grad_nsamples, nsamples) if gradients else 0,
         "seqlen": seqlen,
         "dtype": str(torch_dtype),
     }
@@ -75,7 +91,7 @@ def main(
     if cache.complete:
         click.echo(f"{folder} is complete already: nothing to do.")
     batch = batch_size or max(1, TOKENS_A_BATCH // seqlen)
-    calibrate(checkpoint, tokens, cache, batch, torch_device, torch_dtype)
+    Calibration(checkpoint, tokens, cache, batch, torch_device, torch_dtype).run()
     click.echo(f"Calibration of {num_layers} layers on {tokens.numel()} tokens of {dataset}: {folder}")
 
 

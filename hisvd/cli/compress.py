@@ -60,8 +60,16 @@ def parse_targets(text: str) -> list[float]:
     help="Stage 2: strength of the modulation; 0 leaves Stage 1 as it is.",
 )
 @click.option("--tail_redundancy_weight", type=click.FloatRange(0), default=1.0, show_default=True)
-@click.option("--allocation", type=click.Choice(["hisvd", "uniform"]), default="hisvd", show_default=True)
-@click.option("--whitening", type=click.Choice(["input", "none"]), default="input", show_default=True)
+@click.option(
+    "--allocation",
+    type=click.Choice(["hisvd", "loss", "uniform"]),
+    help="[default: loss where the cache has gradients, else hisvd]",
+)
+@click.option(
+    "--whitening",
+    type=click.Choice(["two_sided", "input", "none"]),
+    help="[default: two_sided where the cache has gradients, else input]",
+)
 @click.option("--factors", type=click.Choice(["pivoted", "svd"]), default="pivoted", show_default=True)
 @click.option(
     "--export",
@@ -81,6 +89,13 @@ def main(context: click.Context, **options: object) -> None:
     settings = {key: value for key, value in options.items() if key not in NOT_SETTINGS}
     targets = parse_targets(options["target_compression"])
     cache = open_finished_cache(options["calib_cache"])
+    settings["allocation"] = settings["allocation"] or ("loss" if cache.has_gradients else "hisvd")
+    settings["whitening"] = settings["whitening"] or ("two_sided" if cache.has_gradients else "input")
+    if settings["whitening"] == "two_sided" and not cache.has_gradients:
+        raise HiSVDError(
+            f"--whitening two_sided needs gradients, and {cache.folder} was made with --no_gradients; "
+            "use --whitening input, or calibrate again with gradients."
+        )
     plan_settings = {k: v for k, v in settings.items() if k not in ("whitening", "factors", "export")}
     plans = plan_ranks(cache, targets, form=settings["factors"], **plan_settings)
     if options["plan_only"]:

@@ -1,0 +1,109 @@
+"""The backward half of calibration: second moments of the gradients at every linear's output.
+
+Layers are visited in reverse, one in memory. Each is run again from its stored inputs with autograd on; the
+gradient of its inputs is what the layer below starts from.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from hisvd.component.adapter import Adapter
+from hisvd.errors import HiSVDError
+from hisvd.utils.eval_utils import LOGITS_AT_ONCE
+from hisvd.utils.streaming import Arguments, decoder_layers
+
+
+def gradients_at_top(
+    model: PreTrainedModel, adapter: Adapter, hidden: Iterator[torch.Tensor], tokens: torch.Tensor, batch_size: int
+) -> Iterator[torch.Tensor]:
+    """Gradient (b, seqlen, hidden) of the summed next-token loss with respect to the last layer's outputs.
+
+    `hidden` yields those outputs for consecutive batches of `tokens`. The model's own forward runs behind
+    decoder layers that are passed over, so that final norm, head and logit scaling are the family's. It runs on
+    few tokens at a time: norm and head treat tokens one by one, and logits are large.
+    """
+    layers = decoder_layers(model, adapter)
+    chunk = max(1, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
+    for states, ids in zip(hidden, tokens.split(batch_size), strict=True):
+        gradient = torch.zeros_like(states)
+        flat, flat_gradient = states[:, :-1].flatten(0, 1), []
+        labels = ids[:, 1:].flatten().to(states.device)
+        for part, part_labels in zip(flat.split(chunk), labels.split(chunk), strict=True):
+            leaf = part[None].detach().requires_grad_()
+            with torch.enable_grad(), _layers_passed_over(layers, leaf):
+                logits = model(input_ids=part_labels[None], use_cache=False).logits[0]
+                loss = nn.functional.cross_entropy(logits.float(), part_labels, reduction="sum")
+                flat_gradient.append(torch.autograd.grad(loss, leaf)[0][0])
+        gradient[:, :-1] = torch.cat(flat_gradient).view_as(states[:, :-1])
+        yield gradient
+
+
+class _layers_passed_over:
+    """Inside: the first decoder layer returns `hidden`, the others what they receive."""
+
+    def __init__(self, layers: nn.ModuleList, hidden: torch.Tensor) -> None:
+        self.layers, self.hidden = layers, hidden
+
+    def __enter__(self) -> None:
+        for index, layer in enumerate(self.layers):
+            layer.forward = (lambda *a, **k: self.hidden) if index == 0 else (lambda hidden, *a, **k: hidden)
+
+    def __exit__(self, *_: object) -> None:
+        for layer in self.layers:
+            del layer.forward
+
+
+class OutputGradientMoments:
+    """Σ g gᵀ over tokens for the output of every linear of a layer, float32 a batch, float64 across batches."""
+
+    def __init__(self, layer: nn.Module, paths: list[str]) -> None:
+        self.paths = paths
+        sizes = {path: layer.get_submodule(path).weight.shape[0] for path in paths}
+        device = next(layer.parameters()).device
+        self.moments = {p: torch.zeros(n, n, dtype=torch.float64, device=device) for p, n in sizes.items()}
+        self.outputs: dict[str, torch.Tensor] = {}
+        self.tokens = 0
+        for path in paths:
+            layer.get_submodule(path).register_forward_hook(self._noting(path))
+
+    def _noting(self, path: str):  # noqa: ANN202 (a hook's closure)
+        def hook(_: nn.Module, __: tuple, output: torch.Tensor) -> None:
+            self.outputs[path] = output
+
+        return hook
+
+    def add(self, gradients: dict[str, torch.Tensor]) -> None:
+        """Add the gradients (..., m) of one batch."""
+        for path, gradient in gradients.items():
+            rows = gradient.reshape(-1, gradient.shape[-1]).float()
+            self.moments[path] += rows.T @ rows
+        self.tokens += rows.shape[0]
+
+
+def input_gradients(
+    layer: nn.Module,
+    name: str,
+    moments: OutputGradientMoments,
+    inputs: Iterator[torch.Tensor],
+    arguments: list[Arguments],
+    output_gradients: Iterator[torch.Tensor],
+) -> Iterator[torch.Tensor]:
+    """Take gradients from the outputs of `layer` to its inputs, batch by batch, filling `moments` on the way.
+
+    Raises:
+        HiSVDError: a gradient is not finite; the layer is named.
+    """
+    for hidden, (args, kwargs), gradient in zip(inputs, arguments, output_gradients, strict=True):
+        hidden.requires_grad_()
+        with torch.enable_grad():
+            output = layer(hidden, *args, **kwargs)
+            output = output[0] if isinstance(output, tuple) else output
+            outputs = [moments.outputs.pop(path) for path in moments.paths]
+            below, *at_linears = torch.autograd.grad(output, [hidden, *outputs], gradient)
+        if not torch.isfinite(below).all():
+            raise HiSVDError(f"The gradients in {name} are NaN or infinite; use --dtype float32 or --no_gradients.")
+        moments.add(dict(zip(moments.paths, at_linears, strict=True)))
+        yield below
