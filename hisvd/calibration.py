@@ -24,7 +24,7 @@ from hisvd.utils.streaming import (
 )
 from hisvd.whitening_svd import F_DAMPING, H_DAMPING, damped, left_singular_vectors, singular_values, whitened
 
-LEADING_VECTORS = 64  # right singular vectors of W that the cache keeps
+NUM_LEADING_VECTORS = 64  # right singular vectors of W that the cache keeps
 
 
 class InputMoments:
@@ -201,7 +201,7 @@ def layer_statistics(
             sublayers.append(Sublayer(f"{layer_name}.{path}", index, path, group, *weight.shape))
             tensors[f"{path}.singular_values"] = singular_values(weight)
             tensors[f"{path}.whitened_singular_values"] = singular_values(whitened(weight, h))
-            tensors[f"{path}.Vh"] = left_singular_vectors(weight.T)[:, :LEADING_VECTORS].T
+            tensors[f"{path}.Vh"] = left_singular_vectors(weight.T)[:, :NUM_LEADING_VECTORS].T
     return {name: t.float().cpu() for name, t in tensors.items()}, sublayers
 
 

@@ -12,12 +12,14 @@ from safetensors import SafetensorError
 
 from hisvd.errors import HiSVDError
 from hisvd.shape_utils import Sublayer
-from hisvd.utils.files import sha256_of_file, sha256_of_tensors, write_json, write_tensors
+from hisvd.utils.files import sha256_of_file, sha256_of_tensor, write_json, write_tensors
 from hisvd.utils.model_utils import open_safetensors
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-SPECTRA = "singular_values"  # tensors whose names end so are small, and all that a rank plan needs
+# Endings of the names of small tensors: all that a rank plan needs.
+SPECTRA = "singular_values"
+LEADING_VECTORS = "Vh"
 
 
 @dataclass
@@ -69,9 +71,8 @@ class CalibrationCache:
 
     def _write(self, file: str, tensors: dict[str, torch.Tensor]) -> dict:
         write_tensors(self.folder / file, tensors)
-        spectra = {name: t for name, t in tensors.items() if name.endswith(SPECTRA)}
-        sha256 = sha256_of_file(self.folder / file)
-        return {"file": file, "sha256": sha256, "spectra_sha256": sha256_of_tensors(spectra)}
+        small = {name: sha256_of_tensor(t) for name, t in tensors.items() if name.endswith((SPECTRA, LEADING_VECTORS))}
+        return {"file": file, "sha256": sha256_of_file(self.folder / file), "small_tensors_sha256": small}
 
     def write_manifest(self) -> None:
         """Write manifest.json atomically."""
@@ -112,19 +113,22 @@ class CalibrationCache:
             raise _damaged(path)
         return tensors
 
-    def read_spectra(self, index: int) -> dict[str, torch.Tensor]:
-        """The spectra of one layer, of both passes, checked; reads a small part of the files.
+    def read_small(self, index: int, ending: str) -> dict[str, torch.Tensor]:
+        """The tensors of one layer whose names end in SPECTRA or LEADING_VECTORS, each checked.
+
+        Reads a small part of the files.
 
         Raises:
-            HiSVDError: a file is missing, truncated or its spectra were edited.
+            HiSVDError: a file is missing, truncated or these tensors were edited.
         """
         tensors = {}
         for entry in self._files_of(index):
             path = self.folder / entry["file"]
-            spectra = self._read(path, SPECTRA)
-            if sha256_of_tensors(spectra) != entry["spectra_sha256"]:
+            found = self._read(path, ending)
+            expected = {k: v for k, v in entry["small_tensors_sha256"].items() if k.endswith(ending)}
+            if {name: sha256_of_tensor(t) for name, t in found.items()} != expected:
                 raise _damaged(path)
-            tensors |= spectra
+            tensors |= found
         return tensors
 
     def _read(self, path: Path, ending: str = "") -> dict[str, torch.Tensor]:

@@ -1,11 +1,12 @@
 """Plan the ranks from the cache, then factor the model layer by layer into shards."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from tqdm import tqdm
 
-from hisvd.calibration_cache import CalibrationCache
+from hisvd.calibration_cache import LEADING_VECTORS, SPECTRA, CalibrationCache
+from hisvd.clustering import layer_clusters
 from hisvd.component.low_rank import factor_tensors
 from hisvd.rank_allocation import loss_ranks, project_shares, ranks_from_shares, stage1_shares, uniform_shares
 from hisvd.rank_metrics import rank_of
@@ -35,6 +36,7 @@ def plan_ranks(
     modulation: str,
     lwe_strength: float,
     tail_redundancy_weight: float,
+    cluster_by: str,
 ) -> dict[float, list[int]]:
     """Ranks of all sublayers (in the order of `cache.sublayers`) for every target, from the cache alone.
 
@@ -46,36 +48,36 @@ def plan_ranks(
         HiSVDError: a damaged cache, or a target below rank 1 everywhere.
     """
     sublayers = cache.sublayers
-    spectra = [cache.read_spectra(index) for index in range(cache.num_layers)]
+    spectra = [cache.read_small(index, SPECTRA) for index in range(cache.num_layers)]
 
     def spectra_of(kind: str) -> list[torch.Tensor]:
         return [spectra[s.layer][f"{s.type}.{kind}"] for s in sublayers]
 
-    sigmas, whitened_sigmas = spectra_of("singular_values"), spectra_of("whitened_singular_values")
+    if allocation == "loss":
+        sigmas = spectra_of("two_sided_singular_values" if cache.has_gradients else "whitened_singular_values")
+        return {target: loss_ranks(sigmas, sublayers, target, form) for target in targets}
 
-    plans = {}
-    for target in targets:
-        if allocation == "loss":
-            kind = "two_sided_singular_values" if cache.has_gradients else "whitened_singular_values"
-            plans[target] = loss_ranks(spectra_of(kind), sublayers, target, form)
-            continue
+    sigmas, whitened_sigmas = spectra_of("singular_values"), spectra_of("whitened_singular_values")
+    weight_ranks = [rank_of(sigma, s.shape, rank_method) for sigma, s in zip(sigmas, sublayers, strict=True)]
+    clusters = sublayer_clusters(cache, cluster_by)
+    modulate = (modulation, lwe_strength, tail_redundancy_weight)
+
+    def shares_at(target: float) -> list[float]:
         if allocation == "uniform":
-            shares = project_shares(uniform_shares(sublayers, target), sublayers, target, form)
-        else:
-            ranks = [rank_of(sigma, s.shape, rank_method) for sigma, s in zip(sigmas, sublayers, strict=True)]
-            shares = stage1_shares(sublayers, ranks, target, alpha, form)
-            shares = stage2_shares(
-                sublayers,
-                shares,
-                whitened_sigmas,
-                target,
-                form,
-                modulation,
-                lwe_strength,
-                tail_redundancy_weight,
-            )
-        plans[target] = ranks_from_shares(shares, sublayers, target, form)
-    return plans
+            return project_shares(uniform_shares(sublayers, target), sublayers, target, form)
+        shares = stage1_shares(sublayers, weight_ranks, target, alpha, form)
+        return stage2_shares(sublayers, shares, whitened_sigmas, clusters, target, form, *modulate)
+
+    return {target: ranks_from_shares(shares_at(target), sublayers, target, form) for target in targets}
+
+
+def sublayer_clusters(cache: CalibrationCache, cluster_by: str) -> list[Hashable]:
+    """The Stage 2 cluster of every sublayer: its `type`, or its type within a run of similar layers (`type_depth`)."""
+    if cluster_by == "type":
+        return [s.type for s in cache.sublayers]
+    vectors = [cache.read_small(index, LEADING_VECTORS) for index in range(cache.num_layers)]
+    depth = layer_clusters(vectors)
+    return [(s.type, depth[s.layer]) for s in cache.sublayers]
 
 
 def compress(

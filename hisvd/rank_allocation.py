@@ -71,8 +71,8 @@ def _rank_one_numbers(sublayers: Sequence[Sublayer], target: float, form: Factor
     if sum(floors) > budget_of(sublayers, target):
         smallest = sum(floors) / sum(s.size for s in sublayers)
         raise HiSVDError(
-            f"Target {target:g} is too small for this model: rank 1 everywhere already stores {smallest:.4f} of the linear "
-            f"weights, so choose a target of at least {math.ceil(smallest * 1e4) / 1e4:g}."
+            f"Target {target:g} is too small for this model: rank 1 everywhere already stores {smallest:.4f} of the "
+            f"linear weights, so choose a target of at least {math.ceil(smallest * 1e4) / 1e4:g}."
         )
     return floors
 

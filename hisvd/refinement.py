@@ -1,7 +1,7 @@
 """Stage 2: shrink the shares of sublayer clusters whose discarded tails are redundant."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 
@@ -30,19 +30,19 @@ def stage2_shares(
     sublayers: Sequence[Sublayer],
     shares: Sequence[float],
     whitened_singular_values: Sequence[torch.Tensor],
+    clusters: Sequence[Hashable],
     target: float,
     form: FactorForm,
     modulation: str,
     lwe_strength: float,
     tail_redundancy_weight: float,
 ) -> list[float]:
-    """Stage 1 shares modulated by the LWE score of each sublayer type, projected onto the budget again.
+    """Stage 1 shares modulated by the LWE score of each sublayer's cluster, projected onto the budget again.
 
-    `whitened_singular_values` holds those of W H^{1/2} for every sublayer, largest first.
+    `whitened_singular_values` holds those of W H^{1/2} for every sublayer, largest first, `clusters` its cluster.
     """
     ranks = ranks_from_shares(shares, sublayers, target, form)
     redundancies = [tail_redundancy(q, r) for q, r in zip(whitened_singular_values, ranks, strict=True)]
-    clusters = [s.type for s in sublayers]
     scores = cluster_scores(redundancies, clusters, tail_redundancy_weight)
     factors = {c: modulation_factor(score, modulation, lwe_strength) for c, score in scores.items()}
     modulated = [share * factors[c] for share, c in zip(shares, clusters, strict=True)]

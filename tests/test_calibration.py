@@ -10,7 +10,7 @@ from conftest import build_model, calibrate_arguments, run, start
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from hisvd.calibration_cache import read_cache
+from hisvd.calibration_cache import SPECTRA, read_cache
 from hisvd.utils.data_utils import CALIBRATION_SPLIT, calibration_windows, load_text, tokenize
 
 
@@ -154,7 +154,7 @@ def test_batch_size_changes_only_rounding(model_folders, caches, tmp_path):
     assert run("calibrate", *arguments, "--batch_size", 1).code == 0
     one, four = read_cache(tmp_path / "tiny_n6_s32_with_hessian"), read_cache(caches["mistral"])
     for index in range(one.num_layers):
-        a, b = one.read_spectra(index), four.read_spectra(index)
+        a, b = one.read_small(index, SPECTRA), four.read_small(index, SPECTRA)
         assert a.keys() == b.keys()
         for name in a:
             torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-4)

@@ -210,7 +210,15 @@ def test_every_matrix_is_decomposed_once_for_several_targets(chain, monkeypatch)
 @pytest.mark.parametrize("method", ["stable", "effective", "mathematical"])
 @pytest.mark.parametrize("modulation", ["logarithmic", "power", "exponential", "linear"])
 def test_plan_only_prints_the_table_from_the_cache_alone(caches, tmp_path, method, modulation):
-    options = ["--calib_cache", f"{caches['llama']}.pkl", "--target_compression", "0.8", "--plan_only"]
+    options = [
+        "--calib_cache",
+        f"{caches['llama']}.pkl",
+        "--target_compression",
+        "0.8",
+        "--plan_only",
+        "--allocation",
+        "hisvd",
+    ]
     result = run(
         "compress", *options, "--rank_method", method, "--modulation", modulation, "--json", tmp_path / "plan.json"
     )
@@ -219,6 +227,17 @@ def test_plan_only_prints_the_table_from_the_cache_alone(caches, tmp_path, metho
     assert 0.799 <= report["linear_kept"] <= 0.8
     assert len(report["sublayers"]) == 28 and f"{report['linear_numbers_after']:,}" in result.output
     assert all(str(row["rank"]) in result.output for row in report["sublayers"] if row["form"] != "dense")
+
+
+def test_type_depth_clusters_change_the_plan_within_the_budget(caches, tmp_path):
+    options = ["--calib_cache", caches["llama"], "--target_compression", "0.6", "--plan_only", "--allocation", "hisvd"]
+    ranks = {}
+    for cluster_by in ("type", "type_depth"):
+        assert run("compress", *options, "--cluster_by", cluster_by, "--json", tmp_path / "p.json").code == 0
+        (report,) = json.loads((tmp_path / "p.json").read_text())
+        assert 0.599 <= report["linear_kept"] <= 0.6
+        ranks[cluster_by] = [row["rank"] for row in report["sublayers"]]
+    assert ranks["type"] != ranks["type_depth"]
 
 
 def test_the_published_command_line_and_deterministic_output(chain):

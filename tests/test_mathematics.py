@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hisvd.cluster_sublayer_lwe import cluster_scores, tail_redundancy
+from hisvd.clustering import layer_clusters, subspace_overlap
 from hisvd.errors import HiSVDError
 from hisvd.pivoting import pack_pivoted, unpack_pivoted
 from hisvd.rank_allocation import (
@@ -32,6 +33,8 @@ from hisvd.whitening_svd import (
 FORMS = ("pivoted", "svd")
 SHAPES = {"q": (64, 64), "k": (32, 64), "up": (160, 64), "down": (64, 160)}
 SUBLAYERS = [Sublayer(f"{i}.{t}", i, t, t, *shape) for i in range(6) for t, shape in SHAPES.items()]
+
+TYPES = [s.type for s in SUBLAYERS]
 
 
 def total(ranks, form):
@@ -112,7 +115,7 @@ def test_budget_is_met_from_below_and_spent(form, target, method):
     ranks = [rank_of(sigma, s.shape, method) for sigma, s in zip(spectra, SUBLAYERS, strict=True)]
     shares = stage1_shares(SUBLAYERS, ranks, target, 1.0, form)
     assert sum(shares) == pytest.approx(budget_of(SUBLAYERS, target), rel=1e-9)
-    shares = stage2_shares(SUBLAYERS, shares, spectra, target, form, "logarithmic", 1.0, 1.0)
+    shares = stage2_shares(SUBLAYERS, shares, spectra, TYPES, target, form, "logarithmic", 1.0, 1.0)
     assert sum(shares) == pytest.approx(budget_of(SUBLAYERS, target), rel=1e-9)
     assert_budget_spent(ranks_from_shares(shares, SUBLAYERS, target, form), target, form)
 
@@ -210,11 +213,32 @@ def test_stage2_takes_from_the_types_with_redundant_tails(modulation):
     flat = {"q": 0.0, "k": 0.001, "up": 0.02, "down": 0.2}  # decay: the faster, the more redundant the tail
     spectra = [torch.exp(-flat[s.type] * torch.arange(s.full_rank)) for s in SUBLAYERS]
     shares = project_shares(uniform_shares(SUBLAYERS, 0.5), SUBLAYERS, 0.5, "pivoted")
-    refined = stage2_shares(SUBLAYERS, shares, spectra, 0.5, "pivoted", modulation, 0.5, 1.0)
+    refined = stage2_shares(SUBLAYERS, shares, spectra, TYPES, 0.5, "pivoted", modulation, 0.5, 1.0)
     change = {s.type: new / old for s, new, old in zip(SUBLAYERS, refined, shares, strict=True)}
     assert change["q"] > change["k"] > change["up"] > change["down"]
-    unchanged = stage2_shares(SUBLAYERS, shares, spectra, 0.5, "pivoted", modulation, 0.0, 1.0)
+    unchanged = stage2_shares(SUBLAYERS, shares, spectra, TYPES, 0.5, "pivoted", modulation, 0.0, 1.0)
     assert unchanged == pytest.approx(shares)
+
+
+# --- clusters of adjacent layers ---
+
+
+def test_overlap_of_equal_orthogonal_and_half_equal_subspaces():
+    eye = torch.eye(6)
+    assert subspace_overlap(eye[:2], eye[:2]) == pytest.approx(1)
+    assert subspace_overlap(eye[:2], eye[2:4]) == pytest.approx(0)
+    assert subspace_overlap(eye[:2], eye[1:3]) == pytest.approx(0.5)
+
+
+def test_layers_are_cut_where_their_subspaces_change():
+    torch.manual_seed(0)
+    parents = [torch.linalg.qr(torch.randn(40, 4)).Q for _ in range(3)]
+    sizes, layers = (2, 4, 3), []
+    for parent, size in zip(parents, sizes, strict=True):
+        for _ in range(size):
+            layers.append({"q": torch.linalg.qr(parent + 0.05 * torch.randn(40, 4)).Q.T})
+    assert layer_clusters(layers) == [0, 0, 1, 1, 1, 1, 2, 2, 2]  # three: the square root of nine
+    assert layer_clusters(layers[:1]) == [0]
 
 
 # --- whitened truncation ---

@@ -68,13 +68,9 @@ def sha256_of_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def sha256_of_tensors(tensors: dict[str, torch.Tensor]) -> str:
-    """Hex digest of the tensors' names and bytes, in name order."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+def sha256_of_tensor(tensor: torch.Tensor) -> str:
+    """Hex digest of a CPU tensor's bytes."""
+    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().data).hexdigest()
 
 
 def make_folder(path: Path) -> Path:

@@ -61,6 +61,13 @@ def parse_targets(text: str) -> list[float]:
 )
 @click.option("--tail_redundancy_weight", type=click.FloatRange(0), default=1.0, show_default=True)
 @click.option(
+    "--cluster_by",
+    type=click.Choice(["type", "type_depth"]),
+    default="type",
+    show_default=True,
+    help="Stage 2 clusters: a sublayer type, or a type within a run of similar adjacent layers.",
+)
+@click.option(
     "--allocation",
     type=click.Choice(["hisvd", "loss", "uniform"]),
     help="[default: loss where the cache has gradients, else hisvd]",
