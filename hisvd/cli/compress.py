@@ -198,9 +198,9 @@ def rank_table(cache: CalibrationCache, ranks: list[int], form: str) -> str:
 def summary(report: dict) -> str:
     """One line about the linear weights."""
     before, after = report["linear_numbers_before"], report["linear_numbers_after"]
-    line = (
-        f"Target {report['target_compression']:g}: {after:,} of {before:,} linear numbers kept ({after / before:.3%})"
-    )
+    how = ", ".join(report["settings"][key] for key in ("allocation", "whitening", "factors"))
+    line = f"Target {report['target_compression']:g} ({how}): {after:,} of {before:,} linear numbers kept"
+    line += f" ({after / before:.3%})"
     if report["linear_numbers_planned"] != after:
         line += f"; multiplied back from {report['linear_numbers_planned']:,} factored ones (--export dense)"
     return line
