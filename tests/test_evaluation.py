@@ -60,6 +60,18 @@ def test_original_folder_and_pt_in_one_table_with_json(chain, model_folders, tmp
         assert f"{figures['perplexity']['python-docs']['perplexity']:.2f}" in result.output
 
 
+def test_bfloat16_keeps_the_rotary_frequencies_in_float32(chain, monkeypatch):
+    from hisvd.cli import evaluate
+
+    seen = []
+    real = evaluate.perplexity
+    monkeypatch.setattr(evaluate, "perplexity", lambda model, *a: seen.append(model) or real(model, *a))
+    options = ["--datasets", "python-docs", "--nsamples", 1, "--seqlen", 32, "--dtype", "bfloat16"]
+    assert run("evaluate", "--model_path", chain("llama", "0.8", "out"), *options).code == 0
+    assert seen[0].dtype == torch.bfloat16
+    assert seen[0].model.rotary_emb.inv_freq.dtype == torch.float32
+
+
 def test_seqlen_beyond_the_models_limit_is_refused(model_folders):
     options = ["--model_path", model_folders["llama"], "--datasets", "python-docs"]
     expect_sentence(run("evaluate", *options, "--seqlen", 129), "129", "128")

@@ -226,11 +226,11 @@ def resolve_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def resolve_dtype(dtype: str, device: torch.device, stored: torch.dtype | None) -> torch.dtype:
+def resolve_dtype(dtype: str, device: torch.device, stored: torch.dtype | None) -> torch.dtype | None:
     """`auto` is float32 on the CPU (exact, and as fast there as half precision), else the checkpoint's dtype."""
     if dtype != "auto":
         return getattr(torch, dtype)
-    return torch.float32 if device.type == "cpu" else stored or torch.bfloat16
+    return torch.float32 if device.type == "cpu" else stored
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

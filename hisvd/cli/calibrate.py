@@ -1,6 +1,7 @@
 """calibrate.py: measure a model's input second moments once, into a cache that compress.py reads."""
 
 import click
+import torch
 
 from hisvd.calibration import Calibration, open_or_create_cache
 from hisvd.calibration_cache import cache_folder
@@ -73,7 +74,7 @@ def main(
     """
     checkpoint = open_checkpoint(model_path)
     torch_device = resolve_device(device)
-    torch_dtype = resolve_dtype(dtype, torch_device, checkpoint.config.dtype)
+    torch_dtype = resolve_dtype(dtype, torch_device, checkpoint.config.dtype or torch.bfloat16)
     ids = tokenize(load_text(dataset, CALIBRATION_SPLIT, data_dir), load_tokenizer(checkpoint.folder))
     tokens = calibration_windows(ids, nsamples, seqlen, sampling, seed, dataset)
     identity = {

@@ -76,8 +76,8 @@ def evaluate_model(
     reset_peak_memory(torch_device)
     tokenizer = tokenizer_of(model_path)
     ids = {name: tokenize(text, tokenizer) for name, text in texts.items()}
-    model = load(model_path)
-    model = model.to(torch_device, resolve_dtype(dtype, torch_device, model.dtype))
+    # Not load().to(dtype): that would round the rotary frequencies, which from_pretrained keeps in float32.
+    model = load(model_path, resolve_dtype(dtype, torch_device, None), torch_device)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or DEFAULT_SEQLEN
     length = seqlen or min(DEFAULT_SEQLEN, limit)
     if length > limit:
