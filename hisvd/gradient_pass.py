@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from hisvd.component.adapter import Adapter
 from hisvd.errors import HiSVDError
 from hisvd.utils.eval_utils import LOGITS_AT_ONCE
-from hisvd.utils.streaming import Arguments, decoder_layers
+from hisvd.utils.streaming import Arguments, decoder_layers, replaced_forwards
 
 
 def gradients_at_top(
@@ -33,27 +33,14 @@ def gradients_at_top(
         labels = ids[:, 1:].flatten().to(states.device)
         for part, part_labels in zip(flat.split(chunk), labels.split(chunk), strict=True):
             leaf = part[None].detach().requires_grad_()
-            with torch.enable_grad(), _layers_passed_over(layers, leaf):
+            passed_over = dict.fromkeys(layers, lambda hidden, *args, **kwargs: hidden)
+            passed_over[layers[0]] = lambda *args, leaf=leaf, **kwargs: leaf
+            with torch.enable_grad(), replaced_forwards(passed_over):
                 logits = model(input_ids=part_labels[None], use_cache=False).logits[0]
                 loss = nn.functional.cross_entropy(logits.float(), part_labels, reduction="sum")
                 flat_gradient.append(torch.autograd.grad(loss, leaf)[0][0])
         gradient[:, :-1] = torch.cat(flat_gradient).view_as(states[:, :-1])
         yield gradient
-
-
-class _layers_passed_over:
-    """Inside: the first decoder layer returns `hidden`, the others what they receive."""
-
-    def __init__(self, layers: nn.ModuleList, hidden: torch.Tensor) -> None:
-        self.layers, self.hidden = layers, hidden
-
-    def __enter__(self) -> None:
-        for index, layer in enumerate(self.layers):
-            layer.forward = (lambda *a, **k: self.hidden) if index == 0 else (lambda hidden, *a, **k: hidden)
-
-    def __exit__(self, *_: object) -> None:
-        for layer in self.layers:
-            del layer.forward
 
 
 class OutputGradientMoments:

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from hisvd.component.families import adapter_for
 from hisvd.component.low_rank import LowRankLinear, PivotedLinear
-from hisvd.utils.streaming import decoder_layers
+from hisvd.utils.streaming import decoder_layers, replaced_forwards
 
 LOGITS_AT_ONCE = 2**25  # numbers: 128 MiB in float32, whatever the vocabulary
 PROMPT_TOKENS = 32
@@ -52,13 +52,10 @@ def head_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     The model's forward runs with a decoder that returns `hidden`, so that scaling or soft-capping of a
     family's logits is applied as it does.
     """
-    decoder = model.get_decoder()
-    decoder.forward = lambda *args, **kwargs: BaseModelOutputWithPast(last_hidden_state=hidden[None])
-    try:
-        dummy = torch.zeros(1, hidden.shape[0], dtype=torch.long, device=hidden.device)
+    dummy = torch.zeros(1, hidden.shape[0], dtype=torch.long, device=hidden.device)
+    output = BaseModelOutputWithPast(last_hidden_state=hidden[None])
+    with replaced_forwards({model.get_decoder(): lambda *args, **kwargs: output}):
         return model(input_ids=dummy, use_cache=False).logits[0]
-    finally:
-        del decoder.forward
 
 
 @torch.inference_mode()

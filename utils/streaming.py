@@ -6,7 +6,7 @@ forward uses them.
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,18 @@ class ActivationFile:
         with open(self.path, "rb") as file:
             while data := bytearray(file.read(batch_size * self.bytes_per_sequence)):
                 yield torch.frombuffer(data, dtype=self.dtype).view(-1, *self.shape[1:]).to(device)
+
+
+@contextmanager
+def replaced_forwards(forwards: dict[nn.Module, Callable]) -> Iterator[None]:
+    """Inside: each module's forward is the given one. The class's own forwards come back, whatever happens."""
+    for module, forward in forwards.items():
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module in forwards:
+            del module.forward
 
 
 def decoder_layers(model: PreTrainedModel, adapter: Adapter) -> nn.ModuleList:
@@ -131,15 +143,10 @@ def first_inputs(
         return forward
 
     def batches() -> Iterator[torch.Tensor]:
-        for index, layer in enumerate(layers):
-            layer.forward = noting(index)
-        try:
+        with replaced_forwards({layer: noting(index) for index, layer in enumerate(layers)}):
             for batch in tokens.split(batch_size):
                 model.base_model(input_ids=batch.to(device), use_cache=False)
                 yield first.pop()
-        finally:
-            for layer in layers:
-                del layer.forward
 
     return batches(), calls
 

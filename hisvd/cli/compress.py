@@ -115,6 +115,7 @@ def main(context: click.Context, **options: object) -> None:
     for name in ("model_path", "save_model"):
         if not options[name]:
             raise click.MissingParameter(ctx=context, param_hint=f"--{name}", param_type="option")
+    device = resolve_device(options["device"])
     checkpoint = open_checkpoint(options["model_path"])
     check_same_model(cache, checkpoint.fingerprint(), checkpoint.folder)
 
@@ -133,7 +134,7 @@ def main(context: click.Context, **options: object) -> None:
         form=settings["factors"],
         whitening=settings["whitening"],
         export=settings["export"],
-        device=resolve_device(options["device"]),
+        device=device,
     )
     reports = []
     for target, writer in writers.items():
