@@ -8,12 +8,11 @@ file. The reference holds for SmolLM2-135M-Instruct of the PyPI package llm-smol
 """
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import click
 import torch
+from common import calibrated, compressed, file_name, run
 
 from hisvd.cli.common import table
 from hisvd.component.families import adapter_for
@@ -24,8 +23,7 @@ from hisvd.utils.model_utils import load, load_tokenizer
 from hisvd.utils.streaming import decoder_layers
 from hisvd.whitening_svd import left_singular_vectors, low_rank_factors
 
-ROOT = Path(__file__).parents[1]
-TARGETS = ("0.8", "0.6")
+TARGETS = ["0.8", "0.6"]
 DENSE = 36.01
 # method → (options of compress.py, reference perplexity at 0.8 and 0.6)
 METHODS = {
@@ -59,11 +57,6 @@ def plain_svd_rounded_down(model_path: str, target: float, text: str) -> float:
     return perplexity(model, evaluation_windows(ids, 512, 16, text), "plain SVD")["perplexity"]
 
 
-def run(program: str, *arguments: str) -> None:
-    """Run one of the programs as a user would."""
-    subprocess.run([sys.executable, str(ROOT / program), *arguments], check=True, stdout=subprocess.DEVNULL)
-
-
 @click.command()
 @click.option("--model_path", required=True)
 @click.option("--calibration_text", required=True)
@@ -71,26 +64,12 @@ def run(program: str, *arguments: str) -> None:
 @click.option("--work_dir", type=click.Path(path_type=Path), default="results/reference", show_default=True)
 def main(model_path: str, calibration_text: str, evaluation_text: str, work_dir: Path) -> None:
     """Calibrate once, compress by every method, evaluate; what exists in the work folder is reused."""
-    calibration = f"--nsamples 48 --grad_nsamples 48 --seqlen 512 --sampling first --dataset {calibration_text}".split()
-    run(
-        "calibrate.py",
-        "--model_path",
-        model_path,
-        "--model_name",
-        "reference",
-        "--output_dir",
-        str(work_dir),
-        *calibration,
-    )
-    cache = work_dir / "reference_n48_s512_with_hessian"
+    cache = calibrated(model_path, calibration_text, work_dir, nsamples=48, grad_nsamples=48)
     models = [(Path(model_path), "dense", "1.0", DENSE)]
     for method, (options, reference) in METHODS.items():
-        output = work_dir / method.replace(", ", "_").replace(" ", "-").replace("+", "and")
-        outputs = [output.with_name(f"{output.name}_{100 * float(t):g}p") for t in TARGETS]
-        if not all(path.exists() for path in outputs):
-            where = ["--model_path", model_path, "--calib_cache", str(cache), "--save_model", str(output)]
-            run("compress.py", *where, "--target_compression", ",".join(TARGETS), *options.split())
-        models += [(path, method, t, ppl) for path, t, ppl in zip(outputs, TARGETS, reference, strict=True)]
+        options += " --update none"
+        paths = compressed(model_path, cache, work_dir / file_name(method), TARGETS, options)
+        models += [(path, method, target, ppl) for path, target, ppl in zip(paths, TARGETS, reference, strict=True)]
 
     figures = work_dir / "evaluation.json"
     paths = [argument for path, *_ in models for argument in ("--model_path", str(path))]

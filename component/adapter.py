@@ -12,11 +12,13 @@ class Adapter:
     `layers` is the path of the decoder layers in the causal language model. `inputs` maps the name of each
     shared input to the sublayers that read it (paths inside a decoder layer), in the order of the forward.
     An empty `inputs` means: every nn.Linear inside the decoder layers, grouped by the tensor they receive.
+    `stream` names the sublayers whose outputs are added to the residual stream as they are, in order.
     """
 
     family: str
     layers: str
     inputs: dict[str, tuple[str, ...]]
+    stream: tuple[str, ...] = ()
 
     def sublayer_paths(self, layer: nn.Module) -> list[str]:
         """Paths of the linear sublayers inside `layer`, in the order of the forward."""

@@ -11,4 +11,5 @@ ADAPTER = Adapter(
         "mlp_in": ("mlp.gate_proj", "mlp.up_proj"),
         "mlp_mid": ("mlp.down_proj",),
     },
+    stream=("self_attn.o_proj", "mlp.down_proj"),
 )

@@ -95,6 +95,7 @@ class Calibration:
         Raises:
             HiSVDError: missing or non-finite weights, or non-finite activations.
         """
+        self.cache.write_tokens(self.tokens)
         if not self.cache.complete:
             load_outside_layers(self.model, self.adapter, self.checkpoint, self.device, self.dtype)
             self.forward_pass()

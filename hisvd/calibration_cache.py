@@ -1,6 +1,7 @@
 """The calibration cache on disk: a folder with manifest.json and, a decoder layer, one safetensors file for each pass.
 
 The forward pass writes layer_000.safetensors upwards, the gradient pass gradients_000.safetensors from the top down.
+tokens.safetensors holds the calibration text, for what compress.py measures again on the compressed layers.
 """
 
 import json
@@ -12,11 +13,14 @@ from safetensors import SafetensorError
 
 from hisvd.errors import HiSVDError
 from hisvd.shape_utils import Sublayer
+from hisvd.utils.data_utils import token_fingerprint
 from hisvd.utils.files import sha256_of_file, sha256_of_tensor, write_json, write_tensors
 from hisvd.utils.model_utils import open_safetensors
+from hisvd.whitening_svd import F_DAMPING, H_DAMPING, SecondMoment, damped
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+TOKENS = "tokens.safetensors"
 # Endings of the names of small tensors: all that a rank plan needs.
 SPECTRA = "singular_values"
 LEADING_VECTORS = "Vh"
@@ -87,6 +91,22 @@ class CalibrationCache:
         }
         write_json(self.folder / MANIFEST, manifest)
 
+    def write_tokens(self, tokens: torch.Tensor) -> None:
+        """Keep the calibration tokens (nsamples, seqlen), unless they are there."""
+        if not (self.folder / TOKENS).exists():
+            write_tensors(self.folder / TOKENS, {"tokens": tokens.int()})
+
+    def read_tokens(self) -> torch.Tensor:
+        """The calibration tokens (nsamples, seqlen), int64, checked against the fingerprint of the data.
+
+        Raises:
+            HiSVDError: the file is missing, truncated or edited.
+        """
+        tokens = self._read(self.folder / TOKENS).get("tokens", torch.empty(0)).long()
+        if token_fingerprint(tokens) != self.identity["data"]:
+            raise _damaged(self.folder / TOKENS)
+        return tokens
+
     def read_layer(self, index: int) -> dict[str, torch.Tensor]:
         """All tensors of one layer, of both passes, checked against the manifest's checksums.
 
@@ -137,6 +157,19 @@ class CalibrationCache:
                 return {k: file.get_tensor(k).clone() for k in file.keys() if k.endswith(ending)}  # noqa: SIM118
         except SafetensorError:
             raise _damaged(path) from None
+
+
+def second_moments(
+    sublayer: Sublayer, statistics: dict[str, torch.Tensor], whitening: str, device: torch.device
+) -> tuple[SecondMoment | None, SecondMoment | None]:
+    """(H, F) of a sublayer as `whitening` wants them: `two_sided`, `input` (no F) or `none`."""
+
+    def moment(prefix: str, damping: float) -> SecondMoment:
+        return damped(*(statistics[f"{prefix}{k}"].to(device) for k in ("eigenvalues", "eigenvectors")), damping)
+
+    h = moment(f"{sublayer.input_group}.", H_DAMPING) if whitening != "none" else None
+    f = moment(f"{sublayer.type}.F_", F_DAMPING) if whitening == "two_sided" else None
+    return h, f
 
 
 def _damaged(path: Path) -> HiSVDError:

@@ -1,28 +1,21 @@
 """Plan the ranks from the cache, then factor the model layer by layer into shards."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 import torch
 from tqdm import tqdm
 
-from hisvd.calibration_cache import LEADING_VECTORS, SPECTRA, CalibrationCache
+from hisvd.calibration_cache import LEADING_VECTORS, SPECTRA, CalibrationCache, second_moments
 from hisvd.clustering import layer_clusters
 from hisvd.component.low_rank import factor_tensors
 from hisvd.rank_allocation import loss_ranks, project_shares, ranks_from_shares, stage1_shares, uniform_shares
 from hisvd.rank_metrics import rank_of
 from hisvd.refinement import stage2_shares
+from hisvd.sequential_update import SequentialUpdate
 from hisvd.shape_utils import FactorForm, Sublayer, is_dense
 from hisvd.utils.model_utils import Checkpoint
 from hisvd.utils.save_utils import ModelWriter
-from hisvd.whitening_svd import (
-    F_DAMPING,
-    H_DAMPING,
-    SecondMoment,
-    damped,
-    left_singular_vectors,
-    low_rank_factors,
-    whitened,
-)
+from hisvd.whitening_svd import left_singular_vectors, low_rank_factors, whitened
 
 
 def plan_ranks(
@@ -88,48 +81,70 @@ def compress(
     *,
     form: FactorForm,
     whitening: str,
+    update: str,
     export: str,
     device: torch.device,
 ) -> None:
-    """Write the factored shards of every target, one decoder layer in memory, each matrix decomposed once.
+    """Write the factored shards of every target, layer by layer; shards from an interrupted run are kept.
 
-    Shards that a writer has from an interrupted run are kept. `export` "dense" multiplies the factors back.
+    `update` "sequential" fits each layer to what the compressed layers below it deliver, see sequential_update;
+    "none" decomposes each matrix once for all targets. `export` "dense" multiplies the factors back.
 
     Raises:
-        HiSVDError: non-finite weights, or a damaged cache.
+        HiSVDError: non-finite weights or activations, or a damaged cache.
     """
-    rank_tables = {t: dict(zip((s.name for s in cache.sublayers), ranks, strict=True)) for t, ranks in plans.items()}
-    rest = set(checkpoint.files)
-    for index in tqdm(range(cache.num_layers), "compressing layers"):
-        sublayers = cache.sublayers_of(index)
-        names = layer_tensor_names(checkpoint, sublayers[0])
-        rest -= names
-        open_targets = [t for t in plans if not writers[t].has_shard(index)]
-        if not open_targets:
-            continue
-        original = checkpoint.read(names)
-        statistics = cache.read_layer(index)
-        shards = {t: dict(original) for t in open_targets}
-        for sublayer in sublayers:
+    ranks = {t: dict(zip((s.name for s in cache.sublayers), plan, strict=True)) for t, plan in plans.items()}
+    done = [writer.shards_done() for writer in writers.values()]
+    start, sequential = min(done), None
+    if update == "sequential" and start < cache.num_layers:
+        folders = {target: writer.folder for target, writer in writers.items()}
+        in_step = max(done) <= start + 1  # else the files hold hidden states of several layers
+        dtype = getattr(torch, cache.identity["dtype"].removeprefix("torch."))
+        sequential = SequentialUpdate(checkpoint, cache, folders, start if in_step else 0, device, dtype)
+        start = sequential.first_layer
+    for index in tqdm(range(start, cache.num_layers), "compressing layers", cache.num_layers, initial=start):
+        original = checkpoint.read(layer_tensor_names(checkpoint, cache.sublayers_of(index)[0]))
+        if sequential:
+            weights = sequential.factor_layer(index, ranks, form, whitening)
+        else:
+            weights = factor_layer(checkpoint, cache, index, ranks, original, form, whitening, device)
+        shards = {target: dict(original) for target in plans}
+        for target, sublayer, factors in weights:
             key = checkpoint.stored_name(f"{sublayer.name}.weight")
-            ranks = {t: rank_tables[t][sublayer.name] for t in open_targets}
-            factored = {t: r for t, r in ranks.items() if not is_dense(r, sublayer.shape, form)}
-            if not factored:
-                continue
-            weight = original[key].to(device)
-            h, f = second_moments(sublayer, statistics, whitening, device)
-            basis = left_singular_vectors(whitened(weight, h, f))
-            for target, rank in factored.items():
-                left, right = low_rank_factors(weight, basis, rank, f)
-                del shards[target][key]
-                for name, tensor in exported(left, right, form, export).items():
-                    stored = tensor.to("cpu", weight.dtype if tensor.is_floating_point() else tensor.dtype)
-                    shards[target][f"{key.removesuffix('weight')}{name}"] = stored
+            dtype = shards[target].pop(key).dtype
+            for name, tensor in exported(factors, form, export).items():
+                stored = tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
+                shards[target][f"{key.removesuffix('weight')}{name}"] = stored
         for target, shard in shards.items():
-            writers[target].write_shard(index, shard)
+            if not writers[target].has_shard(index):
+                writers[target].write_shard(index, shard)
+    inside = {n for i in range(cache.num_layers) for n in layer_tensor_names(checkpoint, cache.sublayers_of(i)[0])}
     for writer in writers.values():
         if not writer.has_shard(cache.num_layers):
-            writer.write_shard(cache.num_layers, checkpoint.read(rest))
+            writer.write_shard(cache.num_layers, checkpoint.read(set(checkpoint.files) - inside))
+
+
+def factor_layer(
+    checkpoint: Checkpoint,
+    cache: CalibrationCache,
+    index: int,
+    ranks: dict[float, dict[str, int]],
+    original: dict[str, torch.Tensor],
+    form: FactorForm,
+    whitening: str,
+    device: torch.device,
+) -> Iterator[tuple[float, Sublayer, tuple[torch.Tensor, ...]]]:
+    """Yield (target, sublayer, (left, right)) for what is factored in layer `index`; float64, one basis a matrix."""
+    statistics = cache.read_layer(index)
+    for s in cache.sublayers_of(index):
+        factored = [t for t in ranks if not is_dense(ranks[t][s.name], s.shape, form)]
+        if not factored:
+            continue
+        weight = original[checkpoint.stored_name(f"{s.name}.weight")].to(device)
+        h, f = second_moments(s, statistics, whitening, device)
+        basis = left_singular_vectors(whitened(weight, h, f))
+        for target in factored:
+            yield target, s, low_rank_factors(weight, basis, ranks[target][s.name], f)
 
 
 def layer_tensor_names(checkpoint: Checkpoint, first: Sublayer) -> set[str]:
@@ -138,19 +153,9 @@ def layer_tensor_names(checkpoint: Checkpoint, first: Sublayer) -> set[str]:
     return {name for name in checkpoint.files if name.startswith(prefix)}
 
 
-def second_moments(
-    sublayer: Sublayer, statistics: dict[str, torch.Tensor], whitening: str, device: torch.device
-) -> tuple[SecondMoment | None, SecondMoment | None]:
-    """(H, F) of a sublayer as `whitening` wants them: `two_sided`, `input` (no F) or `none`."""
-
-    def moment(prefix: str, damping: float) -> SecondMoment:
-        return damped(*(statistics[f"{prefix}{k}"].to(device) for k in ("eigenvalues", "eigenvectors")), damping)
-
-    h = moment(f"{sublayer.input_group}.", H_DAMPING) if whitening != "none" else None
-    f = moment(f"{sublayer.type}.F_", F_DAMPING) if whitening == "two_sided" else None
-    return h, f
-
-
-def exported(left: torch.Tensor, right: torch.Tensor, form: FactorForm, export: str) -> dict[str, torch.Tensor]:
-    """State dict entries for a pair of factors: those of the factored module, or one dense `weight`."""
+def exported(weights: tuple[torch.Tensor, ...], form: FactorForm, export: str) -> dict[str, torch.Tensor]:
+    """State dict entries for (left, right), as factored module or multiplied back, or for one dense weight."""
+    if len(weights) == 1:
+        return {"weight": weights[0]}
+    left, right = weights
     return {"weight": left @ right} if export == "dense" else factor_tensors(left, right, form)

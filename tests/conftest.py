@@ -11,6 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read at import: the Hub is out of reach, s
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
@@ -23,6 +24,7 @@ from transformers import (
 
 from hisvd.cli import calibrate, compress, evaluate
 from hisvd.utils.data_utils import CALIBRATION_SPLIT, load_text
+from hisvd.utils.model_utils import read_pt
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = {"calibrate": calibrate.main, "compress": compress.main, "evaluate": evaluate.main}
@@ -33,6 +35,8 @@ CONFIGS = {
     "mistral": MistralConfig(**SHARED, **HEADS, sliding_window=8, head_dim=24),
     "qwen2": Qwen2Config(**SHARED, **HEADS),  # biases on q, k, v, and no adapter: the generic one
 }
+
+IDS = torch.arange(40).view(2, 20)
 
 
 @dataclass
@@ -64,6 +68,21 @@ def expect_sentence(result: Result, *fragments: str) -> None:
     assert "Traceback" not in result.error
     for fragment in fragments:
         assert fragment in lines[0], (fragment, lines[0])
+
+
+def saved_tensors(path):
+    if path.is_file():
+        return read_pt(path)[1]
+    return {k: v for file in path.glob("*.safetensors") for k, v in load_file(file).items()}
+
+
+def linear_numbers(tensors):
+    """Stored numbers of the decoder's linear weights, from the tensors alone."""
+    return sum(
+        t.numel()
+        for name, t in tensors.items()
+        if "proj" in name and not name.endswith(("bias", "permutation")) and t.dim() == 2
+    )
 
 
 @pytest.fixture(scope="session")

@@ -87,6 +87,7 @@ def test_without_gradients_the_cache_holds_only_the_forward_pass(model_folders, 
     assert sorted(f.name for f in forward.iterdir()) == [
         *(f"layer_{i:03d}.safetensors" for i in range(4)),
         "manifest.json",
+        "tokens.safetensors",
     ]
     for i in range(4):
         assert (forward / f"layer_{i:03d}.safetensors").read_bytes() == (
@@ -135,7 +136,7 @@ def test_killed_run_resumes_to_the_same_bits_and_redoes_no_layer(whole_run, tmp_
     assert all((folder / file).stat().st_mtime_ns == stamp for file, stamp in kept.items())
     names = sorted(f.name for f in whole.iterdir())
     assert names == sorted(f.name for f in folder.iterdir() if not f.name.endswith(".tmp"))
-    assert len(names) == 17  # a manifest, 8 layers, 8 gradients: hidden states are gone
+    assert len(names) == 18  # a manifest, tokens, 8 layers, 8 gradients: hidden states are gone
     for name in names:
         assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
 

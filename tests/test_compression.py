@@ -4,29 +4,11 @@ import json
 
 import pytest
 import torch
-from conftest import calibrate_arguments, expect_sentence, run
-from safetensors.torch import load_file, safe_open
+from conftest import IDS, calibrate_arguments, expect_sentence, linear_numbers, run, saved_tensors
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import hisvd
-from hisvd.utils.model_utils import read_pt
-
-IDS = torch.arange(40).view(2, 20)
-
-
-def saved_tensors(path):
-    if path.is_file():
-        return read_pt(path)[1]
-    return {k: v for file in path.glob("*.safetensors") for k, v in load_file(file).items()}
-
-
-def linear_numbers(tensors):
-    """Stored numbers of the decoder's linear weights, from the tensors alone."""
-    return sum(
-        t.numel()
-        for name, t in tensors.items()
-        if "proj" in name and not name.endswith(("bias", "permutation")) and t.dim() == 2
-    )
 
 
 @pytest.mark.parametrize("form", ["pivoted", "svd"])
@@ -91,15 +73,11 @@ def test_pivoted_equals_svd_of_the_same_ranks(model_folders, caches, tmp_path):
     ranks = [max(1, s.full_rank // 3) for s in cache.sublayers]
     weights = {}
     for form in ("pivoted", "svd"):
-        writers = {0.5: ModelWriter(tmp_path / form, {}, cache.num_layers + 1)}
-        device = torch.device("cpu")
-        compress(checkpoint, cache, {0.5: ranks}, writers, form=form, whitening="input", export="dense", device=device)
-        weights[form] = saved_tensors(writers[0.5].folder)
-        compress_to = {0.5: ModelWriter(tmp_path / f"{form}_factored", {}, cache.num_layers + 1)}
-        compress(
-            checkpoint, cache, {0.5: ranks}, compress_to, form=form, whitening="input", export="none", device=device
-        )
-        weights[f"{form}_factored"] = saved_tensors(compress_to[0.5].folder)
+        for name, export in ((form, "dense"), (f"{form}_factored", "none")):
+            writers = {0.5: ModelWriter(tmp_path / name, {}, cache.num_layers + 1)}
+            settings = {"form": form, "whitening": "input", "update": "none", "export": export}
+            compress(checkpoint, cache, {0.5: ranks}, writers, **settings, device=torch.device("cpu"))
+            weights[name] = saved_tensors(writers[0.5].folder)
     for name, dense in weights["svd"].items():
         torch.testing.assert_close(dense, weights["pivoted"][name], rtol=1e-4, atol=1e-6)
     stored = {form: linear_numbers(weights[f"{form}_factored"]) for form in ("pivoted", "svd")}

@@ -10,9 +10,8 @@ from conftest import ROOT, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hisvd
-from hisvd.calibration_cache import read_cache
+from hisvd.calibration_cache import read_cache, second_moments
 from hisvd.component.low_rank import swap_linears
-from hisvd.compression import second_moments
 from hisvd.pivoting import pack_pivoted
 from hisvd.utils.data_utils import EVALUATION_SPLIT, evaluation_windows, load_text, tokenize
 from hisvd.utils.eval_utils import perplexity
@@ -108,10 +107,10 @@ def test_packing_loses_nothing_on_real_weights(cache):
     assert largest < 1.5
 
 
-def test_both_forms_of_the_same_ranks_have_the_same_perplexity_in_bfloat16(cache, compressed, windows):
+def test_both_forms_of_the_same_ranks_have_the_same_perplexity_when_stored_in_bfloat16(cache, compressed, windows):
+    """In float32 arithmetic: that of bfloat16 scatters by 0.2 % on so few tokens, in either form."""
     checkpoint, statistics = open_checkpoint(str(MODEL)), read_cache(cache)
-    pivoted, svd = hisvd.load(compressed / "default_80p"), hisvd.load(MODEL)
-    assert pivoted.dtype == svd.dtype == torch.bfloat16
+    pivoted, svd = hisvd.load(compressed / "default_80p", torch.float32), hisvd.load(MODEL, torch.float32)
     ranks = {name: entry["rank"] for name, entry in pivoted.config.quantization_config.modules.items()}
     swap_linears(svd, {name: {"form": "svd", "rank": rank} for name, rank in ranks.items()})
     for index in range(statistics.num_layers):
@@ -119,8 +118,8 @@ def test_both_forms_of_the_same_ranks_have_the_same_perplexity_in_bfloat16(cache
         for s in (s for s in statistics.sublayers_of(index) if s.name in ranks):
             weight = checkpoint.read([f"{s.name}.weight"])[f"{s.name}.weight"]
             h, f = second_moments(s, tensors, "two_sided", torch.device("cpu"))
-            left, right = low_rank_factors(weight, left_singular_vectors(whitened(weight, h, f)), ranks[s.name], f)
-            svd.get_submodule(s.name).load_state_dict({"left": left, "right": right})
+            factors = low_rank_factors(weight, left_singular_vectors(whitened(weight, h, f)), ranks[s.name], f)
+            stored = dict(zip(("left", "right"), (t.bfloat16() for t in factors), strict=True))
+            svd.get_submodule(s.name).load_state_dict(stored)
     figures = {name: perplexity(m, windows, name)["perplexity"] for name, m in (("pivoted", pivoted), ("svd", svd))}
-    # The goal is 1e-3; 2e-3 was measured: PIFA coefficients amplify rounding. See the last closing note.
-    assert figures["pivoted"] == pytest.approx(figures["svd"], rel=4e-3), figures
+    assert figures["pivoted"] == pytest.approx(figures["svd"], rel=1e-3), figures

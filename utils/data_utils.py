@@ -18,6 +18,7 @@ C4_DOCUMENTS = {"train": 20_000, "validation": 2_000}
 EVALUATION_SPLIT = {"wikitext2": "test", "ptb": "test", "c4": "validation", "python-docs": "test"}
 CALIBRATION_SPLIT = dict.fromkeys(EVALUATION_SPLIT, "train")
 PYTHON_DOCS_TRAIN_SHARE = 0.8
+TOKENS_A_BATCH = 4096  # a compromise of speed and memory
 
 
 def default_data_dir() -> str:
@@ -159,6 +160,11 @@ def evaluation_windows(ids: torch.Tensor, seqlen: int, nsamples: int | None, sou
         )
     count = min(count, nsamples or count)
     return ids[: count * seqlen].view(count, seqlen)
+
+
+def default_batch_size(seqlen: int) -> int:
+    """Sequences of one forward, so that it sees about TOKENS_A_BATCH tokens."""
+    return max(1, TOKENS_A_BATCH // seqlen)
 
 
 def token_fingerprint(tokens: torch.Tensor) -> str:

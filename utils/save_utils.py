@@ -84,6 +84,10 @@ class ModelWriter:
         """Whether shard `index` is written; files appear whole or not at all."""
         return self._shard(index).is_file()
 
+    def shards_done(self) -> int:
+        """How many decoder layers' shards are written, from the first on."""
+        return next(i for i in range(self.num_shards) if i == self.num_shards - 1 or not self.has_shard(i))
+
     def write_shard(self, index: int, tensors: dict[str, torch.Tensor]) -> None:
         """Write shard `index`."""
         write_tensors(self._shard(index), tensors)
@@ -107,6 +111,8 @@ class ModelWriter:
         report["weight_bytes_after"] = size
         self._write_side_files(checkpoint, modules, report, weight_map)
         (self.folder / PLAN).unlink()
+        for activations in self.folder.glob("*.bin"):
+            activations.unlink()
         if is_pt(self.output):
             with atomic_path(self.output) as temporary:
                 torch.save(self._flat_content(weight_map), temporary)

@@ -9,14 +9,13 @@ from hisvd.cli.common import data_dir_option, device_option, dtype_option, progr
 from hisvd.utils.data_utils import (
     CALIBRATION_SPLIT,
     calibration_windows,
+    default_batch_size,
     file_safe,
     load_text,
     token_fingerprint,
     tokenize,
 )
 from hisvd.utils.model_utils import load_tokenizer, open_checkpoint, resolve_device, resolve_dtype
-
-TOKENS_A_BATCH = 4096
 
 
 @click.command()
@@ -91,7 +90,7 @@ def main(
     cache = open_or_create_cache(folder, identity, options, num_layers)
     if cache.complete:
         click.echo(f"{folder} is complete already: nothing to do.")
-    batch = batch_size or max(1, TOKENS_A_BATCH // seqlen)
+    batch = batch_size or default_batch_size(seqlen)
     Calibration(checkpoint, tokens, cache, batch, torch_device, torch_dtype).run()
     click.echo(f"Calibration of {num_layers} layers on {tokens.numel()} tokens of {dataset}: {folder}")
 

@@ -79,6 +79,13 @@ def parse_targets(text: str) -> list[float]:
 )
 @click.option("--factors", type=click.Choice(["pivoted", "svd"]), default="pivoted", show_default=True)
 @click.option(
+    "--update",
+    type=click.Choice(["none", "sequential"]),
+    default="none",
+    show_default=True,
+    help="sequential: fit every layer to what the compressed layers below deliver; runs the calibration tokens again.",
+)
+@click.option(
     "--export",
     type=click.Choice(["none", "dense"]),
     default="none",
@@ -103,7 +110,7 @@ def main(context: click.Context, **options: object) -> None:
             f"--whitening two_sided needs gradients, and {cache.folder} was made with --no_gradients; "
             "use --whitening input, or calibrate again with gradients."
         )
-    plan_settings = {k: v for k, v in settings.items() if k not in ("whitening", "factors", "export")}
+    plan_settings = {k: v for k, v in settings.items() if k not in ("whitening", "factors", "update", "export")}
     plans = plan_ranks(cache, targets, form=settings["factors"], **plan_settings)
     if options["plan_only"]:
         reports = [plan_report(cache, target, ranks, settings) for target, ranks in plans.items()]
@@ -133,6 +140,7 @@ def main(context: click.Context, **options: object) -> None:
         writers,
         form=settings["factors"],
         whitening=settings["whitening"],
+        update=settings["update"],
         export=settings["export"],
         device=device,
     )

@@ -1,0 +1,109 @@
+"""Perplexity against the share of linear weights kept, for every method side by side: tables, JSON and a plot.
+
+    python benchmarks/quality.py --model_path models/smollm2-135m --calibration_text wikitext2-validation.txt \
+        --datasets wikitext2-test.txt,ptb-test.txt,c4-validation.json --work_dir results/quality
+
+Needs `pip install -e .[benchmarks]`. One model and one calibration set, the first nsamples x 512 tokens of its file;
+every data set is evaluated on its first 16 x 512 tokens. Compressed models are deleted once evaluated; what was
+evaluated is not done again.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import click
+from common import calibrated, compressed, file_name, run
+
+from hisvd.cli.common import table
+from hisvd.utils.files import write_json
+
+TARGETS = ["0.9", "0.8", "0.7", "0.6", "0.5", "0.4"]
+METHODS = {
+    "plain SVD": "--whitening none --allocation uniform --factors svd --update none",
+    "input whitening, uniform (SVD-LLM)": "--whitening input --allocation uniform --factors svd --update none",
+    "HiSVD Stage 1": "--whitening input --allocation hisvd --lwe_strength 0 --update none",
+    "HiSVD Stage 1 + 2": "--whitening input --allocation hisvd --update none",
+    "two-sided, loss allocation": "--whitening two_sided --allocation loss --update none",
+    "HiSVD default": "",
+}
+
+
+def evaluated(models: list[Path], datasets: str, eval_nsamples: int, output: Path) -> list[dict[str, float]]:
+    """Perplexities of the models by data set, from `output` if they are there."""
+    if not output.exists():
+        paths = [argument for path in models for argument in ("--model_path", path)]
+        run(
+            "evaluate.py",
+            *paths,
+            "--datasets",
+            datasets,
+            "--seqlen",
+            512,
+            "--nsamples",
+            eval_nsamples,
+            "--json",
+            output,
+        )
+    results = json.loads(output.read_text())
+    return [{dataset: r["perplexity"] for dataset, r in result["perplexity"].items()} for result in results]
+
+
+def plot(curves: dict[str, dict[str, dict[str, float]]], dense: dict[str, float], path: Path) -> None:
+    """One panel a data set: perplexity (log scale, cut at 100 times dense) against the share of weights kept."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(dense), figsize=(5 * len(dense), 4.5), squeeze=False)
+    for axis, (dataset, floor) in zip(axes[0], dense.items(), strict=True):
+        for method, by_target in curves.items():
+            axis.plot([float(t) for t in by_target], [p[dataset] for p in by_target.values()], "o-", label=method)
+        axis.axhline(floor, color="black", linestyle="--", label="dense")
+        axis.set(yscale="log", ylim=(floor * 0.9, floor * 100), title=Path(dataset).stem)
+        axis.set(xlabel="linear weights kept", ylabel="perplexity")
+    axes[0][0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+@click.command()
+@click.option("--model_path", required=True)
+@click.option("--calibration_text", required=True, help="A file or the name of a data set.")
+@click.option("--datasets", required=True, help="Comma-separated files or names of data sets to evaluate on.")
+@click.option("--nsamples", default=192, show_default=True)
+@click.option("--grad_nsamples", default=48, show_default=True)
+@click.option("--eval_nsamples", default=16, show_default=True)
+@click.option("--work_dir", type=click.Path(path_type=Path), default="results/quality", show_default=True)
+def main(
+    model_path: str,
+    calibration_text: str,
+    datasets: str,
+    nsamples: int,
+    grad_nsamples: int,
+    eval_nsamples: int,
+    work_dir: Path,
+) -> None:
+    """Calibrate once, compress by every method to every target, evaluate, and draw."""
+    cache = calibrated(model_path, calibration_text, work_dir, nsamples, grad_nsamples)
+    (dense,) = evaluated([Path(model_path)], datasets, eval_nsamples, work_dir / "dense.json")
+    curves = {}
+    for method, options in METHODS.items():
+        figures = work_dir / f"{file_name(method)}.json"
+        models = []
+        if not figures.exists():
+            models = compressed(model_path, cache, work_dir / file_name(method), TARGETS, options)
+        curves[method] = dict(zip(TARGETS, evaluated(models, datasets, eval_nsamples, figures), strict=True))
+        for path in models:
+            shutil.rmtree(path)
+    for dataset in dense:
+        rows = [["dense", *[f"{dense[dataset]:.2f}"] * len(TARGETS)]]
+        rows += [[method, *(f"{p[dataset]:.4g}" for p in by_target.values())] for method, by_target in curves.items()]
+        click.echo(table([Path(dataset).name, *TARGETS], rows) + "\n")
+    write_json(work_dir / "quality.json", {"dense": dense, **curves})
+    plot(curves, dense, work_dir / "quality.png")
+
+
+if __name__ == "__main__":
+    main()

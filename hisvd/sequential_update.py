@@ -1,0 +1,198 @@
+"""Fit the factors, layer by layer, to the inputs that the compressed model really sees.
+
+With x the input of a linear in the original model and x' the one behind the compressed layers below, the weight that
+best repeats the original outputs is W E[x x'ᵀ] E[x' x'ᵀ]⁻¹. The target of the factors goes a part μ of that way, and
+linears that write into the residual stream also make good a part γ of the error e that the stream has there already:
+
+    T = W + (μ W E[(x − x') x'ᵀ] + γ E[e x'ᵀ]) E[x' x'ᵀ]⁻¹
+
+Source of the first term: the asymmetric calibration of GPTAQ, arXiv 2504.02692; MPIFA, arXiv 2501.19090, mixes by μ.
+"""
+
+import itertools
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from hisvd.calibration_cache import CalibrationCache, second_moments
+from hisvd.component.families import adapter_for
+from hisvd.shape_utils import FactorForm, Sublayer, is_dense
+from hisvd.utils.data_utils import default_batch_size
+from hisvd.utils.model_utils import Checkpoint, empty_model
+from hisvd.utils.streaming import (
+    ActivationFile,
+    Arguments,
+    first_inputs,
+    layer_outputs,
+    load_layer,
+    load_outside_layers,
+)
+from hisvd.whitening_svd import (
+    H_DAMPING,
+    SecondMoment,
+    damped,
+    left_singular_vectors,
+    low_rank_factors,
+    whitened,
+)
+
+MU = 0.75  # part of the way to the original outputs
+GAMMA = 0.5  # part of the residual stream's error that is made good
+RIDGE = 1e-3  # added to E[x' x'ᵀ] before it is inverted, as a fraction of its mean diagonal entry
+
+
+class UpdateMoments(NamedTuple):
+    """Means over tokens, float64: own E[x' x'ᵀ] (n, n), lag E[(x − x') x'ᵀ] (n, n), stream E[e x'ᵀ] (hidden, n)."""
+
+    own: torch.Tensor
+    lag: torch.Tensor
+    stream: torch.Tensor
+
+
+def update_target(
+    weight: torch.Tensor, own: SecondMoment, moments: UpdateMoments, mu: float, gamma: float
+) -> torch.Tensor:
+    """T of the module's formula in float64, for W (m, n) and the damped eigenpairs of E[x' x'ᵀ]."""
+    change = mu * (weight.double() @ moments.lag)
+    if gamma:
+        change += gamma * moments.stream
+    return weight.double() + ((change @ own.eigenvectors) / own.eigenvalues) @ own.eigenvectors.T
+
+
+class _Reached(Exception):
+    """A forward has come to the linear that was waited for."""
+
+
+def input_and_stream(
+    layer: nn.Module, path: str, stream_paths: tuple[str, ...], hidden: torch.Tensor, arguments: Arguments
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run `layer` up to its linear `path`; what arrives there (tokens, n), and the residual stream (tokens, hidden).
+
+    The residual stream is the layer's input plus the outputs so far of the linears that write into it.
+    """
+    stream, arrived = [hidden], []
+
+    def stop(_: nn.Module, args: tuple[torch.Tensor]) -> None:
+        arrived.append(args[0])
+        raise _Reached
+
+    handles = [layer.get_submodule(path).register_forward_pre_hook(stop)]
+    for writer in stream_paths:
+        handles.append(layer.get_submodule(writer).register_forward_hook(lambda _, __, y: stream.append(y)))
+    args, kwargs = arguments
+    try:
+        with suppress(_Reached):
+            layer(hidden, *args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return arrived[0].flatten(0, -2).float(), sum(stream).flatten(0, -2).float()
+
+
+class SequentialUpdate:
+    """The calibration tokens on their way through the original layers and, for every target, the compressed ones.
+
+    Memory: one decoder layer and its moments for the original and for every target, and one batch. Hidden states
+    pass through files in the partial folders of the outputs, so that a killed run goes on at its first missing layer.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        cache: CalibrationCache,
+        folders: dict[float, Path],
+        first_layer: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        """Bring the streams of all targets in `folders` to `first_layer`, or to layer 0 if their files are gone.
+
+        Raises:
+            HiSVDError: the cache's tokens are damaged, or weights are missing or not finite.
+        """
+        self.checkpoint, self.cache, self.device, self.dtype = checkpoint, cache, device, dtype
+        self.model = empty_model(checkpoint.config)
+        self.adapter = adapter_for(self.model)
+        load_outside_layers(self.model, self.adapter, checkpoint, device, dtype)
+        tokens = cache.read_tokens()
+        self.batch_size = default_batch_size(tokens.shape[1])
+        shape = (*tokens.shape, checkpoint.config.get_text_config().hidden_size)
+
+        def stream_files(path: Path) -> list[ActivationFile]:
+            return [ActivationFile(path.with_name(f"{path.name}_{parity}.bin"), shape, dtype) for parity in (0, 1)]
+
+        self.original = stream_files(next(iter(folders.values())) / "original")
+        self.compressed = {target: stream_files(folder / "hidden") for target, folder in folders.items()}
+        whole = all(files[first_layer % 2].is_whole() for files in self._all_files())
+        self.first_layer = first_layer if whole else 0
+        hidden, self.arguments = first_inputs(self.model, self.adapter, tokens, self.batch_size, device)
+        if self.first_layer:
+            for _ in hidden:  # only the layers' arguments are missing
+                pass
+        else:
+            self.original[0].write(hidden)
+            for files in self.compressed.values():
+                shutil.copyfile(self.original[0].path, files[0].path)
+
+    @torch.no_grad()
+    def factor_layer(
+        self, index: int, ranks: dict[float, dict[str, int]], form: FactorForm, whitening: str
+    ) -> Iterator[tuple[float, Sublayer, tuple[torch.Tensor, ...]]]:
+        """Yield (target, sublayer, weights) for decoder layer `index`, then take all streams through it.
+
+        `weights` is (left, right), or (dense,) for a sublayer that stays a plain linear; float64.
+        """
+        original, layers = self._load(index), {target: self._load(index) for target in self.compressed}
+        statistics = self.cache.read_layer(index)
+        for _, group in itertools.groupby(self.cache.sublayers_of(index), lambda s: s.input_group):
+            members = list(group)
+            for target, moments in self._measure(index, original, layers, members[0].type).items():
+                eigenpairs = torch.linalg.eigh(moments.own)
+                for s in members:
+                    linear = layers[target].get_submodule(s.type)
+                    gamma = GAMMA if s.type in self.adapter.stream else 0
+                    weight = update_target(linear.weight, damped(*eigenpairs, RIDGE), moments, MU, gamma)
+                    weights = (weight,)
+                    rank = ranks[target][s.name]
+                    if not is_dense(rank, s.shape, form):
+                        h = damped(*eigenpairs, H_DAMPING) if whitening != "none" else None
+                        _, f = second_moments(s, statistics, whitening, self.device)
+                        weights = low_rank_factors(weight, left_singular_vectors(whitened(weight, h, f)), rank, f)
+                    linear.weight.copy_(weights[0] @ weights[1] if len(weights) == 2 else weight)
+                    yield target, s, weights
+        self._advance(index, original, self.original)
+        for target, files in self.compressed.items():
+            self._advance(index, layers[target], files)
+
+    def _load(self, index: int) -> nn.Module:
+        return load_layer(self.model, self.adapter, index, self.checkpoint, self.device, self.dtype)
+
+    def _measure(
+        self, index: int, original: nn.Module, layers: dict[float, nn.Module], path: str
+    ) -> dict[float, UpdateMoments]:
+        """The moments at the linear `path` of layer `index`, whose earlier linears have their new weights."""
+        writers = self.adapter.stream
+        sums: dict[float, list[torch.Tensor]] = {}
+        streams = [files[index % 2].read(self.batch_size, self.device) for files in self._all_files()]
+        tokens = 0
+        for arguments, hidden, *compressed in zip(self.arguments[index], *streams, strict=True):
+            x, stream = input_and_stream(original, path, writers, hidden, arguments)
+            tokens += len(x)
+            for (target, layer), hidden_c in zip(layers.items(), compressed, strict=True):
+                x_c, stream_c = input_and_stream(layer, path, writers, hidden_c, arguments)
+                means = x_c.T @ x_c, (x - x_c).T @ x_c, (stream - stream_c).T @ x_c
+                sums[target] = [a + b.double() for a, b in zip(sums.get(target, (0, 0, 0)), means, strict=True)]
+        return {target: UpdateMoments(*(m / tokens for m in moments)) for target, moments in sums.items()}
+
+    def _all_files(self) -> list[list[ActivationFile]]:
+        return [self.original, *self.compressed.values()]
+
+    def _advance(self, index: int, layer: nn.Module, files: list[ActivationFile]) -> None:
+        inputs = files[index % 2].read(self.batch_size, self.device)
+        name = f"{self.adapter.layers}.{index}"
+        files[(index + 1) % 2].write(layer_outputs(layer, name, inputs, self.arguments[index]))
