@@ -96,7 +96,8 @@ def compress(
     ranks = {t: dict(zip((s.name for s in cache.sublayers), plan, strict=True)) for t, plan in plans.items()}
     done = [writer.shards_done() for writer in writers.values()]
     start, sequential = min(done), None
-    if update == "sequential" and start < cache.num_layers:
+    changes = any(not is_dense(plan[s.name], s.shape, form) for plan in ranks.values() for s in cache.sublayers)
+    if update == "sequential" and changes and start < cache.num_layers:
         folders = {target: writer.folder for target, writer in writers.items()}
         in_step = max(done) <= start + 1  # else the files hold hidden states of several layers
         dtype = getattr(torch, cache.identity["dtype"].removeprefix("torch."))

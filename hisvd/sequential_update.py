@@ -41,17 +41,20 @@ from hisvd.whitening_svd import (
     whitened,
 )
 
-MU = 0.75  # part of the way to the original outputs
+MU = 0.5  # part of the way to the original outputs
 GAMMA = 0.5  # part of the residual stream's error that is made good
 RIDGE = 1e-3  # added to E[x' x'ᵀ] before it is inverted, as a fraction of its mean diagonal entry
 
 
 class UpdateMoments(NamedTuple):
-    """Means over tokens, float64: own E[x' x'ᵀ] (n, n), lag E[(x − x') x'ᵀ] (n, n), stream E[e x'ᵀ] (hidden, n)."""
+    """Means over tokens, float64: own E[x' x'ᵀ] (n, n), lag E[(x − x') x'ᵀ] (n, n), stream E[e x'ᵀ] (hidden, n).
+
+    `stream` is measured where a linear that reads x' writes into the residual stream.
+    """
 
     own: torch.Tensor
     lag: torch.Tensor
-    stream: torch.Tensor
+    stream: torch.Tensor | None = None
 
 
 def update_target(
@@ -151,7 +154,7 @@ class SequentialUpdate:
         statistics = self.cache.read_layer(index)
         for _, group in itertools.groupby(self.cache.sublayers_of(index), lambda s: s.input_group):
             members = list(group)
-            for target, moments in self._measure(index, original, layers, members[0].type).items():
+            for target, moments in self._measure(index, original, layers, members).items():
                 eigenpairs = torch.linalg.eigh(moments.own)
                 for s in members:
                     linear = layers[target].get_submodule(s.type)
@@ -173,10 +176,10 @@ class SequentialUpdate:
         return load_layer(self.model, self.adapter, index, self.checkpoint, self.device, self.dtype)
 
     def _measure(
-        self, index: int, original: nn.Module, layers: dict[float, nn.Module], path: str
+        self, index: int, original: nn.Module, layers: dict[float, nn.Module], group: list[Sublayer]
     ) -> dict[float, UpdateMoments]:
-        """The moments at the linear `path` of layer `index`, whose earlier linears have their new weights."""
-        writers = self.adapter.stream
+        """The moments at the input that `group` shares in layer `index`, behind linears with their new weights."""
+        path, writers = group[0].type, self.adapter.stream
         sums: dict[float, list[torch.Tensor]] = {}
         streams = [files[index % 2].read(self.batch_size, self.device) for files in self._all_files()]
         tokens = 0
@@ -185,8 +188,9 @@ class SequentialUpdate:
             tokens += len(x)
             for (target, layer), hidden_c in zip(layers.items(), compressed, strict=True):
                 x_c, stream_c = input_and_stream(layer, path, writers, hidden_c, arguments)
-                means = x_c.T @ x_c, (x - x_c).T @ x_c, (stream - stream_c).T @ x_c
-                sums[target] = [a + b.double() for a, b in zip(sums.get(target, (0, 0, 0)), means, strict=True)]
+                left = [x_c, x - x_c] + [stream - stream_c] * any(s.type in writers for s in group)
+                totals = sums.get(target, itertools.repeat(0.0))
+                sums[target] = [total + (a.T @ x_c).double() for total, a in zip(totals, left, strict=False)]
         return {target: UpdateMoments(*(m / tokens for m in moments)) for target, moments in sums.items()}
 
     def _all_files(self) -> list[list[ActivationFile]]:

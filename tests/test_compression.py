@@ -129,7 +129,7 @@ def test_whitening_lowers_the_error_on_the_calibration_inputs(chain, model_folde
     from hisvd.calibration_cache import read_cache
 
     original = saved_tensors(model_folders["llama"])
-    options = ("--export", "dense", "--allocation", "uniform")
+    options = ("--export", "dense", "--allocation", "uniform", "--update", "none")
     results = {w: saved_tensors(chain("llama", "0.5", w, *options, "--whitening", w)) for w in ("input", "none")}
     cache = read_cache(caches["llama"])
     for index in range(cache.num_layers):
@@ -147,7 +147,7 @@ def test_interrupted_run_keeps_its_shards(chain, model_folders, caches, tmp_path
     from hisvd import compression
     from hisvd.utils.save_utils import ModelWriter
 
-    expected = saved_tensors(chain("llama", "0.6", "whole"))
+    expected = saved_tensors(chain("llama", "0.6", "whole", "--update", "none"))
     real_write = ModelWriter.write_shard
 
     def write_two(self, index, tensors):
@@ -156,7 +156,7 @@ def test_interrupted_run_keeps_its_shards(chain, model_folders, caches, tmp_path
         real_write(self, index, tensors)
 
     arguments = ["--model_path", model_folders["llama"], "--calib_cache", caches["llama"]]
-    arguments += ["--target_compression", "0.6", "--save_model", tmp_path / "out"]
+    arguments += ["--target_compression", "0.6", "--save_model", tmp_path / "out", "--update", "none"]
     monkeypatch.setattr(ModelWriter, "write_shard", write_two)
     stopped = run("compress", *arguments)
     assert stopped.code == 130 and "run the same command again" in stopped.error
@@ -181,7 +181,7 @@ def test_every_matrix_is_decomposed_once_for_several_targets(chain, monkeypatch)
     calls = []
     real_basis = compression.left_singular_vectors
     monkeypatch.setattr(compression, "left_singular_vectors", lambda a: calls.append(1) or real_basis(a))
-    chain("llama", "0.8,0.6,0.4", "out")
+    chain("llama", "0.8,0.6,0.4", "out", "--update", "none")
     assert len(calls) <= 4 * 7
 
 

@@ -1,4 +1,4 @@
-"""--update sequential: the target against least squares on samples, what a layer's linears receive, the program."""
+"""--update sequential, the default: its target against least squares, what a layer's linears receive, the program."""
 
 import json
 
@@ -63,8 +63,8 @@ def outputs_on_calibration_tokens(path, tokens):
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
 def test_update_keeps_the_budget_and_brings_the_outputs_nearer(chain, model_folders, caches, family):
     options = ("--whitening", "input", "--allocation", "uniform")
-    plain = chain(family, "0.8,0.5", "plain", *options)
-    updated = chain(family, "0.8,0.5", "updated", *options, "--update", "sequential")
+    plain = chain(family, "0.8,0.5", "plain", *options, "--update", "none")
+    updated = chain(family, "0.8,0.5", "updated", *options)
     tokens = read_cache(caches[family]).read_tokens()
     wanted = outputs_on_calibration_tokens(model_folders[family], tokens)
     before = linear_numbers(saved_tensors(model_folders[family]))
@@ -85,9 +85,9 @@ def test_update_keeps_the_budget_and_brings_the_outputs_nearer(chain, model_fold
 
 
 def test_several_targets_at_once_give_the_same_files_as_one_by_one(chain):
-    both = chain("llama", "0.8,0.5", "both", "--update", "sequential")
+    both = chain("llama", "0.8,0.5", "both")
     for target, name in (("0.8", "both_80p"), ("0.5", "both_50p")):
-        one = saved_tensors(chain("llama", target, f"one_{name}", "--update", "sequential"))
+        one = saved_tensors(chain("llama", target, f"one_{name}"))
         together = saved_tensors(both.with_name(name))
         assert one.keys() == together.keys() and all(torch.equal(one[k], together[k]) for k in one)
 
@@ -95,7 +95,7 @@ def test_several_targets_at_once_give_the_same_files_as_one_by_one(chain):
 def test_target_one_is_the_original(chain, model_folders):
     original = AutoModelForCausalLM.from_pretrained(model_folders["llama"]).eval()
     with torch.no_grad():
-        compressed = hisvd.load(chain("llama", "1.0", "out", "--update", "sequential"))
+        compressed = hisvd.load(chain("llama", "1.0", "out"))
         assert torch.equal(compressed(IDS).logits, original(IDS).logits)
 
 
@@ -104,7 +104,7 @@ def test_interrupted_update_goes_on_to_the_same_bits(chain, model_folders, cache
     from hisvd.utils.save_utils import ModelWriter
 
     names = ("out_80p", "out_50p")
-    whole = chain("llama", "0.8,0.5", "whole", "--update", "sequential")
+    whole = chain("llama", "0.8,0.5", "whole")
     real_write, written = ModelWriter.write_shard, []
 
     def write_some(self, index, tensors):
@@ -113,7 +113,7 @@ def test_interrupted_update_goes_on_to_the_same_bits(chain, model_folders, cache
         written.append(index)
         real_write(self, index, tensors)
 
-    arguments = ["--model_path", model_folders["llama"], "--calib_cache", caches["llama"], "--update", "sequential"]
+    arguments = ["--model_path", model_folders["llama"], "--calib_cache", caches["llama"]]
     arguments += ["--target_compression", "0.8,0.5", "--save_model", tmp_path / "out"]
     monkeypatch.setattr(ModelWriter, "write_shard", write_some)
     assert run("compress", *arguments).code == 130

@@ -80,10 +80,11 @@ def parse_targets(text: str) -> list[float]:
 @click.option("--factors", type=click.Choice(["pivoted", "svd"]), default="pivoted", show_default=True)
 @click.option(
     "--update",
-    type=click.Choice(["none", "sequential"]),
-    default="none",
+    type=click.Choice(["sequential", "none"]),
+    default="sequential",
     show_default=True,
-    help="sequential: fit every layer to what the compressed layers below deliver; runs the calibration tokens again.",
+    help="sequential: fit every layer to what the compressed layers below deliver (runs the calibration text again); "
+    "none: decompose each matrix once for all targets, quicker.",
 )
 @click.option(
     "--export",
