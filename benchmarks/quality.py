@@ -21,7 +21,7 @@ from hisvd.utils.files import write_json
 TARGETS = ["0.9", "0.8", "0.7", "0.6", "0.5", "0.4"]
 METHODS = {
     "plain SVD": "--whitening none --allocation uniform --factors svd --update none",
-    "input whitening, uniform (SVD-LLM)": "--whitening input --allocation uniform --factors svd --update none",
+    "input whitening, uniform, as SVD-LLM": "--whitening input --allocation uniform --factors svd --update none",
     "HiSVD Stage 1": "--whitening input --allocation hisvd --lwe_strength 0 --update none",
     "HiSVD Stage 1 + 2": "--whitening input --allocation hisvd --update none",
     "two-sided, loss allocation": "--whitening two_sided --allocation loss --update none",
