@@ -4,6 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from hisvd.calibration_cache import cache_folder
+from hisvd.utils.save_utils import output_path
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -17,12 +20,12 @@ def calibrated(model_path: str, dataset: str, work_dir: Path, nsamples: int, gra
     where = ["--model_path", model_path, "--model_name", "benchmark", "--output_dir", work_dir, "--dataset", dataset]
     size = ["--nsamples", nsamples, "--grad_nsamples", grad_nsamples, "--seqlen", 512, "--sampling", "first"]
     run("calibrate.py", *where, *size)
-    return work_dir / f"benchmark_n{nsamples}_s512_with_hessian"
+    return cache_folder(str(work_dir), "benchmark", nsamples, 512)
 
 
 def compressed(model_path: str, cache: Path, output: Path, targets: list[str], options: str) -> list[Path]:
     """Folders of the model compressed to several targets; existing ones are kept."""
-    outputs = [output.with_name(f"{output.name}_{100 * float(target):g}p") for target in targets]
+    outputs = [output_path(str(output), float(target), several=True) for target in targets]
     if not all(path.exists() for path in outputs):
         where = ["--model_path", model_path, "--calib_cache", cache, "--save_model", output]
         run("compress.py", *where, "--target_compression", ",".join(targets), *options.split())

@@ -33,18 +33,8 @@ def evaluated(models: list[Path], datasets: str, eval_nsamples: int, output: Pat
     """Perplexities of the models by data set, from `output` if they are there."""
     if not output.exists():
         paths = [argument for path in models for argument in ("--model_path", path)]
-        run(
-            "evaluate.py",
-            *paths,
-            "--datasets",
-            datasets,
-            "--seqlen",
-            512,
-            "--nsamples",
-            eval_nsamples,
-            "--json",
-            output,
-        )
+        size = ["--seqlen", 512, "--nsamples", eval_nsamples]
+        run("evaluate.py", *paths, "--datasets", datasets, *size, "--json", output)
     results = json.loads(output.read_text())
     return [{dataset: r["perplexity"] for dataset, r in result["perplexity"].items()} for result in results]
 

@@ -156,14 +156,15 @@ class SequentialUpdate:
             members = list(group)
             for target, moments in self._measure(index, original, layers, members).items():
                 eigenpairs = torch.linalg.eigh(moments.own)
+                own = damped(*eigenpairs, RIDGE)
+                h = damped(*eigenpairs, H_DAMPING) if whitening != "none" else None
                 for s in members:
                     linear = layers[target].get_submodule(s.type)
                     gamma = GAMMA if s.type in self.adapter.stream else 0
-                    weight = update_target(linear.weight, damped(*eigenpairs, RIDGE), moments, MU, gamma)
+                    weight = update_target(linear.weight, own, moments, MU, gamma)
                     weights = (weight,)
                     rank = ranks[target][s.name]
                     if not is_dense(rank, s.shape, form):
-                        h = damped(*eigenpairs, H_DAMPING) if whitening != "none" else None
                         _, f = second_moments(s, statistics, whitening, self.device)
                         weights = low_rank_factors(weight, left_singular_vectors(whitened(weight, h, f)), rank, f)
                     linear.weight.copy_(weights[0] @ weights[1] if len(weights) == 2 else weight)
