@@ -1,9 +1,12 @@
 """The modules that stand in for nn.Linear in a compressed model."""
 
+from typing import Literal
+
 import torch
 from torch import nn
 
 from hisvd.pivoting import pack_pivoted, unpack_pivoted
+from hisvd.rounding import round_product
 from hisvd.shape_utils import FactorForm
 
 
@@ -62,19 +65,33 @@ class PivotedLinear(nn.Module):
 MODULE_OF_FORM: dict[FactorForm, type[nn.Module]] = {"svd": LowRankLinear, "pivoted": PivotedLinear}
 
 
-def factor_tensors(left: torch.Tensor, right: torch.Tensor, form: FactorForm) -> dict[str, torch.Tensor]:
-    """State dict entries (without bias) of the module of `form` for the pair left (m, r), right (r, n)."""
+def factor_tensors(
+    left: torch.Tensor,
+    right: torch.Tensor,
+    form: FactorForm | Literal["dense"],
+    dtype: torch.dtype,
+    root: torch.Tensor | None = None,
+) -> dict[str, torch.Tensor]:
+    """State dict entries (without bias) of the module of `form` for the pair left (m, r), right (r, n), in `dtype`.
+
+    `root` (n, k) is a root of the inputs' second moment, which decides how rounding errors are weighed. "dense" gives
+    the weight of a plain linear.
+    """
+    if form == "dense":
+        return {"weight": (left @ right).to(dtype)}
     if form == "svd":
-        return {"left": left, "right": right}
+        left, right = round_product(left, right, root, dtype)
+        return {"left": left.to(dtype), "right": right.to(dtype)}
     base, coefficients, permutation = pack_pivoted(left, right)
-    return {"base": base, "coefficients": coefficients, "permutation": permutation}
+    coefficients, base = round_product(coefficients, base, root, dtype)
+    return {"base": base.to(dtype), "coefficients": coefficients.to(dtype), "permutation": permutation}
 
 
 def swap_linears(model: nn.Module, table: dict[str, dict]) -> None:
     """Replace the nn.Linear modules named in `table` by empty factored ones, in place.
 
     `table` maps a module's full name to {"form": "pivoted" | "svd", "rank": r}. New modules take the
-    device and dtype of the weight they replace.
+    device and dtype of the weight they replace, and the bias.
 
     Raises:
         KeyError: the model has no linear of that name.
@@ -90,4 +107,5 @@ def swap_linears(model: nn.Module, table: dict[str, dict]) -> None:
             module = MODULE_OF_FORM[entry["form"]](
                 linear.in_features, linear.out_features, entry["rank"], linear.bias is not None
             )
-        setattr(parent, child_name, module.to(linear.weight.dtype))
+        module.to(linear.weight.dtype).bias = linear.bias
+        setattr(parent, child_name, module)

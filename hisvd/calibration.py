@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from hisvd.calibration_cache import MANIFEST, CalibrationCache, read_cache
+from hisvd.calibration_cache import MANIFEST, CalibrationCache, input_root, read_cache
 from hisvd.component.adapter import Adapter
 from hisvd.component.families import adapter_for
 from hisvd.errors import HiSVDError
@@ -22,7 +22,15 @@ from hisvd.utils.streaming import (
     load_layer,
     load_outside_layers,
 )
-from hisvd.whitening_svd import F_DAMPING, H_DAMPING, damped, left_singular_vectors, singular_values, whitened
+from hisvd.whitening_svd import (
+    F_DAMPING,
+    H_DAMPING,
+    cholesky_root,
+    damped,
+    left_singular_vectors,
+    singular_values,
+    whitened,
+)
 
 NUM_LEADING_VECTORS = 64  # right singular vectors of W that the cache keeps
 
@@ -193,15 +201,15 @@ def layer_statistics(
     sublayers = []
     for group, paths in groups.items():
         position = next(i for i, observed in enumerate(moments.groups) if paths[0] in observed)
-        eigenvalues, eigenvectors = torch.linalg.eigh(moments.moments[position] / moments.tokens)
+        moment = moments.moments[position] / moments.tokens
         moments.moments[position] = None  # free the largest tensors as early as possible
-        tensors[f"{group}.eigenvalues"], tensors[f"{group}.eigenvectors"] = eigenvalues, eigenvectors
-        h = damped(eigenvalues, eigenvectors, H_DAMPING)
+        tensors[f"{group}.eigenvalues"], tensors[f"{group}.eigenvectors"] = torch.linalg.eigh(moment)
+        root = cholesky_root(moment, H_DAMPING)
         for path in paths:
             weight = layer.get_submodule(path).weight
             sublayers.append(Sublayer(f"{layer_name}.{path}", index, path, group, *weight.shape))
             tensors[f"{path}.singular_values"] = singular_values(weight)
-            tensors[f"{path}.whitened_singular_values"] = singular_values(whitened(weight, h))
+            tensors[f"{path}.whitened_singular_values"] = singular_values(whitened(weight, root))
             tensors[f"{path}.Vh"] = left_singular_vectors(weight.T)[:, :NUM_LEADING_VECTORS].T
     return {name: t.float().cpu() for name, t in tensors.items()}, sublayers
 
@@ -217,13 +225,13 @@ def gradient_statistics(
     tensors: dict[str, torch.Tensor] = {}
     forward = cache.read_forward(index)
     for sublayer in cache.sublayers_of(index):
-        path, group = sublayer.type, sublayer.input_group
+        path = sublayer.type
         weight = layer.get_submodule(path).weight
         eigenvalues, eigenvectors = torch.linalg.eigh(moments.moments.pop(path) / moments.tokens)
-        h = damped(*(forward[f"{group}.{k}"].to(weight.device) for k in ("eigenvalues", "eigenvectors")), H_DAMPING)
+        root = input_root(sublayer, forward, "input", weight.device)
         f = damped(eigenvalues, eigenvectors, F_DAMPING)
         tensors[f"{path}.F_eigenvalues"], tensors[f"{path}.F_eigenvectors"] = eigenvalues, eigenvectors
-        tensors[f"{path}.two_sided_singular_values"] = singular_values(whitened(weight, h, f))
+        tensors[f"{path}.two_sided_singular_values"] = singular_values(whitened(weight, root, f))
     return {name: t.float().cpu() for name, t in tensors.items()}
 
 

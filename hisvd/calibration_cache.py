@@ -5,6 +5,7 @@ tokens.safetensors holds the calibration text, for what compress.py measures aga
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from hisvd.shape_utils import Sublayer
 from hisvd.utils.data_utils import token_fingerprint
 from hisvd.utils.files import sha256_of_file, sha256_of_tensor, write_json, write_tensors
 from hisvd.utils.model_utils import open_safetensors
-from hisvd.whitening_svd import F_DAMPING, H_DAMPING, SecondMoment, damped
+from hisvd.whitening_svd import F_DAMPING, H_DAMPING, SecondMoment, cholesky_root, damped
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
@@ -159,17 +160,27 @@ class CalibrationCache:
             raise _damaged(path) from None
 
 
-def second_moments(
+def input_root(
     sublayer: Sublayer, statistics: dict[str, torch.Tensor], whitening: str, device: torch.device
-) -> tuple[SecondMoment | None, SecondMoment | None]:
-    """(H, F) of a sublayer as `whitening` wants them: `two_sided`, `input` (no F) or `none`."""
+) -> torch.Tensor | None:
+    """The Cholesky root of the damped H at a sublayer's input; None for whitening `none`."""
+    if whitening == "none":
+        return None
+    eigenvalues, eigenvectors = _eigenpairs(statistics, f"{sublayer.input_group}.", device)
+    return cholesky_root((eigenvectors * eigenvalues) @ eigenvectors.T, H_DAMPING)
 
-    def moment(prefix: str, damping: float) -> SecondMoment:
-        return damped(*(statistics[f"{prefix}{k}"].to(device) for k in ("eigenvalues", "eigenvectors")), damping)
 
-    h = moment(f"{sublayer.input_group}.", H_DAMPING) if whitening != "none" else None
-    f = moment(f"{sublayer.type}.F_", F_DAMPING) if whitening == "two_sided" else None
-    return h, f
+def output_moment(
+    sublayer: Sublayer, statistics: dict[str, torch.Tensor], whitening: str, device: torch.device
+) -> SecondMoment | None:
+    """The damped F at a sublayer's output for whitening `two_sided`, else None."""
+    return (
+        damped(*_eigenpairs(statistics, f"{sublayer.type}.F_", device), F_DAMPING) if whitening == "two_sided" else None
+    )
+
+
+def _eigenpairs(statistics: dict[str, torch.Tensor], prefix: str, device: torch.device) -> Iterator[torch.Tensor]:
+    return (statistics[f"{prefix}{k}"].to(device, torch.float64) for k in ("eigenvalues", "eigenvectors"))
 
 
 def _damaged(path: Path) -> HiSVDError:

@@ -5,7 +5,7 @@ from collections.abc import Hashable, Iterator, Sequence
 import torch
 from tqdm import tqdm
 
-from hisvd.calibration_cache import LEADING_VECTORS, SPECTRA, CalibrationCache, second_moments
+from hisvd.calibration_cache import LEADING_VECTORS, SPECTRA, CalibrationCache, input_root, output_moment
 from hisvd.clustering import layer_clusters
 from hisvd.component.low_rank import factor_tensors
 from hisvd.rank_allocation import loss_ranks, project_shares, ranks_from_shares, stage1_shares, uniform_shares
@@ -106,16 +106,14 @@ def compress(
     for index in tqdm(range(start, cache.num_layers), "compressing layers", cache.num_layers, initial=start):
         original = checkpoint.read(layer_tensor_names(checkpoint, cache.sublayers_of(index)[0]))
         if sequential:
-            weights = sequential.factor_layer(index, ranks, form, whitening)
+            results = sequential.factor_layer(index, ranks, original, form, whitening, export)
         else:
-            weights = factor_layer(checkpoint, cache, index, ranks, original, form, whitening, device)
+            results = factor_layer(checkpoint, cache, index, ranks, original, form, whitening, export, device)
         shards = {target: dict(original) for target in plans}
-        for target, sublayer, factors in weights:
+        for target, sublayer, tensors in results:
             key = checkpoint.stored_name(f"{sublayer.name}.weight")
-            dtype = shards[target].pop(key).dtype
-            for name, tensor in exported(factors, form, export).items():
-                stored = tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
-                shards[target][f"{key.removesuffix('weight')}{name}"] = stored
+            del shards[target][key]
+            shards[target] |= {f"{key.removesuffix('weight')}{name}": t.to("cpu") for name, t in tensors.items()}
         for target, shard in shards.items():
             if not writers[target].has_shard(index):
                 writers[target].write_shard(index, shard)
@@ -133,30 +131,24 @@ def factor_layer(
     original: dict[str, torch.Tensor],
     form: FactorForm,
     whitening: str,
+    export: str,
     device: torch.device,
-) -> Iterator[tuple[float, Sublayer, tuple[torch.Tensor, ...]]]:
-    """Yield (target, sublayer, (left, right)) for what is factored in layer `index`; float64, one basis a matrix."""
+) -> Iterator[tuple[float, Sublayer, dict[str, torch.Tensor]]]:
+    """Yield (target, sublayer, state dict entries) for what is factored in layer `index`; one basis a matrix."""
     statistics = cache.read_layer(index)
     for s in cache.sublayers_of(index):
         factored = [t for t in ranks if not is_dense(ranks[t][s.name], s.shape, form)]
         if not factored:
             continue
         weight = original[checkpoint.stored_name(f"{s.name}.weight")].to(device)
-        h, f = second_moments(s, statistics, whitening, device)
-        basis = left_singular_vectors(whitened(weight, h, f))
+        root, f = (read(s, statistics, whitening, device) for read in (input_root, output_moment))
+        basis = left_singular_vectors(whitened(weight, root, f))
         for target in factored:
-            yield target, s, low_rank_factors(weight, basis, ranks[target][s.name], f)
+            factors = low_rank_factors(weight, basis, ranks[target][s.name], f)
+            yield target, s, factor_tensors(*factors, "dense" if export == "dense" else form, weight.dtype, root)
 
 
 def layer_tensor_names(checkpoint: Checkpoint, first: Sublayer) -> set[str]:
     """Names of all checkpoint tensors of the decoder layer that `first` belongs to."""
     prefix = checkpoint.stored_name(f"{first.name}.weight").removesuffix(f"{first.type}.weight")
     return {name for name in checkpoint.files if name.startswith(prefix)}
-
-
-def exported(weights: tuple[torch.Tensor, ...], form: FactorForm, export: str) -> dict[str, torch.Tensor]:
-    """State dict entries for (left, right), as factored module or multiplied back, or for one dense weight."""
-    if len(weights) == 1:
-        return {"weight": weights[0]}
-    left, right = weights
-    return {"weight": left @ right} if export == "dense" else factor_tensors(left, right, form)

@@ -19,8 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from hisvd.calibration_cache import CalibrationCache, second_moments
+from hisvd.calibration_cache import CalibrationCache, output_moment
 from hisvd.component.families import adapter_for
+from hisvd.component.low_rank import factor_tensors, swap_linears
 from hisvd.shape_utils import FactorForm, Sublayer, is_dense
 from hisvd.utils.data_utils import default_batch_size
 from hisvd.utils.model_utils import Checkpoint, empty_model
@@ -32,14 +33,7 @@ from hisvd.utils.streaming import (
     load_layer,
     load_outside_layers,
 )
-from hisvd.whitening_svd import (
-    H_DAMPING,
-    SecondMoment,
-    damped,
-    left_singular_vectors,
-    low_rank_factors,
-    whitened,
-)
+from hisvd.whitening_svd import H_DAMPING, cholesky_root, left_singular_vectors, low_rank_factors, whitened
 
 MU = 0.5  # part of the way to the original outputs
 GAMMA = 0.5  # part of the residual stream's error that is made good
@@ -58,13 +52,13 @@ class UpdateMoments(NamedTuple):
 
 
 def update_target(
-    weight: torch.Tensor, own: SecondMoment, moments: UpdateMoments, mu: float, gamma: float
+    weight: torch.Tensor, own_root: torch.Tensor, moments: UpdateMoments, mu: float, gamma: float
 ) -> torch.Tensor:
-    """T of the module's formula in float64, for W (m, n) and the damped eigenpairs of E[x' x'ᵀ]."""
+    """T of the module's formula in float64, for W (m, n) and the Cholesky root of the damped E[x' x'ᵀ]."""
     change = mu * (weight.double() @ moments.lag)
     if gamma:
         change += gamma * moments.stream
-    return weight.double() + ((change @ own.eigenvectors) / own.eigenvalues) @ own.eigenvectors.T
+    return weight.double() + torch.cholesky_solve(change.T, own_root).T
 
 
 class _Reached(Exception):
@@ -144,31 +138,40 @@ class SequentialUpdate:
 
     @torch.no_grad()
     def factor_layer(
-        self, index: int, ranks: dict[float, dict[str, int]], form: FactorForm, whitening: str
-    ) -> Iterator[tuple[float, Sublayer, tuple[torch.Tensor, ...]]]:
-        """Yield (target, sublayer, weights) for decoder layer `index`, then take all streams through it.
+        self,
+        index: int,
+        ranks: dict[float, dict[str, int]],
+        stored: dict[str, torch.Tensor],
+        form: FactorForm,
+        whitening: str,
+        export: str,
+    ) -> Iterator[tuple[float, Sublayer, dict[str, torch.Tensor]]]:
+        """Yield (target, sublayer, state dict entries) for decoder layer `index`, then take all streams through it.
 
-        `weights` is (left, right), or (dense,) for a sublayer that stays a plain linear; float64.
+        Entries have the dtype that `stored`, the layer's tensors of the checkpoint, has for the weight. A sublayer
+        that is not factored gets a new weight.
         """
         original, layers = self._load(index), {target: self._load(index) for target in self.compressed}
         statistics = self.cache.read_layer(index)
         for _, group in itertools.groupby(self.cache.sublayers_of(index), lambda s: s.input_group):
             members = list(group)
             for target, moments in self._measure(index, original, layers, members).items():
-                eigenpairs = torch.linalg.eigh(moments.own)
-                own = damped(*eigenpairs, RIDGE)
-                h = damped(*eigenpairs, H_DAMPING) if whitening != "none" else None
+                own_root = cholesky_root(moments.own, RIDGE)
+                root = cholesky_root(moments.own, H_DAMPING) if whitening != "none" else None
                 for s in members:
-                    linear = layers[target].get_submodule(s.type)
+                    linear, rank = layers[target].get_submodule(s.type), ranks[target][s.name]
+                    dtype = stored[self.checkpoint.stored_name(f"{s.name}.weight")].dtype
                     gamma = GAMMA if s.type in self.adapter.stream else 0
-                    weight = update_target(linear.weight, own, moments, MU, gamma)
-                    weights = (weight,)
-                    rank = ranks[target][s.name]
+                    weight = update_target(linear.weight, own_root, moments, MU, gamma)
+                    tensors = {"weight": weight.to(dtype)}
                     if not is_dense(rank, s.shape, form):
-                        _, f = second_moments(s, statistics, whitening, self.device)
-                        weights = low_rank_factors(weight, left_singular_vectors(whitened(weight, h, f)), rank, f)
-                    linear.weight.copy_(weights[0] @ weights[1] if len(weights) == 2 else weight)
-                    yield target, s, weights
+                        f = output_moment(s, statistics, whitening, self.device)
+                        factors = low_rank_factors(weight, left_singular_vectors(whitened(weight, root, f)), rank, f)
+                        tensors = factor_tensors(*factors, "dense" if export == "dense" else form, dtype, root)
+                    if "weight" not in tensors:
+                        swap_linears(layers[target], {s.type: {"form": form, "rank": rank}})
+                    layers[target].get_submodule(s.type).load_state_dict(tensors, strict=False)
+                    yield target, s, tensors
         self._advance(index, original, self.original)
         for target, files in self.compressed.items():
             self._advance(index, layers[target], files)

@@ -29,14 +29,28 @@ def damped(eigenvalues: torch.Tensor, eigenvectors: torch.Tensor, damping: float
     return SecondMoment(values + damping * values.mean(), eigenvectors.double())
 
 
-def whitened(weight: torch.Tensor, h: SecondMoment | None, f: SecondMoment | None = None) -> torch.Tensor:
+def cholesky_root(moment: torch.Tensor, damping: float) -> torch.Tensor:
+    """Lower-triangular L (n, n) in float64, L Lᵀ = `moment` + damping · mean diagonal entry · I.
+
+    Eigenvalues that rounding left below zero count as zero.
+    """
+    moment = moment.double()
+    shift = (damping * moment.diagonal().mean()).clamp_min(torch.finfo(torch.float64).tiny)
+    root, failed = torch.linalg.cholesky_ex(moment + shift * torch.eye(len(moment), device=moment.device))
+    if not failed:
+        return root
+    eigenvalues, eigenvectors = torch.linalg.eigh(moment)
+    return torch.linalg.qr((eigenvectors * (eigenvalues.clamp_min(0) + shift).sqrt()).T).R.T
+
+
+def whitened(weight: torch.Tensor, root: torch.Tensor | None, f: SecondMoment | None = None) -> torch.Tensor:
     """A = F^{1/2} W H^{1/2} in float64 for W (m, n), up to rotations from both sides; None leaves a side out.
 
-    With F = Q diag(φ) Qᵀ and H = V diag(λ) Vᵀ it is diag(φ)^{1/2} Qᵀ W V diag(λ)^{1/2}.
+    `root` (n, n) is any root of H: root rootᵀ = H. With F = Q diag(φ) Qᵀ it is diag(φ)^{1/2} Qᵀ W root.
     """
     matrix = weight.double()
-    if h is not None:
-        matrix = (matrix @ h.eigenvectors) * h.eigenvalues.sqrt()
+    if root is not None:
+        matrix = matrix @ root
     if f is not None:
         matrix = f.eigenvalues.sqrt()[:, None] * (f.eigenvectors.T @ matrix)
     return matrix
@@ -70,7 +84,7 @@ def low_rank_factors(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(left, right) of shapes (m, r), (r, n) in float64: left @ right = F^{−1/2} U_r U_rᵀ F^{1/2} W.
 
-    `left_basis` holds the left singular vectors of `whitened(weight, h, f)` for the same f.
+    `left_basis` holds the left singular vectors of `whitened(weight, root, f)` for the same f.
     """
     left = left_basis[:, :rank]
     if f is None:

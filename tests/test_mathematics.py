@@ -23,6 +23,7 @@ from hisvd.shape_utils import Sublayer, is_dense, largest_rank, next_rank, store
 from hisvd.whitening_svd import (
     F_DAMPING,
     H_DAMPING,
+    cholesky_root,
     damped,
     left_singular_vectors,
     low_rank_factors,
@@ -265,7 +266,7 @@ def test_factors_are_the_best_rank_r_matrix_in_the_weighted_objective(m, n, two_
     def error(candidate):
         return torch.trace(gradient_metric @ (weight - candidate) @ metric @ (weight - candidate).T).item()
 
-    a = whitened(weight, h, f)
+    a = whitened(weight, torch.linalg.cholesky(dense_moment(h)), f)
     sigma = singular_values(a)
     basis = left_singular_vectors(a)
     torch.testing.assert_close(basis.T @ basis, torch.eye(min(m, n), dtype=torch.float64))
@@ -283,11 +284,11 @@ def test_factors_are_the_best_rank_r_matrix_in_the_weighted_objective(m, n, two_
 
 def test_two_sided_with_the_identity_is_input_whitening():
     torch.manual_seed(0)
-    weight, h = torch.randn(8, 12, dtype=torch.float64), random_moment(12, H_DAMPING, seed=1)
+    weight, root = torch.randn(8, 12, dtype=torch.float64), cholesky_root(random_psd(12, 36, seed=1), H_DAMPING)
     identity = damped(torch.ones(8), torch.eye(8), F_DAMPING)
     products = []
     for f in (None, identity):
-        left, right = low_rank_factors(weight, left_singular_vectors(whitened(weight, h, f)), 3, f)
+        left, right = low_rank_factors(weight, left_singular_vectors(whitened(weight, root, f)), 3, f)
         products.append(left @ right)
     torch.testing.assert_close(products[0], products[1])
 

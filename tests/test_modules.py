@@ -15,7 +15,7 @@ def test_module_computes_the_product_of_its_factors(form, bias):
     torch.manual_seed(0)
     left, right = torch.randn(12, 4), torch.randn(4, 10)
     module = MODULE_OF_FORM[form](10, 12, 4, bias)
-    state = factor_tensors(left, right, form) | ({"bias": torch.randn(12)} if bias else {})
+    state = factor_tensors(left, right, form, torch.float32) | ({"bias": torch.randn(12)} if bias else {})
     module.load_state_dict(state)
     torch.testing.assert_close(module.dense_weight(), left @ right, rtol=1e-4, atol=1e-5)
     x = torch.randn(2, 3, 10)
@@ -37,7 +37,9 @@ def test_full_rank_factors_reproduce_the_logits(model_folders, family, form):
                 u, s, vh = torch.linalg.svd(linear.weight.double(), full_matrices=False)
                 name = f"{adapter.layers}.{index}.{path}"
                 swap_linears(model, {name: {"form": form, "rank": len(s)}})
-                state = factor_tensors(u * s, vh, form) | ({"bias": linear.bias} if linear.bias is not None else {})
+                state = factor_tensors(u * s, vh, form, torch.float32) | (
+                    {"bias": linear.bias} if linear.bias is not None else {}
+                )
                 model.get_submodule(name).load_state_dict(state)
         torch.testing.assert_close(model(ids).logits, before, rtol=1e-3, atol=1e-3)
 

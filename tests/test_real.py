@@ -10,8 +10,8 @@ from conftest import ROOT, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hisvd
-from hisvd.calibration_cache import read_cache, second_moments
-from hisvd.component.low_rank import swap_linears
+from hisvd.calibration_cache import input_root, output_moment, read_cache
+from hisvd.component.low_rank import factor_tensors, swap_linears
 from hisvd.pivoting import pack_pivoted
 from hisvd.utils.data_utils import EVALUATION_SPLIT, evaluation_windows, load_text, tokenize
 from hisvd.utils.eval_utils import perplexity
@@ -95,8 +95,9 @@ def test_packing_loses_nothing_on_real_weights(cache):
         tensors = statistics.read_layer(index)
         for s in (s for s in sublayers if s.layer == index):
             weight = checkpoint.read([f"{s.name}.weight"])[f"{s.name}.weight"]
-            h, f = second_moments(s, tensors, "two_sided", torch.device("cpu"))
-            left, right = low_rank_factors(weight, left_singular_vectors(whitened(weight, h, f)), s.full_rank // 2, f)
+            root, f = (read(s, tensors, "two_sided", torch.device("cpu")) for read in (input_root, output_moment))
+            basis = left_singular_vectors(whitened(weight, root, f))
+            left, right = low_rank_factors(weight, basis, s.full_rank // 2, f)
             base, coefficients, permutation = (
                 t.float() if t.is_floating_point() else t for t in pack_pivoted(left, right)
             )
@@ -109,19 +110,21 @@ def test_packing_loses_nothing_on_real_weights(cache):
     assert largest < 1.5
 
 
-def test_both_forms_of_the_same_ranks_have_the_same_perplexity_when_stored_in_bfloat16(cache, compressed, windows):
-    """Open: issue 2 asks for 1e-3, and in bfloat16 arithmetic. Measured on this text in float32 arithmetic: 1.4e-3."""
+def test_both_forms_of_the_same_ranks_have_the_same_perplexity_in_bfloat16(cache, compressed):
+    """On all tokens: what the arithmetic itself rounds scatters by a thousandth on a few thousand."""
+    ids = tokenize(load_text("python-docs", EVALUATION_SPLIT, "data"), AutoTokenizer.from_pretrained(MODEL))
+    windows = evaluation_windows(ids, 256, None, "python-docs")
     checkpoint, statistics = open_checkpoint(str(MODEL)), read_cache(cache)
-    pivoted, svd = hisvd.load(compressed / "one_shot_80p", torch.float32), hisvd.load(MODEL, torch.float32)
+    pivoted, svd = hisvd.load(compressed / "one_shot_80p"), hisvd.load(MODEL)
+    assert pivoted.dtype == svd.dtype == torch.bfloat16
     ranks = {name: entry["rank"] for name, entry in pivoted.config.quantization_config.modules.items()}
     swap_linears(svd, {name: {"form": "svd", "rank": rank} for name, rank in ranks.items()})
     for index in range(statistics.num_layers):
         tensors = statistics.read_layer(index)
         for s in (s for s in statistics.sublayers_of(index) if s.name in ranks):
             weight = checkpoint.read([f"{s.name}.weight"])[f"{s.name}.weight"]
-            h, f = second_moments(s, tensors, "two_sided", torch.device("cpu"))
-            factors = low_rank_factors(weight, left_singular_vectors(whitened(weight, h, f)), ranks[s.name], f)
-            stored = dict(zip(("left", "right"), (t.bfloat16() for t in factors), strict=True))
-            svd.get_submodule(s.name).load_state_dict(stored)
+            root, f = (read(s, tensors, "two_sided", torch.device("cpu")) for read in (input_root, output_moment))
+            factors = low_rank_factors(weight, left_singular_vectors(whitened(weight, root, f)), ranks[s.name], f)
+            svd.get_submodule(s.name).load_state_dict(factor_tensors(*factors, "svd", torch.bfloat16, root))
     figures = {name: perplexity(m, windows, name)["perplexity"] for name, m in (("pivoted", pivoted), ("svd", svd))}
-    assert figures["pivoted"] == pytest.approx(figures["svd"], rel=2e-3), figures
+    assert figures["pivoted"] == pytest.approx(figures["svd"], rel=1e-3), figures

@@ -11,7 +11,7 @@ import hisvd
 from hisvd.calibration_cache import read_cache
 from hisvd.sequential_update import UpdateMoments, input_and_stream, update_target
 from hisvd.utils.model_utils import load
-from hisvd.whitening_svd import damped
+from hisvd.whitening_svd import cholesky_root
 
 
 @pytest.mark.parametrize("gamma", [0.0, 1.0])
@@ -23,7 +23,7 @@ def test_the_full_update_is_the_least_squares_fit_to_the_original_outputs(gamma)
     )
     x_c = x + 0.3 * noise
     moments = UpdateMoments(x_c @ x_c.T / 200, (x - x_c) @ x_c.T / 200, e @ x_c.T / 200)
-    target = update_target(weight, damped(*torch.linalg.eigh(moments.own), 0.0), moments, 1.0, gamma)
+    target = update_target(weight, cholesky_root(moments.own, 0.0), moments, 1.0, gamma)
     expected = torch.linalg.lstsq(x_c.T, (weight @ x + gamma * e).T).solution.T
     torch.testing.assert_close(target, expected)
 
@@ -31,7 +31,7 @@ def test_the_full_update_is_the_least_squares_fit_to_the_original_outputs(gamma)
 def test_nothing_changes_where_the_inputs_are_the_original_ones():
     weight = torch.randn(5, 8, generator=torch.Generator().manual_seed(0)).double()
     moments = UpdateMoments(torch.eye(8).double(), torch.zeros(8, 8).double(), torch.zeros(5, 8).double())
-    own = damped(*torch.linalg.eigh(moments.own), 1e-3)
+    own = cholesky_root(moments.own, 1e-3)
     assert torch.equal(update_target(weight, own, moments, 0.75, 0.5), weight)
 
 
