@@ -37,7 +37,7 @@ from hisvd.whitening_svd import H_DAMPING, cholesky_root, left_singular_vectors,
 
 MU = 0.5  # part of the way to the original outputs
 GAMMA = 0.5  # part of the residual stream's error that is made good
-RIDGE = 1e-3  # added to E[x' x'ᵀ] before it is inverted, as a fraction of its mean diagonal entry
+RIDGE = 1e-1  # added to E[x' x'ᵀ] before it is inverted, as a fraction of its mean diagonal entry
 
 
 class UpdateMoments(NamedTuple):
