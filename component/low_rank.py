@@ -74,8 +74,8 @@ def factor_tensors(
 ) -> dict[str, torch.Tensor]:
     """State dict entries (without bias) of the module of `form` for the pair left (m, r), right (r, n), in `dtype`.
 
-    `root` (n, k) is a root of the inputs' second moment, which decides how rounding errors are weighed. "dense" gives
-    the weight of a plain linear.
+    `root` (n, n) is the Cholesky root of the inputs' second moment, which decides how rounding errors are weighed.
+    "dense" gives the weight of a plain linear.
     """
     if form == "dense":
         return {"weight": (left @ right).to(dtype)}

@@ -135,13 +135,15 @@ def factor_layer(
     device: torch.device,
 ) -> Iterator[tuple[float, Sublayer, dict[str, torch.Tensor]]]:
     """Yield (target, sublayer, state dict entries) for what is factored in layer `index`; one basis a matrix."""
-    statistics = cache.read_layer(index)
+    statistics, roots = cache.read_layer(index), {}
     for s in cache.sublayers_of(index):
         factored = [t for t in ranks if not is_dense(ranks[t][s.name], s.shape, form)]
         if not factored:
             continue
         weight = original[checkpoint.stored_name(f"{s.name}.weight")].to(device)
-        root, f = (read(s, statistics, whitening, device) for read in (input_root, output_moment))
+        if s.input_group not in roots:
+            roots = {s.input_group: input_root(s, statistics, whitening, device)}  # one for all that share an input
+        root, f = roots[s.input_group], output_moment(s, statistics, whitening, device)
         basis = left_singular_vectors(whitened(weight, root, f))
         for target in factored:
             factors = low_rank_factors(weight, basis, ranks[target][s.name], f)
