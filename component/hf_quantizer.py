@@ -6,6 +6,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from hisvd.component.int6_linear import check_int6_modules
 from hisvd.component.low_rank import swap_linears
 
 METHOD = "hisvd"
@@ -27,6 +28,9 @@ class HiSVDQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         swap_linears(model, self.quantization_config.modules)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        check_int6_modules(model)
 
     def is_serializable(self) -> bool:
         """`save_pretrained` of a loaded model writes the same format again."""

@@ -1,13 +1,16 @@
 """The modules that stand in for nn.Linear in a compressed model."""
 
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
 from torch import nn
 
+from hisvd.component.int6_linear import INT6SparseLinear
 from hisvd.pivoting import pack_pivoted, unpack_pivoted
 from hisvd.rounding import round_product
 from hisvd.shape_utils import FactorForm
+from hisvd.sparse_int6 import dequantize
 
 
 class LowRankLinear(nn.Module):
@@ -18,17 +21,14 @@ class LowRankLinear(nn.Module):
     def __init__(self, in_features: int, out_features: int, rank: int, bias: bool) -> None:
         super().__init__()
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
-        self.left = nn.Parameter(torch.empty(out_features, rank))
-        self.right = nn.Parameter(torch.empty(rank, in_features))
+        self.right = nn.Linear(in_features, rank, bias=False)
+        self.left = nn.Linear(rank, out_features, bias=False)
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (..., n) to (..., m)."""
-        return nn.functional.linear(nn.functional.linear(x, self.right), self.left, self.bias)
-
-    def dense_weight(self) -> torch.Tensor:
-        """The (m, n) weight that this module stands for."""
-        return self.left @ self.right
+        y = self.left(self.right(x))
+        return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
         """Shapes for print(model)."""
@@ -43,21 +43,16 @@ class PivotedLinear(nn.Module):
     def __init__(self, in_features: int, out_features: int, rank: int, bias: bool) -> None:
         super().__init__()
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
-        self.base = nn.Parameter(torch.empty(rank, in_features))
-        self.coefficients = nn.Parameter(torch.empty(out_features - rank, rank))
+        self.base = nn.Linear(in_features, rank, bias=False)
+        self.coefficients = nn.Linear(rank, out_features - rank, bias=False)
         self.register_buffer("permutation", torch.empty(out_features, dtype=torch.int32))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (..., n) to (..., m)."""
-        base_rows = nn.functional.linear(x, self.base)
-        other_rows = nn.functional.linear(base_rows, self.coefficients)
-        y = torch.cat([base_rows, other_rows], dim=-1).index_select(-1, self.permutation)
+        base_rows = self.base(x)
+        y = torch.cat([base_rows, self.coefficients(base_rows)], dim=-1).index_select(-1, self.permutation)
         return y if self.bias is None else y + self.bias
-
-    def dense_weight(self) -> torch.Tensor:
-        """The (m, n) weight that this module stands for."""
-        return unpack_pivoted(self.base, self.coefficients, self.permutation)
 
     extra_repr = LowRankLinear.extra_repr
 
@@ -81,31 +76,65 @@ def factor_tensors(
         return {"weight": (left @ right).to(dtype)}
     if form == "svd":
         left, right = round_product(left, right, root, dtype)
-        return {"left": left.to(dtype), "right": right.to(dtype)}
+        return {"left.weight": left.to(dtype), "right.weight": right.to(dtype)}
     base, coefficients, permutation = pack_pivoted(left, right)
     coefficients, base = round_product(coefficients, base, root, dtype)
-    return {"base": base.to(dtype), "coefficients": coefficients.to(dtype), "permutation": permutation}
+    return {"base.weight": base.to(dtype), "coefficients.weight": coefficients.to(dtype), "permutation": permutation}
+
+
+def dense_weight(entries: dict[str, torch.Tensor], in_features: int) -> torch.Tensor:
+    """The weight (m, n) in float64 that the state dict entries of a plain, factored or INT6 linear stand for."""
+
+    def matrix(prefix: str, columns: int) -> torch.Tensor:
+        if f"{prefix}weight" in entries:
+            return entries[f"{prefix}weight"].double()
+        code = (entries[prefix + key] for key in ("packed_weight", "metadata", "scales"))
+        return dequantize(*code, columns, torch.float64)
+
+    if "permutation" in entries:
+        base = matrix("base.", in_features)
+        return unpack_pivoted(base, matrix("coefficients.", len(base)), entries["permutation"])
+    if any(name.startswith("right.") for name in entries):
+        right = matrix("right.", in_features)
+        return matrix("left.", len(right)) @ right
+    return matrix("", in_features)
+
+
+def modules_of(name: str, tensors: Iterable[str], form: FactorForm, rank: int) -> dict[str, dict]:
+    """The table entries for `swap_linears` of the linear `name` whose state dict entries are named `tensors`."""
+    keys = [key for key in tensors if key.endswith(("weight", "packed_weight"))]
+    factored = {name: {"form": form, "rank": rank}} if any("." in key for key in keys) else {}
+    return factored | {
+        f"{name}.{key}".removesuffix(".packed_weight"): {"form": "int6"}
+        for key in keys
+        if key.endswith("packed_weight")
+    }
 
 
 def swap_linears(model: nn.Module, table: dict[str, dict]) -> None:
-    """Replace the nn.Linear modules named in `table` by empty factored ones, in place.
+    """Replace the nn.Linear modules named in `table` by empty factored or INT6 ones, in place.
 
-    `table` maps a module's full name to {"form": "pivoted" | "svd", "rank": r}. New modules take the
-    device and dtype of the weight they replace, and the bias.
+    `table` maps a module's full name to {"form": "pivoted" | "svd", "rank": r} or {"form": "int6"}; the factors of a
+    factored module are linears too and may follow it as INT6 ones. New modules take the device and dtype of the weight
+    they replace, and the bias.
 
     Raises:
         KeyError: the model has no linear of that name.
     """
-    for name, entry in table.items():
+    for name, entry in sorted(table.items()):  # a module comes before its factors
         parent_name, _, child_name = name.rpartition(".")
         try:
             parent = model.get_submodule(parent_name)
             linear = getattr(parent, child_name)
         except AttributeError:
             raise KeyError(name) from None
-        with torch.device(linear.weight.device):
-            module = MODULE_OF_FORM[entry["form"]](
-                linear.in_features, linear.out_features, entry["rank"], linear.bias is not None
-            )
-        module.to(linear.weight.dtype).bias = linear.bias
+        size = linear.in_features, linear.out_features
+        with torch.device("meta"):  # weights are loaded later: nothing is drawn for them
+            if entry["form"] == "int6":
+                module = INT6SparseLinear(*size, bias=False)
+            else:
+                module = MODULE_OF_FORM[entry["form"]](*size, entry["rank"], bias=False).to(linear.weight.dtype)
+        if not linear.weight.is_meta:
+            module.to_empty(device=linear.weight.device)
+        module.bias = linear.bias
         setattr(parent, child_name, module)

@@ -3,7 +3,10 @@
 from torch import nn
 
 from hisvd.component.adapter import Adapter
+from hisvd.component.int6_linear import INT6SparseLinear
 from hisvd.errors import HiSVDError
+
+LINEARS = (nn.Linear, INT6SparseLinear)  # factored modules hold one of them, too
 
 
 def generic_adapter(model: nn.Module, num_layers: int) -> Adapter:
@@ -18,7 +21,7 @@ def generic_adapter(model: nn.Module, num_layers: int) -> Adapter:
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == num_layers:
             layers = list(module)
-            if all(any(isinstance(child, nn.Linear) for child in layer.modules()) for layer in layers):
+            if all(any(isinstance(child, LINEARS) for child in layer.modules()) for layer in layers):
                 return Adapter(family=f"generic ({model.config.model_type})", layers=path, inputs={})
     raise HiSVDError(
         f"No list of {num_layers} decoder layers with nn.Linear modules was found in the model type "

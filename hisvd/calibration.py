@@ -86,13 +86,14 @@ class Calibration:
         self,
         checkpoint: Checkpoint,
         tokens: torch.Tensor,
+        held_out: torch.Tensor,
         cache: CalibrationCache,
         batch_size: int,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        """Prepare for tokens (sequences, seqlen); reads no weights yet."""
-        self.checkpoint, self.tokens, self.cache = checkpoint, tokens, cache
+        """Prepare for tokens (sequences, seqlen), keeping `held_out` (k, seqlen) for later; reads no weights yet."""
+        self.checkpoint, self.tokens, self.held_out, self.cache = checkpoint, tokens, held_out, cache
         self.batch_size, self.device, self.dtype = batch_size, device, dtype
         self.model = empty_model(checkpoint.config)
         self.adapter = adapter_for(self.model)
@@ -103,7 +104,7 @@ class Calibration:
         Raises:
             HiSVDError: missing or non-finite weights, or non-finite activations.
         """
-        self.cache.write_tokens(self.tokens)
+        self.cache.write_tokens(self.tokens, self.held_out)
         if not self.cache.complete:
             load_outside_layers(self.model, self.adapter, self.checkpoint, self.device, self.dtype)
             self.forward_pass()

@@ -31,9 +31,9 @@ LEADING_VECTORS = "Vh"
 class CalibrationCache:
     """One cache folder.
 
-    `identity` is what the moments depend on (model and data fingerprints, nsamples, grad_nsamples, seqlen, dtype);
-    two runs with the same identity may share a cache. `layers` lists the layers that the forward pass has finished,
-    first to last, `gradients` those of the gradient pass, last to first.
+    `identity` is what the content depends on (fingerprints of model, data and held-out text, nsamples, grad_nsamples,
+    seqlen, dtype); two runs with the same identity may share a cache. `layers` lists the layers that the forward pass
+    has finished, first to last, `gradients` those of the gradient pass, last to first.
     """
 
     folder: Path
@@ -92,10 +92,10 @@ class CalibrationCache:
         }
         write_json(self.folder / MANIFEST, manifest)
 
-    def write_tokens(self, tokens: torch.Tensor) -> None:
-        """Keep the calibration tokens (nsamples, seqlen), unless they are there."""
+    def write_tokens(self, tokens: torch.Tensor, held_out: torch.Tensor) -> None:
+        """Keep the calibration tokens (nsamples, seqlen) and windows of the text held out from them."""
         if not (self.folder / TOKENS).exists():
-            write_tensors(self.folder / TOKENS, {"tokens": tokens.int()})
+            write_tensors(self.folder / TOKENS, {"tokens": tokens.int(), "held_out": held_out.int()})
 
     def read_tokens(self) -> torch.Tensor:
         """The calibration tokens (nsamples, seqlen), int64, checked against the fingerprint of the data.
@@ -103,8 +103,25 @@ class CalibrationCache:
         Raises:
             HiSVDError: the file is missing, truncated or edited.
         """
-        tokens = self._read(self.folder / TOKENS).get("tokens", torch.empty(0)).long()
-        if token_fingerprint(tokens) != self.identity["data"]:
+        return self._read_tokens("tokens", "data")
+
+    def read_held_out(self) -> torch.Tensor:
+        """Windows (k, seqlen), int64, of the same text that calibration has not seen, checked like the tokens.
+
+        Raises:
+            HiSVDError: the text had none to spare, or the file is missing, truncated or edited.
+        """
+        held_out = self._read_tokens("held_out", "held_out")
+        if not len(held_out):
+            raise HiSVDError(
+                f"The text of {self.folder} was too short to hold a part out of calibration for the quality gate; "
+                "calibrate on a longer text, or pass --quality_gate_delta none."
+            )
+        return held_out
+
+    def _read_tokens(self, name: str, key: str) -> torch.Tensor:
+        tokens = self._read(self.folder / TOKENS).get(name, torch.empty(0)).long()
+        if token_fingerprint(tokens) != self.identity.get(key):
             raise _damaged(self.folder / TOKENS)
         return tokens
 
@@ -164,10 +181,13 @@ def input_root(
     sublayer: Sublayer, statistics: dict[str, torch.Tensor], whitening: str, device: torch.device
 ) -> torch.Tensor | None:
     """The Cholesky root of the damped H at a sublayer's input; None for whitening `none`."""
-    if whitening == "none":
-        return None
+    return None if whitening == "none" else cholesky_root(input_moment(sublayer, statistics, device), H_DAMPING)
+
+
+def input_moment(sublayer: Sublayer, statistics: dict[str, torch.Tensor], device: torch.device) -> torch.Tensor:
+    """H = E[x xᵀ] (n, n) at a sublayer's input, undamped, float64."""
     eigenvalues, eigenvectors = _eigenpairs(statistics, f"{sublayer.input_group}.", device)
-    return cholesky_root((eigenvectors * eigenvalues) @ eigenvectors.T, H_DAMPING)
+    return (eigenvectors * eigenvalues) @ eigenvectors.T
 
 
 def output_moment(

@@ -5,9 +5,10 @@ from collections.abc import Hashable, Iterator, Sequence
 import torch
 from tqdm import tqdm
 
-from hisvd.calibration_cache import LEADING_VECTORS, SPECTRA, CalibrationCache, input_root, output_moment
+from hisvd.calibration_cache import LEADING_VECTORS, SPECTRA, CalibrationCache, input_moment, input_root, output_moment
 from hisvd.clustering import layer_clusters
 from hisvd.component.low_rank import factor_tensors
+from hisvd.int6_fit import int6_entries
 from hisvd.rank_allocation import loss_ranks, project_shares, ranks_from_shares, stage1_shares, uniform_shares
 from hisvd.rank_metrics import rank_of
 from hisvd.refinement import stage2_shares
@@ -83,12 +84,14 @@ def compress(
     whitening: str,
     update: str,
     export: str,
+    int6_mode: str,
     device: torch.device,
 ) -> None:
     """Write the factored shards of every target, layer by layer; shards from an interrupted run are kept.
 
     `update` "sequential" fits each layer to what the compressed layers below it deliver, see sequential_update;
-    "none" decomposes each matrix once for all targets. `export` "dense" multiplies the factors back.
+    "none" decomposes each matrix once for all targets. `export` "dense" multiplies the factors back, "int6" stores
+    every linear weight in INT6, fitted to its inputs (`int6_mode` "calibrated") or by the plain rule ("magnitude").
 
     Raises:
         HiSVDError: non-finite weights or activations, or a damaged cache.
@@ -96,7 +99,9 @@ def compress(
     ranks = {t: dict(zip((s.name for s in cache.sublayers), plan, strict=True)) for t, plan in plans.items()}
     done = [writer.shards_done() for writer in writers.values()]
     start, sequential = min(done), None
-    changes = any(not is_dense(plan[s.name], s.shape, form) for plan in ranks.values() for s in cache.sublayers)
+    changes = export == "int6" or any(
+        not is_dense(plan[s.name], s.shape, form) for plan in ranks.values() for s in cache.sublayers
+    )
     if update == "sequential" and changes and start < cache.num_layers:
         folders = {target: writer.folder for target, writer in writers.items()}
         in_step = max(done) <= start + 1  # else the files hold hidden states of several layers
@@ -106,9 +111,11 @@ def compress(
     for index in tqdm(range(start, cache.num_layers), "compressing layers", cache.num_layers, initial=start):
         original = checkpoint.read(layer_tensor_names(checkpoint, cache.sublayers_of(index)[0]))
         if sequential:
-            results = sequential.factor_layer(index, ranks, original, form, whitening, export)
+            results = sequential.factor_layer(index, ranks, original, form, whitening, export, int6_mode)
         else:
-            results = factor_layer(checkpoint, cache, index, ranks, original, form, whitening, export, device)
+            results = factor_layer(
+                checkpoint, cache, index, ranks, original, form, whitening, export, int6_mode, device
+            )
         shards = {target: dict(original) for target in plans}
         for target, sublayer, tensors in results:
             key = checkpoint.stored_name(f"{sublayer.name}.weight")
@@ -132,22 +139,28 @@ def factor_layer(
     form: FactorForm,
     whitening: str,
     export: str,
+    int6_mode: str,
     device: torch.device,
 ) -> Iterator[tuple[float, Sublayer, dict[str, torch.Tensor]]]:
     """Yield (target, sublayer, state dict entries) for what is factored in layer `index`; one basis a matrix."""
     statistics, roots = cache.read_layer(index), {}
     for s in cache.sublayers_of(index):
-        factored = [t for t in ranks if not is_dense(ranks[t][s.name], s.shape, form)]
-        if not factored:
-            continue
         weight = original[checkpoint.stored_name(f"{s.name}.weight")].to(device)
         if s.input_group not in roots:
             roots = {s.input_group: input_root(s, statistics, whitening, device)}  # one for all that share an input
-        root, f = roots[s.input_group], output_moment(s, statistics, whitening, device)
-        basis = left_singular_vectors(whitened(weight, root, f))
-        for target in factored:
-            factors = low_rank_factors(weight, basis, ranks[target][s.name], f)
-            yield target, s, factor_tensors(*factors, "dense" if export == "dense" else form, weight.dtype, root)
+        root, basis = roots[s.input_group], None
+        for target in ranks:
+            tensors, rank = {"weight": weight}, ranks[target][s.name]
+            if not is_dense(rank, s.shape, form):
+                f = output_moment(s, statistics, whitening, device)
+                basis = left_singular_vectors(whitened(weight, root, f)) if basis is None else basis
+                factors = low_rank_factors(weight, basis, rank, f)
+                tensors = factor_tensors(*factors, "dense" if export == "dense" else form, weight.dtype, root)
+            if export == "int6":
+                moment = input_moment(s, statistics, device) if int6_mode == "calibrated" else None
+                tensors = int6_entries(tensors, moment)
+            if tensors.get("weight") is not weight:
+                yield target, s, tensors
 
 
 def layer_tensor_names(checkpoint: Checkpoint, first: Sublayer) -> set[str]:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from hisvd.component.adapter import Adapter
 from hisvd.errors import HiSVDError
 from hisvd.utils.eval_utils import LOGITS_AT_ONCE
-from hisvd.utils.streaming import Arguments, decoder_layers, replaced_forwards
+from hisvd.utils.streaming import Arguments, logits_behind_layers
 
 
 def gradients_at_top(
@@ -21,24 +21,20 @@ def gradients_at_top(
 ) -> Iterator[torch.Tensor]:
     """Gradient (b, seqlen, hidden) of the summed next-token loss with respect to the last layer's outputs.
 
-    `hidden` yields those outputs for consecutive batches of `tokens`. The model's own forward runs behind
-    decoder layers that are passed over, so that final norm, head and logit scaling are the family's. It runs on
-    few tokens at a time: norm and head treat tokens one by one, and logits are large.
+    `hidden` yields those outputs for consecutive batches of `tokens`. Norm and head treat tokens one by one, and run
+    on few at a time, as logits are large.
     """
-    layers = decoder_layers(model, adapter)
     chunk = max(1, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
     for states, ids in zip(hidden, tokens.split(batch_size), strict=True):
         gradient = torch.zeros_like(states)
         flat, flat_gradient = states[:, :-1].flatten(0, 1), []
         labels = ids[:, 1:].flatten().to(states.device)
         for part, part_labels in zip(flat.split(chunk), labels.split(chunk), strict=True):
-            leaf = part[None].detach().requires_grad_()
-            passed_over = dict.fromkeys(layers, lambda hidden, *args, **kwargs: hidden)
-            passed_over[layers[0]] = lambda *args, leaf=leaf, **kwargs: leaf
-            with torch.enable_grad(), replaced_forwards(passed_over):
-                logits = model(input_ids=part_labels[None], use_cache=False).logits[0]
+            leaf = part.detach().requires_grad_()
+            with torch.enable_grad():
+                logits = logits_behind_layers(model, adapter, leaf)
                 loss = nn.functional.cross_entropy(logits.float(), part_labels, reduction="sum")
-                flat_gradient.append(torch.autograd.grad(loss, leaf)[0][0])
+                flat_gradient.append(torch.autograd.grad(loss, leaf)[0])
         gradient[:, :-1] = torch.cat(flat_gradient).view_as(states[:, :-1])
         yield gradient
 

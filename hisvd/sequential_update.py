@@ -21,7 +21,8 @@ from torch import nn
 
 from hisvd.calibration_cache import CalibrationCache, output_moment
 from hisvd.component.families import adapter_for
-from hisvd.component.low_rank import factor_tensors, swap_linears
+from hisvd.component.low_rank import factor_tensors, modules_of, swap_linears
+from hisvd.int6_fit import int6_entries
 from hisvd.shape_utils import FactorForm, Sublayer, is_dense
 from hisvd.utils.data_utils import default_batch_size
 from hisvd.utils.model_utils import Checkpoint, empty_model
@@ -145,6 +146,7 @@ class SequentialUpdate:
         form: FactorForm,
         whitening: str,
         export: str,
+        int6_mode: str,
     ) -> Iterator[tuple[float, Sublayer, dict[str, torch.Tensor]]]:
         """Yield (target, sublayer, state dict entries) for decoder layer `index`, then take all streams through it.
 
@@ -168,8 +170,9 @@ class SequentialUpdate:
                         f = output_moment(s, statistics, whitening, self.device)
                         factors = low_rank_factors(weight, left_singular_vectors(whitened(weight, root, f)), rank, f)
                         tensors = factor_tensors(*factors, "dense" if export == "dense" else form, dtype, root)
-                    if "weight" not in tensors:
-                        swap_linears(layers[target], {s.type: {"form": form, "rank": rank}})
+                    if export == "int6":
+                        tensors = int6_entries(tensors, moments.own if int6_mode == "calibrated" else None)
+                    swap_linears(layers[target], modules_of(s.type, tensors, form, rank))
                     layers[target].get_submodule(s.type).load_state_dict(tensors, strict=False)
                     yield target, s, tensors
         self._advance(index, original, self.original)

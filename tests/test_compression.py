@@ -75,7 +75,13 @@ def test_pivoted_equals_svd_of_the_same_ranks(model_folders, caches, tmp_path):
     for form in ("pivoted", "svd"):
         for name, export in ((form, "dense"), (f"{form}_factored", "none")):
             writers = {0.5: ModelWriter(tmp_path / name, {}, cache.num_layers + 1)}
-            settings = {"form": form, "whitening": "input", "update": "none", "export": export}
+            settings = {
+                "form": form,
+                "whitening": "input",
+                "update": "none",
+                "export": export,
+                "int6_mode": "calibrated",
+            }
             compress(checkpoint, cache, {0.5: ranks}, writers, **settings, device=torch.device("cpu"))
             weights[name] = saved_tensors(writers[0.5].folder)
     for name, dense in weights["svd"].items():

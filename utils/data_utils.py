@@ -18,6 +18,7 @@ C4_DOCUMENTS = {"train": 20_000, "validation": 2_000}
 EVALUATION_SPLIT = {"wikitext2": "test", "ptb": "test", "c4": "validation", "python-docs": "test"}
 CALIBRATION_SPLIT = dict.fromkeys(EVALUATION_SPLIT, "train")
 PYTHON_DOCS_TRAIN_SHARE = 0.8
+HELD_OUT_WINDOWS = 16
 TOKENS_A_BATCH = 4096  # a compromise of speed and memory
 
 
@@ -123,6 +124,17 @@ def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     """The whole text as one row of token ids (tokens,), without added special tokens."""
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.long)
+
+
+def split_held_out(ids: torch.Tensor, nsamples: int, seqlen: int, sampling: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids to calibrate on, held-out windows (k, seqlen) from the end of the text).
+
+    k is at most 16 and at most a twentieth of the text; the first windows (`first`) go before. It can be 0.
+    """
+    spare = len(ids) - nsamples * seqlen if sampling == "first" else len(ids)
+    count = max(0, min(HELD_OUT_WINDOWS, len(ids) // (20 * seqlen), spare // seqlen))
+    cut = len(ids) - count * seqlen
+    return ids[:cut], ids[cut:].view(count, seqlen)
 
 
 def calibration_windows(

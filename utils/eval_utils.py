@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from hisvd.component.families import adapter_for
+from hisvd.component.int6_linear import INT6SparseLinear
 from hisvd.component.low_rank import LowRankLinear, PivotedLinear
 from hisvd.utils.streaming import decoder_layers, replaced_forwards
 
@@ -118,12 +119,17 @@ def peak_memory(device: torch.device) -> int:
 
 
 def linear_numbers(model: PreTrainedModel) -> tuple[int, int]:
-    """(stored, dense) numbers in the linear weights of the decoder layers, factored ones included."""
+    """(stored, dense) numbers in the linear weights of the decoder layers; INT6 stores half of a weight's."""
     stored = dense = 0
+    factors: set[nn.Module] = set()
     for module in decoder_layers(model, adapter_for(model)).modules():
-        if isinstance(module, (nn.Linear, LowRankLinear, PivotedLinear)):
-            dense += module.in_features * module.out_features
-            stored += sum(p.numel() for name, p in module.named_parameters() if name != "bias")
+        size = getattr(module, "in_features", 0) * getattr(module, "out_features", 0)
+        if isinstance(module, (LowRankLinear, PivotedLinear)):
+            dense += size
+            factors |= set(module.children())
+        elif isinstance(module, (nn.Linear, INT6SparseLinear)):
+            dense += size if module not in factors else 0
+            stored += size if isinstance(module, nn.Linear) else size // 2
     return stored, dense
 
 

@@ -6,9 +6,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from hisvd.component.hf_quantizer import METHOD
 from hisvd.errors import HiSVDError
+from hisvd.sparse_int6 import COLUMNS, FORMAT_NAME, USER_ALIAS
 from hisvd.utils.files import atomic_path, make_folder, sync_file, write_json, write_tensors
 from hisvd.utils.model_utils import (
     INDEX_NAME,
@@ -20,6 +22,8 @@ from hisvd.utils.model_utils import (
 
 REPORT = "hisvd.json"
 PLAN = "plan.json"
+# Numbers that an entry of these dtypes stands for: permutations and metadata are none, a byte of INT6 is 4/3 values.
+NUMBERS_AN_ENTRY = {"I32": 0, "U8": 4 / 3}
 # What a model folder holds beside config and weights.
 SIDE_FILES = (
     "generation_config.json",
@@ -92,23 +96,33 @@ class ModelWriter:
         """Write shard `index`."""
         write_tensors(self._shard(index), tensors)
 
+    def read_shard(self, index: int) -> dict[str, torch.Tensor]:
+        """The tensors of shard `index`."""
+        return load_file(self._shard(index))
+
     def finish(self, checkpoint: Checkpoint, modules: dict[str, dict]) -> dict:
         """Add configuration, tokenizer, index, report and model card, and move the result to its place.
 
         `modules` is the table for config.json (empty: a plain model). Returns the report.
         """
-        weight_map, numbers, size = {}, 0, 0
+        weight_map, stored = {}, {}
         for index in range(self.num_shards):
             with open_safetensors(self._shard(index)) as shard:
                 for name in shard.keys():  # noqa: SIM118 (not a dict)
                     tensor = shard.get_slice(name)
                     weight_map[name] = self._shard(index).name
-                    numbers += _product(tensor.get_shape()) if tensor.get_dtype() != "I32" else 0
-            size += self._shard(index).stat().st_size
+                    stored[name] = (tensor.get_dtype(), _product(tensor.get_shape()))
         report = dict(self.plan)
-        report["model_numbers_after"] = numbers
-        report["model_kept"] = numbers / report["model_numbers_before"]
-        report["weight_bytes_after"] = size
+        report["model_numbers_after"] = sum(
+            round(size * NUMBERS_AN_ENTRY.get(dtype, 1)) for dtype, size in stored.values()
+        )
+        report["model_kept"] = report["model_numbers_after"] / report["model_numbers_before"]
+        report["weight_bytes_after"] = sum(self._shard(index).stat().st_size for index in range(self.num_shards))
+        report["bits_per_number"] = 8 * report["weight_bytes_after"] / report["model_numbers_before"]
+        codes = {name.removesuffix(".packed_weight") for name in stored if name.endswith(".packed_weight")}
+        if codes:
+            report["int6"] = int6_figures(codes, stored)
+            modules = modules | {name: {"form": "int6"} for name in codes}
         self._write_side_files(checkpoint, modules, report, weight_map)
         (self.folder / PLAN).unlink()
         for activations in self.folder.glob("*.bin"):
@@ -152,6 +166,28 @@ class ModelWriter:
             with open_safetensors(self.folder / name) as shard:
                 content |= {key: shard.get_tensor(key) for key in shard.keys()}  # noqa: SIM118 (not a dict)
         return content
+
+
+def int6_figures(codes: set[str], stored: dict[str, tuple[str, int]]) -> dict:
+    """What hisvd.json says about the INT6 weights `codes`, from (dtype, size) of all tensors in the files.
+
+    Bits are per weight of those linears, columns of padding included.
+    """
+    sizes = {
+        part: sum(stored[f"{name}.{part}"][1] for name in codes) for part in ("packed_weight", "metadata", "scales")
+    }
+    weights = COLUMNS * sizes["metadata"]
+    payload, metadata = 8 * sizes["packed_weight"] / weights, 32 * sizes["metadata"] / weights
+    return {
+        "format": FORMAT_NAME,
+        "user_alias": USER_ALIAS,
+        "weights": len(codes),
+        "bits_per_stored_value": 6,
+        "pair_sparsity": 0.5,
+        "payload_bits_per_weight": payload,
+        "metadata_bits_per_weight": metadata,
+        "total_bits_per_weight": payload + metadata + 32 * sizes["scales"] / weights,
+    }
 
 
 def _product(shape: list[int]) -> int:

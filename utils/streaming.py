@@ -151,6 +151,20 @@ def first_inputs(
     return batches(), calls
 
 
+def logits_behind_layers(model: PreTrainedModel, adapter: Adapter, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits (tokens, vocabulary) of what the last decoder layer gave, (tokens, hidden), differentiable.
+
+    The model's own forward runs behind decoder layers that are passed over, so that final norm, head and logit scaling
+    are the family's.
+    """
+    layers = decoder_layers(model, adapter)
+    passed_over = dict.fromkeys(layers, lambda hidden, *args, **kwargs: hidden)
+    passed_over[layers[0]] = lambda *args, **kwargs: hidden[None]
+    dummy = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+    with replaced_forwards(passed_over):
+        return model(input_ids=dummy, use_cache=False).logits[0]
+
+
 def _known_equal(arguments: Arguments, known: list[Arguments]) -> Arguments:
     """An equal one among the last few of `known`, else `arguments` itself, which is then known."""
     for candidate in known[-4:]:

@@ -12,6 +12,7 @@ from hisvd.utils.data_utils import (
     default_batch_size,
     file_safe,
     load_text,
+    split_held_out,
     token_fingerprint,
     tokenize,
 )
@@ -75,10 +76,12 @@ def main(
     torch_device = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, torch_device, checkpoint.config.dtype or torch.bfloat16)
     ids = tokenize(load_text(dataset, CALIBRATION_SPLIT, data_dir), load_tokenizer(checkpoint.folder))
+    ids, held_out = split_held_out(ids, nsamples, seqlen, sampling)
     tokens = calibration_windows(ids, nsamples, seqlen, sampling, seed, dataset)
     identity = {
         "model": checkpoint.fingerprint(),
         "data": token_fingerprint(tokens),
+        "held_out": token_fingerprint(held_out),
         "nsamples": nsamples,
         "grad_nsamples": min(grad_nsamples, nsamples) if gradients else 0,
         "seqlen": seqlen,
@@ -91,7 +94,7 @@ def main(
     if cache.complete:
         click.echo(f"{folder} is complete already: nothing to do.")
     batch = batch_size or default_batch_size(seqlen)
-    Calibration(checkpoint, tokens, cache, batch, torch_device, torch_dtype).run()
+    Calibration(checkpoint, tokens, held_out, cache, batch, torch_device, torch_dtype).run()
     click.echo(f"Calibration of {num_layers} layers on {tokens.numel()} tokens of {dataset}: {folder}")
 
 

@@ -1,5 +1,6 @@
 """compress.py: model + calibration cache + budget → compressed model."""
 
+import math
 from importlib.metadata import version
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from hisvd.calibration_cache import CalibrationCache, check_same_model, open_fin
 from hisvd.cli.common import device_option, program, table
 from hisvd.compression import compress, plan_ranks
 from hisvd.errors import HiSVDError
+from hisvd.int6_gate import export_within
 from hisvd.rank_metrics import RANK_METHODS
 from hisvd.refinement import MODULATIONS
 from hisvd.shape_utils import is_dense, stored_numbers
@@ -25,6 +27,26 @@ NOT_SETTINGS = (
     "json_path",
     "device",
 )
+# Settings that do not bear on the ranks.
+NOT_FOR_PLAN = ("whitening", "factors", "update", "export", "int6_mode", "quality_gate_delta")
+
+
+def parse_delta(text: str) -> float | None:
+    """The bound of the quality gate as a fraction; None for `none`.
+
+    Raises:
+        HiSVDError: it is neither `none` nor a number of at least 0.
+    """
+    try:
+        delta = None if text == "none" else float(text)
+    except ValueError:
+        delta = -1.0
+    if delta is not None and not 0 <= delta < math.inf:
+        raise HiSVDError(
+            f"--quality_gate_delta '{text}' is neither a number of at least 0 nor none; 0.025 allows the perplexity "
+            "to rise by 2.5 %."
+        )
+    return delta
 
 
 def parse_targets(text: str) -> list[float]:
@@ -88,10 +110,25 @@ def parse_targets(text: str) -> list[float]:
 )
 @click.option(
     "--export",
-    type=click.Choice(["none", "dense"]),
+    type=click.Choice(["none", "int6", "dense"]),
     default="none",
     show_default=True,
-    help="dense: multiply the factors back, so that any tool loads the result.",
+    help="int6: every linear weight in the INT6 2:4 pairwise sparse format; "
+    "dense: multiply the factors back, so that any tool loads the result.",
+)
+@click.option(
+    "--int6_mode",
+    type=click.Choice(["calibrated", "magnitude"]),
+    default="calibrated",
+    show_default=True,
+    help="INT6: pairs and values fitted to the calibration inputs, or by the plain format rule.",
+)
+@click.option(
+    "--quality_gate_delta",
+    default="0.025",
+    show_default=True,
+    help="INT6: export as many linears as raise the perplexity on held-out calibration text by at most this fraction; "
+    "none: export all.",
 )
 @click.option("--plan_only", is_flag=True, help="Print the rank table from the cache alone and stop.")
 @click.option("--save_model", help="X.pt, or a folder.  [required unless --plan_only]")
@@ -104,6 +141,7 @@ def main(context: click.Context, **options: object) -> None:
     settings = {key: value for key, value in options.items() if key not in NOT_SETTINGS}
     targets = parse_targets(options["target_compression"])
     cache = open_finished_cache(options["calib_cache"])
+    settings["quality_gate_delta"] = parse_delta(options["quality_gate_delta"])
     settings["allocation"] = settings["allocation"] or ("loss" if cache.has_gradients else "hisvd")
     settings["whitening"] = settings["whitening"] or ("two_sided" if cache.has_gradients else "input")
     if settings["whitening"] == "two_sided" and not cache.has_gradients:
@@ -111,7 +149,7 @@ def main(context: click.Context, **options: object) -> None:
             f"--whitening two_sided needs gradients, and {cache.folder} was made with --no_gradients; "
             "use --whitening input, or calibrate again with gradients."
         )
-    plan_settings = {k: v for k, v in settings.items() if k not in ("whitening", "factors", "update", "export")}
+    plan_settings = {k: v for k, v in settings.items() if k not in NOT_FOR_PLAN}
     plans = plan_ranks(cache, targets, form=settings["factors"], **plan_settings)
     if options["plan_only"]:
         reports = [plan_report(cache, target, ranks, settings) for target, ranks in plans.items()]
@@ -134,6 +172,7 @@ def main(context: click.Context, **options: object) -> None:
         report["weight_bytes_before"] = checkpoint.count_bytes()
         output = output_path(options["save_model"], target, several=len(targets) > 1)
         writers[target] = ModelWriter(output, report, cache.num_layers + 1)
+    gated = settings["export"] == "int6" and settings["quality_gate_delta"] is not None
     compress(
         checkpoint,
         cache,
@@ -142,15 +181,23 @@ def main(context: click.Context, **options: object) -> None:
         form=settings["factors"],
         whitening=settings["whitening"],
         update=settings["update"],
-        export=settings["export"],
+        export="none" if gated else settings["export"],
+        int6_mode=settings["int6_mode"],
         device=device,
     )
     reports = []
     for target, writer in writers.items():
+        if gated:
+            ranks = {s.name: rank for s, rank in zip(cache.sublayers, plans[target], strict=True)}
+            how = (ranks, settings["factors"], settings["int6_mode"], device)
+            writer.plan["quality_gate"] = export_within(settings["quality_gate_delta"], checkpoint, cache, writer, *how)
         modules = {} if settings["export"] == "dense" else factored_modules(cache, plans[target], settings["factors"])
         reports.append(writer.finish(checkpoint, modules))
         click.echo(rank_table(cache, plans[target], settings["factors"]))
-        click.echo(f"{summary(reports[-1])}\n{size_summary(reports[-1])}\nSaved to {writer.output}")
+        click.echo(f"{summary(reports[-1])}\n{size_summary(reports[-1])}")
+        if settings["export"] == "int6":
+            click.echo(int6_summary(reports[-1]))
+        click.echo(f"Saved to {writer.output}")
     write_reports(options["json_path"], reports)
 
 
@@ -220,8 +267,25 @@ def size_summary(report: dict) -> str:
     """One line about the whole model."""
     return (
         f"Whole model: {report['model_numbers_after']:,} of {report['model_numbers_before']:,} numbers "
-        f"({report['model_kept']:.1%}), {report['weight_bytes_after']:,} of {report['weight_bytes_before']:,} bytes"
+        f"({report['model_kept']:.1%}), {report['weight_bytes_after']:,} of {report['weight_bytes_before']:,} bytes "
+        f"({report['bits_per_number']:.2f} bits a number of the original)"
     )
+
+
+def int6_summary(report: dict) -> str:
+    """What the INT6 export stored, and what the quality gate said."""
+    figures, gate = report.get("int6"), report.get("quality_gate")
+    lines = ["INT6: no weight was exported."]
+    if figures:
+        bits = figures["total_bits_per_weight"]
+        lines = [f"INT6 ({figures['user_alias']}): {figures['weights']} weights, {bits:.3f} bits a weight"]
+    if gate:
+        lines.append(
+            f"Quality gate {gate['delta']:g}: {len(gate['exported'])} of "
+            f"{len(gate['exported']) + len(gate['not_exported'])} linears exported, perplexity on held-out text "
+            f"{gate['perplexity_before']:.2f} → {gate['perplexity_after']:.2f} ({gate['tokens']} tokens)"
+        )
+    return "\n".join(lines)
 
 
 def write_reports(path: Path | None, reports: list[dict]) -> None:

@@ -1,0 +1,130 @@
+"""A linear whose weight is stored in the INT6 2:4 pairwise sparse format, see hisvd.sparse_int6."""
+
+import functools
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from hisvd.errors import HiSVDError
+from hisvd.int6_fit import int6_tensors
+from hisvd.sparse_int6 import (
+    COLUMNS,
+    FORMAT_NAME,
+    USER_ALIAS,
+    check_packed,
+    dequantize,
+)
+
+BLOCK_NUMBERS = 2**20  # weights that are dequantized at once: about 32 MiB with what it takes to unpack them
+FEW_TOKENS = 4  # up to which the fused product is quicker than dequantizing for a matrix product
+# Every chunk keeps its pairs 0 and 1: legal metadata for a module that waits for its weights.
+EMPTY_METADATA = 0x44444444
+
+
+class INT6SparseLinear(nn.Module):
+    """y = W x + bias, with W (m, n) unpacked whenever it is used, a block of rows at a time."""
+
+    format_name = FORMAT_NAME
+    user_alias = USER_ALIAS
+
+    def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        words = -(-in_features // COLUMNS)
+        self.register_buffer("packed_weight", torch.zeros(out_features, 24 * words, dtype=torch.uint8))
+        self.register_buffer("metadata", torch.full((out_features, words), EMPTY_METADATA, dtype=torch.int32))
+        self.register_buffer("scales", torch.ones(out_features, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+
+    @classmethod
+    def from_dense(
+        cls, weight: torch.Tensor, bias: torch.Tensor | None = None, moment: torch.Tensor | None = None
+    ) -> "INT6SparseLinear":
+        """The module for a weight (m, n), by the plain format rule, or fitted to inputs of second moment (n, n).
+
+        Raises:
+            HiSVDError: the weight is not finite.
+        """
+        module = cls(weight.shape[1], weight.shape[0], bias is not None).to(weight.device)
+        module.load_state_dict(int6_tensors(weight, moment), strict=False)
+        if bias is not None:
+            module.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+        return module
+
+    def dequantize_weight(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The (m, n) weight that this module stands for."""
+        return dequantize(self.packed_weight, self.metadata, self.scales, self.in_features, dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (..., n) to (..., m)."""
+        tokens = x.numel() // self.in_features
+        if tokens <= FEW_TOKENS and not (x.requires_grad and torch.is_grad_enabled()) and fused_product(x.device.type):
+            y = fused_product(x.device.type)(x.reshape(tokens, -1), self.packed_weight, self.metadata, self.scales).to(
+                x.dtype
+            )
+            y = y.view(*x.shape[:-1], self.out_features)
+        else:
+            rows = max(1, BLOCK_NUMBERS // self.in_features)
+            stored = zip(*(t.split(rows) for t in (self.packed_weight, self.metadata, self.scales)), strict=True)
+            weights = (dequantize(*block, self.in_features, x.dtype) for block in stored)
+            y = torch.cat([nn.functional.linear(x, weight) for weight in weights], dim=-1)
+        return y if self.bias is None else y + self.bias
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
+        """Moves and casts as usual, but the scales stay float32: they are a part of the format."""
+        scales = self.scales
+        super()._apply(fn, recurse)
+        if self.scales.dtype != torch.float32:
+            self.scales = scales.to(self.scales.device)
+        return self
+
+    def extra_repr(self) -> str:
+        """Shapes for print(model)."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, format={self.user_alias}"
+
+
+def check_int6_modules(model: nn.Module) -> None:
+    """Refuse a model with a damaged INT6 weight.
+
+    Raises:
+        HiSVDError: a wrong size or dtype, or values that the format does not allow; the module is named.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, INT6SparseLinear):
+            shape = (module.out_features, module.in_features)
+            try:
+                check_packed(module.packed_weight, module.metadata, module.scales, shape)
+            except HiSVDError as error:
+                raise HiSVDError(f"{name}.{error}") from None
+
+
+def product_of_few(
+    x: torch.Tensor, packed_weight: torch.Tensor, metadata: torch.Tensor, scales: torch.Tensor
+) -> torch.Tensor:
+    """x Wᵀ in float32 for x (tokens, n), reading only the inputs that kept pairs meet; made to be compiled."""
+    low, middle, high = packed_weight.unflatten(1, (-1, 3)).to(torch.int32).unbind(-1)
+    values = torch.stack([low, low >> 6 | middle << 2, middle >> 4 | high << 4, high >> 2], -1) & 63
+    nibbles = (metadata[..., None] >> 4 * torch.arange(8, device=x.device, dtype=torch.int32) & 15).flatten(1)
+    chunk = 8 * torch.arange(nibbles.shape[1], device=x.device, dtype=torch.int32)
+    first, second = chunk + 2 * (nibbles & 3), chunk + 2 * (nibbles >> 2)
+    columns = torch.stack([first, first + 1, second, second + 1], -1).flatten(1)
+    inputs = nn.functional.pad(x.float(), (0, 8 * nibbles.shape[1] - x.shape[1]))
+    products = ((values ^ 32) - 32).flatten(1) * inputs[:, columns]
+    return products.sum(-1) * scales
+
+
+@functools.cache
+def fused_product(device: str) -> Callable | None:
+    """`product_of_few` compiled for a type of device, or None (with one line in the log) where that does not work."""
+    compiled = torch.compile(product_of_few, dynamic=True)
+    try:
+        example = INT6SparseLinear(128, 8, bias=False).to(device)
+        compiled(torch.ones(1, 128, device=device), example.packed_weight, example.metadata, example.scales)
+    except Exception as error:  # whatever a missing or broken compiler raises
+        logging.getLogger("hisvd").warning(
+            "INT6 products of few tokens run without torch.compile, slower: %s", str(error).strip().split("\n")[0]
+        )
+        return None
+    return compiled

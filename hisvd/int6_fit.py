@@ -1,0 +1,189 @@
+"""Which pairs an INT6 weight keeps, and their values, by what they do to the outputs on the model's own inputs.
+
+The error is ‖(W − Ŵ) H^{1/2}‖, as in whitening_svd. A first pass goes through the chunks of 8 columns with the columns
+still open free to make good what the chunk errs (SparseGPT, arXiv 2301.00774, chunk by chunk with its saliency of
+optimal brain surgeon); then every chunk is chosen again, given all others, until little changes (coordinate descent,
+as QuantEase, arXiv 2309.01885). No step raises the error.
+"""
+
+import itertools
+
+import torch
+
+from hisvd.errors import HiSVDError
+from hisvd.sparse_int6 import (
+    CHUNK,
+    COLUMNS,
+    LARGEST,
+    SMALLEST_SCALE,
+    dequantize,
+    make_encodable,
+    pack,
+    padded,
+    prune,
+    quantize,
+)
+from hisvd.whitening_svd import H_DAMPING, cholesky_root
+
+BLOCK = 128  # columns that are chosen chunk by chunk between two matrix products
+SWEEPS = 8  # times that every chunk is chosen again
+KEPT = [[2 * a, 2 * a + 1, 2 * b, 2 * b + 1] for a, b in itertools.combinations(range(4), 2)]
+DROPPED = [[i for i in range(CHUNK) if i not in kept] for kept in KEPT]
+
+
+def int6_entries(tensors: dict[str, torch.Tensor], moment: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """The state dict entries of a linear, plain or factored, with every weight of at least 64 inputs in INT6.
+
+    With `moment` (n, n), E[x xᵀ] of the inputs, codes are fitted to them; the outer factor of a pair first to what the
+    stored inner one makes of the inputs. Without it, by the plain format rule.
+
+    Raises:
+        HiSVDError: a weight is not finite.
+    """
+    entries = dict(tensors)
+    for inner, outer in {"weight": None, "right.weight": "left.weight", "base.weight": "coefficients.weight"}.items():
+        if inner not in tensors:
+            continue
+        stored = _replace_by_code(entries, inner, moment)
+        if outer:
+            if moment is not None:
+                cross = stored @ moment.double()
+                root = cholesky_root(cross @ stored.T, H_DAMPING)
+                change = cross @ (tensors[inner].double() - stored).T @ tensors[outer].double().T
+                fitted = tensors[outer].double() + torch.cholesky_solve(change, root).T
+                entries[outer] = fitted.to(tensors[outer].dtype)
+                moment = cross @ stored.T
+            _replace_by_code(entries, outer, moment)
+    return entries
+
+
+def _replace_by_code(entries: dict[str, torch.Tensor], name: str, moment: torch.Tensor | None) -> torch.Tensor:
+    """Put the code of the weight `name` in its place, if it has at least 64 inputs; what is stored then, float64."""
+    weight = entries[name]
+    if weight.shape[1] < COLUMNS:
+        return weight.double()
+    code = int6_tensors(entries.pop(name), moment)
+    entries |= {name.removesuffix("weight") + key: tensor for key, tensor in code.items()}
+    return dequantize(**code, in_features=weight.shape[1], dtype=torch.float64)
+
+
+def int6_tensors(weight: torch.Tensor, moment: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    """packed_weight, metadata and scales of `weight` (m, n), as sparse_int6 has them.
+
+    Fitted to inputs of second moment `moment` (n, n), or by the plain format rule.
+
+    Raises:
+        HiSVDError: the weight is not finite.
+    """
+    if not torch.isfinite(weight).all():
+        raise HiSVDError("A weight to be stored in INT6 holds NaN or infinite values; repair the checkpoint first.")
+    if moment is None:
+        q, scales = quantize(prune(padded(weight.float())))
+        q = make_encodable(q)
+    else:
+        q, scales = fit_int6(weight, moment)
+    packed_weight, metadata = pack(q)
+    return {"packed_weight": packed_weight, "metadata": metadata, "scales": scales}
+
+
+def fit_int6(weight: torch.Tensor, moment: torch.Tensor, sweeps: int = SWEEPS) -> tuple[torch.Tensor, torch.Tensor]:
+    """(q int8 (m, n'), scales float32 (m,)) for W (m, n) and H = E[x xᵀ] (n, n); n' is n padded to a multiple of 64.
+
+    The scale of a row is the least-squares fit of q · scale to the weight in the metric of H.
+    """
+    weight, n = padded(weight.double()), weight.shape[1]
+    moment = torch.block_diag(moment.double(), torch.zeros(weight.shape[1] - n, weight.shape[1] - n))
+    moment = moment.to(weight.device)
+    root = cholesky_root(moment, H_DAMPING)
+    moment = (root @ root.T).float()
+    # Inputs of larger energy are chosen first, while most of the others are open.
+    energy = moment.diagonal().unflatten(0, (-1, CHUNK)).sum(1)
+    order = energy.argsort().mul(CHUNK)[:, None].add(torch.arange(CHUNK, device=energy.device)).flatten()
+    back = order.argsort()
+    weight, moment = weight[:, order].float(), moment[order][:, order]
+    root = cholesky_root(moment, 0).float()
+
+    scales = _first_pass(weight, root, None).abs().amax(1).clamp_min(SMALLEST_SCALE) / LARGEST
+    values = _first_pass(weight, root, scales)
+    for _ in range(sweeps):
+        scales, values = _refitted(values, scales, weight, moment)
+        _sweep(weight, values, moment, scales)
+    scales, values = _refitted(values, scales, weight, moment)
+    return (values / scales[:, None]).round().to(torch.int8)[:, back], scales
+
+
+def _refitted(
+    values: torch.Tensor, scales: torch.Tensor, weight: torch.Tensor, moment: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scales that fit the codes of `values` best, and the values they then stand for."""
+    q = (values / scales[:, None]).round()
+    seen = q @ moment
+    fit = ((seen * weight).sum(1) / (seen * q).sum(1).clamp_min(1e-30)).abs().clamp_min(SMALLEST_SCALE)
+    return fit, q * fit[:, None]
+
+
+def _first_pass(weight: torch.Tensor, root: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
+    """Kept values (m, n), from the last chunk to the first; `root` is lower triangular, root rootᵀ = H.
+
+    With the columns before a chunk free, what the chunk and those behind it err is measured by the root alone.
+    """
+    error, values = torch.zeros_like(weight), torch.zeros_like(weight)
+    for block_end in range(weight.shape[1], 0, -BLOCK):
+        block = max(0, block_end - BLOCK)
+        behind = error[:, block_end:] @ root[block_end:, block:block_end]
+        for start in range(block_end - CHUNK, block - 1, -CHUNK):
+            end = start + CHUNK
+            shift = behind[:, start - block : end - block] + error[:, end:block_end] @ root[end:block_end, start:end]
+            diagonal = root[start:end, start:end]
+            wanted = weight[:, start:end] + torch.linalg.solve_triangular(diagonal, shift, upper=False, left=False)
+            values[:, start:end] = best_chunk(wanted, diagonal @ diagonal.T, scales)
+            error[:, start:end] = weight[:, start:end] - values[:, start:end]
+    return values
+
+
+def _sweep(weight: torch.Tensor, values: torch.Tensor, moment: torch.Tensor, scales: torch.Tensor) -> None:
+    """Choose every chunk of `values` again, given the others, in place."""
+    for block_end in range(weight.shape[1], 0, -BLOCK):
+        block = max(0, block_end - BLOCK)
+        pull = (weight - values) @ moment[:, block:block_end]  # −½ the gradient of the error
+        for start in range(block_end - CHUNK, block - 1, -CHUNK):
+            end = start + CHUNK
+            metric = moment[start:end, start:end]
+            old = values[:, start:end].clone()
+            wanted = old + torch.linalg.solve(metric, pull[:, start - block : end - block], left=False)
+            new = best_chunk(wanted, metric, scales)
+            worse = _cost(wanted - new, metric) > _cost(wanted - old, metric)
+            values[:, start:end] = torch.where(worse[:, None], old, new)
+            pull += (old - values[:, start:end]) @ moment[start:end, block:block_end]
+
+
+def _cost(error: torch.Tensor, metric: torch.Tensor) -> torch.Tensor:
+    return ((error @ metric) * error).sum(1)
+
+
+def best_chunk(wanted: torch.Tensor, metric: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
+    """The legal chunk (m, 8) near `wanted` (m, 8) in `metric` (8, 8); every choice of two pairs is tried.
+
+    The values kept make good what the dropped ones did, as far as they can. With `scales` (m,) they are rounded to
+    codes one by one, the errors fed back; without, they stay as they are.
+    """
+    best, least = None, None
+    for kept, dropped in zip(KEPT, DROPPED, strict=True):
+        inner = metric[kept][:, kept]
+        ideal = wanted[:, kept] + wanted[:, dropped] @ torch.linalg.solve(inner, metric[kept][:, dropped]).T
+        chunk = torch.zeros_like(wanted)
+        chunk[:, kept] = ideal if scales is None else _rounded(ideal, torch.linalg.cholesky(inner), scales)
+        cost = _cost(wanted - chunk, metric)
+        best = chunk if best is None else torch.where((cost < least)[:, None], chunk, best)
+        least = cost if least is None else torch.minimum(cost, least)
+    return best
+
+
+def _rounded(ideal: torch.Tensor, root: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """`ideal` (m, 4) on the codes times `scales`, none of them 0, from the last column to the first with feedback."""
+    slope, rounded = root / root.diagonal(), torch.empty_like(ideal)
+    for j in range(ideal.shape[1] - 1, -1, -1):
+        wanted = (ideal[:, j] + (ideal[:, j + 1 :] - rounded[:, j + 1 :]) @ slope[j + 1 :, j]) / scales
+        q = wanted.round().clamp(-LARGEST - 1, LARGEST)
+        rounded[:, j] = torch.where(q == 0, torch.where(wanted < 0, -1.0, 1.0), q) * scales
+    return rounded

@@ -1,0 +1,139 @@
+"""compress.py --export int6 on tiny models: formats, the quality gate, bad usage."""
+
+import json
+
+import pytest
+import torch
+from conftest import IDS, calibrate_arguments, expect_sentence, run, saved_tensors
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import hisvd
+from hisvd.component.int6_linear import INT6SparseLinear
+from hisvd.sparse_int6 import FORMAT_NAME, USER_ALIAS
+
+ALL = ("--export", "int6", "--quality_gate_delta", "none")
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("target", ["1.0", "0.8"])
+def test_folder_and_pt_load_to_the_same_logits_and_generate(chain, family, target):
+    folder, file = chain(family, target, "folder", *ALL), chain(family, target, "file.pt", *ALL)
+    models = [hisvd.load(folder), hisvd.load(file), AutoModelForCausalLM.from_pretrained(folder).eval()]
+    codes = [m for m in models[0].modules() if isinstance(m, INT6SparseLinear)]
+    assert len(codes) >= 4 * 7 and all(m.scales.dtype == torch.float32 for m in codes)
+    with torch.no_grad():
+        logits = [model(IDS).logits for model in models]
+    assert all(torch.equal(logits[0], other) for other in logits[1:])
+    half = hisvd.load(folder, dtype=torch.bfloat16)
+    assert all(m.scales.dtype == torch.float32 for m in half.modules() if isinstance(m, INT6SparseLinear))
+    settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    cached, plain = (models[1].generate(IDS, **settings, use_cache=use) for use in (True, False))
+    assert torch.equal(cached, plain)
+
+
+def test_report_measures_bits_on_the_file(chain):
+    folder = chain("llama", "1.0", "out", *ALL)
+    figures = json.loads((folder / "hisvd.json").read_text())["int6"]
+    assert (figures["format"], figures["user_alias"]) == (FORMAT_NAME, USER_ALIAS)
+    assert figures["bits_per_stored_value"] == 6 and figures["pair_sparsity"] == 0.5 and figures["weights"] == 28
+    tensors = saved_tensors(folder)
+    names = [name for name in tensors if name.endswith("proj.packed_weight")]
+    bits = weights = 0
+    for name in names:
+        columns = 64 * -(-(160 if "down" in name else 64) // 64)
+        weights += tensors[name].shape[0] * columns
+        parts = [tensors[name.replace("packed_weight", part)] for part in ("packed_weight", "metadata", "scales")]
+        bits += 8 * sum(part.numel() * part.element_size() for part in parts)
+    assert figures["payload_bits_per_weight"] == 3 and figures["metadata_bits_per_weight"] == 0.5
+    assert figures["total_bits_per_weight"] == pytest.approx(bits / weights)
+
+
+def test_magnitude_mode_is_the_plain_rule_on_the_weights_themselves(chain, model_folders):
+    folder = chain("llama", "1.0", "out", *ALL, "--int6_mode", "magnitude", "--update", "none")
+    model, original = hisvd.load(folder), saved_tensors(model_folders["llama"])
+    for name, module in model.named_modules():
+        if isinstance(module, INT6SparseLinear):
+            plain = INT6SparseLinear.from_dense(original[f"{name}.weight"])
+            assert torch.equal(module.packed_weight, plain.packed_weight), name
+
+
+def test_calibrated_mode_errs_less_than_magnitude(chain, model_folders):
+    dense = hisvd.load(model_folders["llama"])
+    errors = {}
+    for mode in ("magnitude", "calibrated"):
+        model = hisvd.load(chain("llama", "1.0", mode, *ALL, "--int6_mode", mode))
+        with torch.no_grad():
+            errors[mode] = (model(IDS).logits - dense(IDS).logits).square().mean().item()
+    assert errors["calibrated"] < errors["magnitude"]
+
+
+@pytest.mark.parametrize("target", ["1.0", "0.7"])
+def test_quality_gate_bounds_the_perplexity_and_lists_what_it_did(chain, tmp_path, target):
+    plain = chain("llama", target, "plain.pt") if target != "1.0" else None
+    reports = {}
+    for delta in ("0", "0.001", "10"):
+        folder = chain("llama", target, f"gate_{delta}", "--export", "int6", "--quality_gate_delta", delta)
+        reports[delta] = json.loads((folder / "hisvd.json").read_text())["quality_gate"]
+        gate, model = reports[delta], hisvd.load(folder)
+        assert gate["perplexity_after"] <= (1 + float(delta)) * gate["perplexity_before"]
+        codes = {n for n, m in model.named_modules() if isinstance(m, INT6SparseLinear)}
+        assert {next(s for s in gate["exported"] if name.startswith(s)) for name in codes} == set(gate["exported"])
+        assert len(gate["exported"]) + len(gate["not_exported"]) == 28
+        assert not list(folder.glob("*.bin")) and not (folder / "int6_gate.json").exists()
+    assert not reports["10"]["not_exported"]
+    assert len(reports["0"]["exported"]) <= len(reports["0.001"]["exported"]) < 28
+    if plain:
+        kept = saved_tensors(plain)
+        for name, tensor in saved_tensors(tmp_path / "gate_0.001").items():
+            if name in kept:
+                assert torch.equal(tensor, kept[name]), name
+
+
+def test_gate_reports_the_perplexity_that_evaluate_measures(chain, caches, tmp_path):
+    from hisvd.calibration_cache import read_cache
+    from hisvd.utils.eval_utils import perplexity
+
+    folder = chain("llama", "1.0", "out", "--export", "int6", "--quality_gate_delta", "10")
+    gate = json.loads((folder / "hisvd.json").read_text())["quality_gate"]
+    held_out = read_cache(caches["llama"]).read_held_out()
+    measured = perplexity(hisvd.load(folder, torch.float32), held_out, "held-out")
+    assert measured["perplexity"] == pytest.approx(gate["perplexity_after"], rel=1e-4)
+    assert measured["tokens_scored"] == gate["tokens"]
+
+
+def test_evaluate_counts_half_of_the_numbers(chain, tmp_path):
+    folder = chain("llama", "1.0", "out", *ALL)
+    where = ["--datasets", "python-docs", "--seqlen", 32, "--nsamples", 2, "--json", tmp_path / "e.json"]
+    assert run("evaluate", "--model_path", folder, *where, "--speed").code == 0
+    assert json.loads((tmp_path / "e.json").read_text())[0]["linear_kept"] == 0.5
+
+
+def test_damaged_int6_folder_is_refused(chain, tmp_path):
+    folder = chain("llama", "1.0", "out", *ALL)
+    file = next(folder.glob("model-00001*.safetensors"))
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("q_proj.metadata"))
+    save_file(tensors | {name: torch.zeros_like(tensors[name])}, file, metadata={"format": "pt"})
+    with pytest.raises(hisvd.HiSVDError, match=r"q_proj\.metadata"):
+        hisvd.load(folder)
+    where = ["--datasets", "python-docs", "--seqlen", 32, "--nsamples", 2]
+    expect_sentence(run("evaluate", "--model_path", folder, *where), "q_proj.metadata")
+
+
+@pytest.mark.parametrize("delta", ["-1", "nan", "inf", "much"])
+def test_bound_of_the_gate_must_be_a_number_or_none(caches, model_folders, tmp_path, delta):
+    where = ["--model_path", model_folders["llama"], "--calib_cache", caches["llama"], "--save_model", tmp_path / "o"]
+    goal = ["--target_compression", "1", "--export", "int6", "--quality_gate_delta", delta]
+    expect_sentence(run("compress", *where, *goal), "--quality_gate_delta")
+
+
+def test_gate_without_held_out_text_says_so(model_folders, tmp_path):
+    text = tmp_path / "short.txt"
+    text.write_text("word " * 200)
+    arguments = calibrate_arguments(model_folders["llama"], tmp_path)
+    arguments[arguments.index("python-docs")] = text
+    assert run("calibrate", *arguments).code == 0
+    where = ["--model_path", model_folders["llama"], "--calib_cache", tmp_path / "tiny_n6_s32_with_hessian"]
+    goal = ["--target_compression", "1", "--export", "int6", "--save_model", tmp_path / "o"]
+    expect_sentence(run("compress", *where, *goal), "--quality_gate_delta none")
