@@ -9,8 +9,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import hisvd
+from hisvd.calibration_cache import read_cache
 from hisvd.component.int6_linear import INT6SparseLinear
+from hisvd.int6_gate import longest_within
 from hisvd.sparse_int6 import FORMAT_NAME, USER_ALIAS
+from hisvd.utils.eval_utils import perplexity
 
 ALL = ("--export", "int6", "--quality_gate_delta", "none")
 
@@ -58,21 +61,36 @@ def test_magnitude_mode_is_the_plain_rule_on_the_weights_themselves(chain, model
             assert torch.equal(module.packed_weight, plain.packed_weight), name
 
 
-def test_calibrated_mode_errs_less_than_magnitude(chain, model_folders):
-    dense = hisvd.load(model_folders["llama"])
+def test_calibrated_mode_errs_less_than_magnitude(chain, model_folders, caches):
+    dense, tokens = hisvd.load(model_folders["llama"]), read_cache(caches["llama"]).read_tokens()
     errors = {}
     for mode in ("magnitude", "calibrated"):
-        model = hisvd.load(chain("llama", "1.0", mode, *ALL, "--int6_mode", mode))
+        model = hisvd.load(chain("llama", "1.0", mode, *ALL, "--int6_mode", mode, "--update", "none"))
         with torch.no_grad():
-            errors[mode] = (model(IDS).logits - dense(IDS).logits).square().mean().item()
+            errors[mode] = (model(tokens).logits - dense(tokens).logits).square().mean().item()
     assert errors["calibrated"] < errors["magnitude"]
+
+
+@pytest.mark.parametrize("most", [0, 1, 13, 27, 28])
+def test_gate_takes_the_longest_start_that_fits(most):
+    class Text:
+        tokens = IDS
+
+        def perplexity(self, exported):
+            assert exported == set(names[: len(exported)])
+            return 10.0 + (0 if not exported else 0.2 if len(exported) <= most else 0.3)
+
+    names = [f"linear_{i:02d}" for i in range(28)]
+    report = longest_within(0.025, names, Text())
+    assert (report["exported"], report["not_exported"]) == (names[:most], names[most:])
+    assert report["perplexity_before"] == 10.0 and report["perplexity_after"] == (10.2 if most else 10.0)
 
 
 @pytest.mark.parametrize("target", ["1.0", "0.7"])
 def test_quality_gate_bounds_the_perplexity_and_lists_what_it_did(chain, tmp_path, target):
     plain = chain("llama", target, "plain.pt") if target != "1.0" else None
     reports = {}
-    for delta in ("0", "0.001", "10"):
+    for delta in ("0", "10"):
         folder = chain("llama", target, f"gate_{delta}", "--export", "int6", "--quality_gate_delta", delta)
         reports[delta] = json.loads((folder / "hisvd.json").read_text())["quality_gate"]
         gate, model = reports[delta], hisvd.load(folder)
@@ -82,18 +100,14 @@ def test_quality_gate_bounds_the_perplexity_and_lists_what_it_did(chain, tmp_pat
         assert len(gate["exported"]) + len(gate["not_exported"]) == 28
         assert not list(folder.glob("*.bin")) and not (folder / "int6_gate.json").exists()
     assert not reports["10"]["not_exported"]
-    assert len(reports["0"]["exported"]) <= len(reports["0.001"]["exported"]) < 28
     if plain:
         kept = saved_tensors(plain)
-        for name, tensor in saved_tensors(tmp_path / "gate_0.001").items():
+        for name, tensor in saved_tensors(tmp_path / "gate_0").items():
             if name in kept:
                 assert torch.equal(tensor, kept[name]), name
 
 
 def test_gate_reports_the_perplexity_that_evaluate_measures(chain, caches, tmp_path):
-    from hisvd.calibration_cache import read_cache
-    from hisvd.utils.eval_utils import perplexity
-
     folder = chain("llama", "1.0", "out", "--export", "int6", "--quality_gate_delta", "10")
     gate = json.loads((folder / "hisvd.json").read_text())["quality_gate"]
     held_out = read_cache(caches["llama"]).read_held_out()
@@ -130,9 +144,10 @@ def test_bound_of_the_gate_must_be_a_number_or_none(caches, model_folders, tmp_p
 
 def test_gate_without_held_out_text_says_so(model_folders, tmp_path):
     text = tmp_path / "short.txt"
-    text.write_text("word " * 200)
+    text.write_text(" ".join(str(i) for i in range(80)))
     arguments = calibrate_arguments(model_folders["llama"], tmp_path)
     arguments[arguments.index("python-docs")] = text
+    arguments += ["--sampling", "first"]
     assert run("calibrate", *arguments).code == 0
     where = ["--model_path", model_folders["llama"], "--calib_cache", tmp_path / "tiny_n6_s32_with_hessian"]
     goal = ["--target_compression", "1", "--export", "int6", "--save_model", tmp_path / "o"]
