@@ -19,7 +19,7 @@ from hisvd.utils.files import sha256_of_file, sha256_of_tensor, write_json, writ
 from hisvd.utils.model_utils import open_safetensors
 from hisvd.whitening_svd import F_DAMPING, H_DAMPING, SecondMoment, cholesky_root, damped
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 TOKENS = "tokens.safetensors"
 # Endings of the names of small tensors: all that a rank plan needs.

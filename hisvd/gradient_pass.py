@@ -4,6 +4,7 @@ Layers are visited in reverse, one in memory. Each is run again from its stored 
 gradient of its inputs is what the layer below starts from.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -21,22 +22,37 @@ def gradients_at_top(
 ) -> Iterator[torch.Tensor]:
     """Gradient (b, seqlen, hidden) of the summed next-token loss with respect to the last layer's outputs.
 
-    `hidden` yields those outputs for consecutive batches of `tokens`. Norm and head treat tokens one by one, and run
-    on few at a time, as logits are large.
+    `hidden` yields those outputs for consecutive batches of `tokens`. The loss is that of the text's own tokens plus
+    that of tokens drawn from the model's predictions, over √2. Gradients of drawn tokens are zero on average, so F is
+    the mean of the empirical Fisher matrix and of the exact one, from one backward pass. Norm and head treat tokens
+    one by one, and run on few at a time, as logits are large.
     """
     chunk = max(1, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
-    for states, ids in zip(hidden, tokens.split(batch_size), strict=True):
+    uniform = torch.rand(tokens[:, 1:].shape, generator=torch.Generator().manual_seed(0))  # same for any batch size
+    for states, ids, draws in zip(hidden, tokens.split(batch_size), uniform.split(batch_size), strict=True):
         gradient = torch.zeros_like(states)
         flat, flat_gradient = states[:, :-1].flatten(0, 1), []
-        labels = ids[:, 1:].flatten().to(states.device)
-        for part, part_labels in zip(flat.split(chunk), labels.split(chunk), strict=True):
+        per_token = (flat, ids[:, 1:].flatten().to(states.device), draws.flatten().to(states.device))
+        for part, labels, part_draws in zip(*(t.split(chunk) for t in per_token), strict=True):
             leaf = part.detach().requires_grad_()
             with torch.enable_grad():
-                logits = logits_behind_layers(model, adapter, leaf)
-                loss = nn.functional.cross_entropy(logits.float(), part_labels, reduction="sum")
-                flat_gradient.append(torch.autograd.grad(loss, leaf)[0])
+                logits = logits_behind_layers(model, adapter, leaf).float()
+                losses = [
+                    nn.functional.cross_entropy(logits, targets, reduction="sum")
+                    for targets in (labels, drawn_labels(logits.detach(), part_draws))
+                ]
+                flat_gradient.append(torch.autograd.grad(sum(losses) / math.sqrt(2), leaf)[0])
         gradient[:, :-1] = torch.cat(flat_gradient).view_as(states[:, :-1])
         yield gradient
+
+
+def drawn_labels(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """A token (tokens,) from each distribution softmax(logits), (tokens, vocabulary), by inverting its sums.
+
+    `uniform` (tokens,) holds numbers drawn from [0, 1).
+    """
+    sums = logits.softmax(-1).cumsum_(-1)
+    return torch.searchsorted(sums, uniform[:, None] * sums[:, -1:], right=True)[:, 0].clamp_max(logits.shape[-1] - 1)
 
 
 class OutputGradientMoments:

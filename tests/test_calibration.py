@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from hisvd.calibration_cache import SPECTRA, read_cache
+from hisvd.gradient_pass import drawn_labels
 from hisvd.utils.data_utils import CALIBRATION_SPLIT, calibration_windows, load_text, tokenize
 
 
@@ -54,16 +55,21 @@ def test_streamed_moments_equal_those_of_the_whole_model(model_folders, caches, 
 
 
 def gradient_moments_of_whole_model(folder):
-    """E[g gᵀ] of every linear's output, by autograd through the whole model: sublayer name → (m, m)."""
+    """E[g gᵀ] of every linear's output, by autograd through the whole model: sublayer name → (m, m).
+
+    g is the gradient of the loss of the text plus that of drawn tokens, over √2.
+    """
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokens = calibration_tokens(folder)
     outputs = {}
     for name, module in model.model.named_modules(prefix="model"):
         if isinstance(module, torch.nn.Linear):
             module.register_forward_hook(lambda _, __, y, name=name: outputs.__setitem__(name, y))
-    logits = model(tokens).logits[:, :-1]
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
-    gradients = torch.autograd.grad(loss, list(outputs.values()))
+    logits = model(tokens).logits[:, :-1].flatten(0, 1)
+    uniform = torch.rand(6, 31, generator=torch.Generator().manual_seed(0)).flatten()
+    labels = (tokens[:, 1:].flatten(), drawn_labels(logits.detach(), uniform))
+    loss = sum(torch.nn.functional.cross_entropy(logits, targets, reduction="sum") for targets in labels)
+    gradients = torch.autograd.grad(loss / 2**0.5, list(outputs.values()))
     rows = {name: g.flatten(0, 1).double() for name, g in zip(outputs, gradients, strict=True)}
     return {name: g.T @ g / tokens.numel() for name, g in rows.items()}
 
@@ -78,6 +84,16 @@ def test_streamed_gradient_moments_equal_autograds(model_folders, caches, family
         f = q @ torch.diag(tensors[f"{s.type}.F_eigenvalues"].double()) @ q.T
         scale = expected[s.name].abs().max().item()
         torch.testing.assert_close(f, expected[s.name], rtol=1e-5, atol=1e-5 * scale)
+
+
+def test_labels_are_drawn_as_often_as_the_model_predicts_them():
+    logits = torch.tensor([2.0, 0.0, -torch.inf, 1.0]).repeat(20_000, 1)
+    uniform = torch.rand(20_000, generator=torch.Generator().manual_seed(1))
+    shares = torch.bincount(drawn_labels(logits, uniform), minlength=4) / 20_000
+    torch.testing.assert_close(shares, logits[0].softmax(-1), rtol=0, atol=0.01)
+    assert shares[2] == 0
+    ends = torch.tensor([0.0, 1 - 2**-24])
+    assert drawn_labels(logits[:2], ends).tolist() == [0, 3]
 
 
 def test_without_gradients_the_cache_holds_only_the_forward_pass(model_folders, caches, tmp_path):

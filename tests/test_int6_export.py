@@ -13,6 +13,7 @@ from hisvd.calibration_cache import read_cache
 from hisvd.component.int6_linear import INT6SparseLinear
 from hisvd.int6_gate import longest_within
 from hisvd.sparse_int6 import FORMAT_NAME, USER_ALIAS
+from hisvd.utils.data_utils import CALIBRATION_SPLIT, calibration_windows, load_text, split_held_out, tokenize
 from hisvd.utils.eval_utils import perplexity
 
 ALL = ("--export", "int6", "--quality_gate_delta", "none")
@@ -142,13 +143,25 @@ def test_bound_of_the_gate_must_be_a_number_or_none(caches, model_folders, tmp_p
     expect_sentence(run("compress", *where, *goal), "--quality_gate_delta")
 
 
-def test_gate_without_held_out_text_says_so(model_folders, tmp_path):
+def test_gate_without_held_out_text_says_so(model_folders, tokenizer, tmp_path):
     text = tmp_path / "short.txt"
-    text.write_text(" ".join(str(i) for i in range(80)))
-    arguments = calibrate_arguments(model_folders["llama"], tmp_path)
+    text.write_text(tokenizer.decode(calibration_text(tokenizer)[: 6 * 32 + 10]))
+    arguments = [*calibrate_arguments(model_folders["llama"], tmp_path), "--sampling", "first"]
     arguments[arguments.index("python-docs")] = text
-    arguments += ["--sampling", "first"]
     assert run("calibrate", *arguments).code == 0
     where = ["--model_path", model_folders["llama"], "--calib_cache", tmp_path / "tiny_n6_s32_with_hessian"]
     goal = ["--target_compression", "1", "--export", "int6", "--save_model", tmp_path / "o"]
     expect_sentence(run("compress", *where, *goal), "--quality_gate_delta none")
+
+
+def calibration_text(tokenizer):
+    return tokenize(load_text("python-docs", CALIBRATION_SPLIT, "data"), tokenizer)
+
+
+@pytest.mark.parametrize("sampling", ["first", "random"])
+@pytest.mark.parametrize("tokens", [192, 200, 300, 10_000, 100_000])
+def test_held_out_windows_are_never_calibrated_on(sampling, tokens):
+    ids, held_out = split_held_out(torch.arange(tokens), 6, 32, sampling)
+    windows = calibration_windows(ids, 6, 32, sampling, 3, "t")
+    assert not set(windows.flatten().tolist()) & set(held_out.flatten().tolist())
+    assert len(held_out) == {192: 0, 200: 0, 300: 0, 10_000: 15, 100_000: 16}[tokens] and held_out.shape[1] == 32
