@@ -136,7 +136,7 @@ class Calibration:
     def gradient_pass(self) -> None:
         """Moments of the output gradients, from the top down. Layer k writes gradient_{k % 2} and reads the other."""
         cache, tokens = self.cache, self.tokens[: self.cache.identity["grad_nsamples"]]
-        files = [self._activations(f"gradient_{parity}", len(tokens)) for parity in ("even", "odd")]
+        files = [self._activations(f"gradient_{parity}", len(tokens), 2) for parity in ("even", "odd")]
         hidden, arguments = first_inputs(self.model, self.adapter, tokens, self.batch_size, self.device)
         for _ in hidden:
             pass
@@ -158,8 +158,9 @@ class Calibration:
         layer = load_layer(self.model, self.adapter, index, self.checkpoint, self.device, self.dtype)
         return layer, f"{self.adapter.layers}.{index}"
 
-    def _activations(self, name: str, sequences: int) -> ActivationFile:
-        shape = (sequences, self.tokens.shape[1], self.checkpoint.config.get_text_config().hidden_size)
+    def _activations(self, name: str, sequences: int, side_by_side: int = 1) -> ActivationFile:
+        width = side_by_side * self.checkpoint.config.get_text_config().hidden_size
+        shape = (sequences, self.tokens.shape[1], width)
         return ActivationFile(self.cache.folder / f"{name}.bin", shape, self.dtype)
 
     def _kept(self, index: int) -> ActivationFile | None:

@@ -4,7 +4,6 @@ Layers are visited in reverse, one in memory. Each is run again from its stored 
 gradient of its inputs is what the layer below starts from.
 """
 
-import math
 from collections.abc import Iterator
 
 import torch
@@ -20,29 +19,28 @@ from hisvd.utils.streaming import Arguments, logits_behind_layers
 def gradients_at_top(
     model: PreTrainedModel, adapter: Adapter, hidden: Iterator[torch.Tensor], tokens: torch.Tensor, batch_size: int
 ) -> Iterator[torch.Tensor]:
-    """Gradient (b, seqlen, hidden) of the summed next-token loss with respect to the last layer's outputs.
+    """Gradients (b, seqlen, 2 hidden) of summed next-token losses with respect to the last layer's outputs.
 
-    `hidden` yields those outputs for consecutive batches of `tokens`. The loss is that of the text's own tokens plus
-    that of tokens drawn from the model's predictions, over √2. Gradients of drawn tokens are zero on average, so F is
-    the mean of the empirical Fisher matrix and of the exact one, from one backward pass. Norm and head treat tokens
-    one by one, and run on few at a time, as logits are large.
+    `hidden` yields those outputs for consecutive batches of `tokens`. The first half is for the text's own tokens, the
+    second for tokens drawn from the model's predictions: F is then the mean of the empirical Fisher matrix and of a
+    sample of the exact one, which errs less than either. Norm and head treat tokens one by one, and run on few at a
+    time, as logits are large.
     """
     chunk = max(1, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
     uniform = torch.rand(tokens[:, 1:].shape, generator=torch.Generator().manual_seed(0))  # same for any batch size
     for states, ids, draws in zip(hidden, tokens.split(batch_size), uniform.split(batch_size), strict=True):
-        gradient = torch.zeros_like(states)
+        gradient = states.new_zeros(*states.shape[:2], 2 * states.shape[2])
         flat, flat_gradient = states[:, :-1].flatten(0, 1), []
         per_token = (flat, ids[:, 1:].flatten().to(states.device), draws.flatten().to(states.device))
         for part, labels, part_draws in zip(*(t.split(chunk) for t in per_token), strict=True):
             leaf = part.detach().requires_grad_()
             with torch.enable_grad():
                 logits = logits_behind_layers(model, adapter, leaf).float()
-                losses = [
-                    nn.functional.cross_entropy(logits, targets, reduction="sum")
-                    for targets in (labels, drawn_labels(logits.detach(), part_draws))
-                ]
-                flat_gradient.append(torch.autograd.grad(sum(losses) / math.sqrt(2), leaf)[0])
-        gradient[:, :-1] = torch.cat(flat_gradient).view_as(states[:, :-1])
+                targets = (labels, drawn_labels(logits.detach(), part_draws))
+                losses = [nn.functional.cross_entropy(logits, t, reduction="sum") for t in targets]
+                parts = [torch.autograd.grad(loss, leaf, retain_graph=True)[0] for loss in losses]
+            flat_gradient.append(torch.cat(parts, -1))
+        gradient[:, :-1] = torch.cat(flat_gradient).view_as(gradient[:, :-1])
         yield gradient
 
 
@@ -92,17 +90,23 @@ def input_gradients(
 ) -> Iterator[torch.Tensor]:
     """Take gradients from the outputs of `layer` to its inputs, batch by batch, filling `moments` on the way.
 
+    Those of both losses (see gradients_at_top) lie side by side, (b, seqlen, 2 hidden), and count alike.
+
     Raises:
         HiSVDError: a gradient is not finite; the layer is named.
     """
-    for hidden, (args, kwargs), gradient in zip(inputs, arguments, output_gradients, strict=True):
+    for hidden, (args, kwargs), both in zip(inputs, arguments, output_gradients, strict=True):
         hidden.requires_grad_()
         with torch.enable_grad():
             output = layer(hidden, *args, **kwargs)
             output = output[0] if isinstance(output, tuple) else output
-            outputs = [moments.outputs.pop(path) for path in moments.paths]
-            below, *at_linears = torch.autograd.grad(output, [hidden, *outputs], gradient)
+        outputs, at_inputs = [moments.outputs.pop(path) for path in moments.paths], []
+        for gradient in both.chunk(2, -1):
+            last = len(at_inputs) == 1
+            below, *at_linears = torch.autograd.grad(output, [hidden, *outputs], gradient, retain_graph=not last)
+            moments.add(dict(zip(moments.paths, at_linears, strict=True)))
+            at_inputs.append(below)
+        below = torch.cat(at_inputs, -1)
         if not torch.isfinite(below).all():
             raise HiSVDError(f"The gradients in {name} are NaN or infinite; use --dtype float32 or --no_gradients.")
-        moments.add(dict(zip(moments.paths, at_linears, strict=True)))
         yield below

@@ -57,7 +57,7 @@ def test_streamed_moments_equal_those_of_the_whole_model(model_folders, caches, 
 def gradient_moments_of_whole_model(folder):
     """E[g gᵀ] of every linear's output, by autograd through the whole model: sublayer name → (m, m).
 
-    g is the gradient of the loss of the text plus that of drawn tokens, over √2.
+    The mean of both losses' g gᵀ: that of the text's tokens and that of drawn ones.
     """
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokens = calibration_tokens(folder)
@@ -68,10 +68,14 @@ def gradient_moments_of_whole_model(folder):
     logits = model(tokens).logits[:, :-1].flatten(0, 1)
     uniform = torch.rand(6, 31, generator=torch.Generator().manual_seed(0)).flatten()
     labels = (tokens[:, 1:].flatten(), drawn_labels(logits.detach(), uniform))
-    loss = sum(torch.nn.functional.cross_entropy(logits, targets, reduction="sum") for targets in labels)
-    gradients = torch.autograd.grad(loss / 2**0.5, list(outputs.values()))
-    rows = {name: g.flatten(0, 1).double() for name, g in zip(outputs, gradients, strict=True)}
-    return {name: g.T @ g / tokens.numel() for name, g in rows.items()}
+    moments = {}
+    for targets in labels:
+        loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+        gradients = torch.autograd.grad(loss, list(outputs.values()), retain_graph=True)
+        for name, g in zip(outputs, gradients, strict=True):
+            rows = g.flatten(0, 1).double()
+            moments[name] = moments.get(name, 0) + rows.T @ rows / (2 * tokens.numel())
+    return moments
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
