@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from conftest import IDS, calibrate_arguments, expect_sentence, run, saved_tensors
+from conftest import IDS, build_model, calibrate_arguments, expect_sentence, run, saved_tensors
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import hisvd
 from hisvd.calibration_cache import read_cache
@@ -141,6 +141,17 @@ def test_bound_of_the_gate_must_be_a_number_or_none(caches, model_folders, tmp_p
     where = ["--model_path", model_folders["llama"], "--calib_cache", caches["llama"], "--save_model", tmp_path / "o"]
     goal = ["--target_compression", "1", "--export", "int6", "--quality_gate_delta", delta]
     expect_sentence(run("compress", *where, *goal), "--quality_gate_delta")
+
+
+def test_model_with_nothing_to_export_is_refused(tokenizer, tmp_path):
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    model = build_model(config, tmp_path / "model", tokenizer)
+    assert run("calibrate", *calibrate_arguments(model, tmp_path)).code == 0
+    where = ["--model_path", model, "--calib_cache", tmp_path / "tiny_n6_s32_with_hessian"]
+    goal = ["--target_compression", "1", "--export", "int6", "--save_model", tmp_path / "o"]
+    expect_sentence(run("compress", *where, *goal), "nothing to store", "64 inputs")
 
 
 def test_gate_without_held_out_text_says_so(model_folders, tokenizer, tmp_path):

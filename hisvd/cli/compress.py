@@ -14,6 +14,7 @@ from hisvd.int6_gate import export_within
 from hisvd.rank_metrics import RANK_METHODS
 from hisvd.refinement import MODULATIONS
 from hisvd.shape_utils import is_dense, stored_numbers
+from hisvd.sparse_int6 import COLUMNS
 from hisvd.utils.files import check_writable_file, write_json
 from hisvd.utils.model_utils import open_checkpoint, resolve_device
 from hisvd.utils.save_utils import ModelWriter, output_path
@@ -148,6 +149,11 @@ def main(context: click.Context, **options: object) -> None:
         raise HiSVDError(
             f"--whitening two_sided needs gradients, and {cache.folder} was made with --no_gradients; "
             "use --whitening input, or calibrate again with gradients."
+        )
+    if settings["export"] == "int6" and all(s.in_features < COLUMNS for s in cache.sublayers):
+        raise HiSVDError(
+            f"--export int6 finds nothing to store: no linear of this model has the {COLUMNS} inputs that the format "
+            "needs; leave the option out."
         )
     plan_settings = {k: v for k, v in settings.items() if k not in NOT_FOR_PLAN}
     plans = plan_ranks(cache, targets, form=settings["factors"], **plan_settings)
