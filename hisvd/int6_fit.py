@@ -7,6 +7,7 @@ as QuantEase, arXiv 2309.01885). No step raises the error.
 """
 
 import itertools
+from typing import NamedTuple
 
 import torch
 
@@ -27,8 +28,8 @@ from hisvd.whitening_svd import H_DAMPING, cholesky_root
 
 BLOCK = 128  # columns that are chosen chunk by chunk between two matrix products
 SWEEPS = 8  # times that every chunk is chosen again
-KEPT = [[2 * a, 2 * a + 1, 2 * b, 2 * b + 1] for a, b in itertools.combinations(range(4), 2)]
-DROPPED = [[i for i in range(CHUNK) if i not in kept] for kept in KEPT]
+# The columns of a chunk that each of the 6 choices of two pairs keeps.
+KEPT = torch.tensor([[2 * a, 2 * a + 1, 2 * b, 2 * b + 1] for a, b in itertools.combinations(range(4), 2)])
 
 
 def int6_entries(tensors: dict[str, torch.Tensor], moment: torch.Tensor | None) -> dict[str, torch.Tensor]:
@@ -91,25 +92,32 @@ def fit_int6(weight: torch.Tensor, moment: torch.Tensor, sweeps: int = SWEEPS) -
 
     The scale of a row is the least-squares fit of q · scale to the weight in the metric of H.
     """
-    weight, n = padded(weight.double()), weight.shape[1]
-    moment = torch.block_diag(moment.double(), torch.zeros(weight.shape[1] - n, weight.shape[1] - n))
-    moment = moment.to(weight.device)
-    root = cholesky_root(moment, H_DAMPING)
-    moment = (root @ root.T).float()
-    # Inputs of larger energy are chosen first, while most of the others are open.
+    n = weight.shape[1]
+    weight = padded(weight.float())
+    moment = torch.nn.functional.pad(moment.double(), (0, weight.shape[1] - n) * 2)
+    moment += H_DAMPING * moment.diagonal().mean().clamp_min(SMALLEST_SCALE) * torch.eye(len(moment)).to(moment)
+    # Inputs of larger energy are chosen first, from the end, while most of the others are open.
     energy = moment.diagonal().unflatten(0, (-1, CHUNK)).sum(1)
-    order = energy.argsort().mul(CHUNK)[:, None].add(torch.arange(CHUNK, device=energy.device)).flatten()
-    back = order.argsort()
-    weight, moment = weight[:, order].float(), moment[order][:, order]
-    root = cholesky_root(moment, 0).float()
+    order = (CHUNK * energy.argsort()[:, None] + torch.arange(CHUNK, device=energy.device)).flatten()
+    weight, moment = weight[:, order], moment[order][:, order]
+    root = cholesky_root(moment, 0)
 
-    scales = _first_pass(weight, root, None).abs().amax(1).clamp_min(SMALLEST_SCALE) / LARGEST
-    values = _first_pass(weight, root, scales)
+    blocks = _diagonal_blocks(root)
+    free, given = (ChunkMetrics.from_metric(m) for m in (blocks @ blocks.mT, _diagonal_blocks(moment)))
+    root, moment = root.float(), moment.float()
+    scales = _first_pass(weight, root, free, None).abs().amax(1).clamp_min(SMALLEST_SCALE) / LARGEST
+    values = _first_pass(weight, root, free, scales)
     for _ in range(sweeps):
         scales, values = _refitted(values, scales, weight, moment)
-        _sweep(weight, values, moment, scales)
+        _sweep(weight, values, moment, given, scales)
     scales, values = _refitted(values, scales, weight, moment)
-    return (values / scales[:, None]).round().to(torch.int8)[:, back], scales
+    return (values / scales[:, None]).round().to(torch.int8)[:, order.argsort()], scales
+
+
+def _diagonal_blocks(matrix: torch.Tensor) -> torch.Tensor:
+    """The blocks (n / 8, 8, 8) of the chunks on the diagonal of (n, n)."""
+    blocks = matrix.unflatten(0, (-1, CHUNK)).unflatten(2, (-1, CHUNK))
+    return blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
 
 
 def _refitted(
@@ -122,7 +130,9 @@ def _refitted(
     return fit, q * fit[:, None]
 
 
-def _first_pass(weight: torch.Tensor, root: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
+def _first_pass(
+    weight: torch.Tensor, root: torch.Tensor, metrics: "ChunkMetrics", scales: torch.Tensor | None
+) -> torch.Tensor:
     """Kept values (m, n), from the last chunk to the first; `root` is lower triangular, root rootᵀ = H.
 
     With the columns before a chunk free, what the chunk and those behind it err is measured by the root alone.
@@ -136,54 +146,81 @@ def _first_pass(weight: torch.Tensor, root: torch.Tensor, scales: torch.Tensor |
             shift = behind[:, start - block : end - block] + error[:, end:block_end] @ root[end:block_end, start:end]
             diagonal = root[start:end, start:end]
             wanted = weight[:, start:end] + torch.linalg.solve_triangular(diagonal, shift, upper=False, left=False)
-            values[:, start:end] = best_chunk(wanted, diagonal @ diagonal.T, scales)
+            values[:, start:end] = best_chunk(wanted, metrics.of(start), scales)
             error[:, start:end] = weight[:, start:end] - values[:, start:end]
     return values
 
 
-def _sweep(weight: torch.Tensor, values: torch.Tensor, moment: torch.Tensor, scales: torch.Tensor) -> None:
+def _sweep(
+    weight: torch.Tensor, values: torch.Tensor, moment: torch.Tensor, metrics: "ChunkMetrics", scales: torch.Tensor
+) -> None:
     """Choose every chunk of `values` again, given the others, in place."""
     for block_end in range(weight.shape[1], 0, -BLOCK):
         block = max(0, block_end - BLOCK)
         pull = (weight - values) @ moment[:, block:block_end]  # −½ the gradient of the error
         for start in range(block_end - CHUNK, block - 1, -CHUNK):
-            end = start + CHUNK
-            metric = moment[start:end, start:end]
+            end, here = start + CHUNK, metrics.of(start)
             old = values[:, start:end].clone()
-            wanted = old + torch.linalg.solve(metric, pull[:, start - block : end - block], left=False)
-            new = best_chunk(wanted, metric, scales)
-            worse = _cost(wanted - new, metric) > _cost(wanted - old, metric)
+            wanted = old + pull[:, start - block : end - block] @ here.inverse
+            new = best_chunk(wanted, here, scales)
+            worse = _cost(wanted - new, here.metric) > _cost(wanted - old, here.metric)
             values[:, start:end] = torch.where(worse[:, None], old, new)
             pull += (old - values[:, start:end]) @ moment[start:end, block:block_end]
 
 
-def _cost(error: torch.Tensor, metric: torch.Tensor) -> torch.Tensor:
-    return ((error @ metric) * error).sum(1)
+class ChunkMetrics(NamedTuple):
+    """What `best_chunk` needs of the metrics (..., 8, 8) of one chunk or of all.
 
-
-def best_chunk(wanted: torch.Tensor, metric: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
-    """The legal chunk (m, 8) near `wanted` (m, 8) in `metric` (8, 8); every choice of two pairs is tried.
-
-    The values kept make good what the dropped ones did, as far as they can. With `scales` (m,) they are rounded to
-    codes one by one, the errors fed back; without, they stay as they are.
+    For every choice of two pairs, `fill` (..., 6, 4, 8) gives the best kept values, kept = fill · wanted, which make
+    good what the dropped ones did as far as they can; `slope` (..., 6, 4, 4) feeds errors of rounding back.
     """
-    best, least = None, None
-    for kept, dropped in zip(KEPT, DROPPED, strict=True):
-        inner = metric[kept][:, kept]
-        ideal = wanted[:, kept] + wanted[:, dropped] @ torch.linalg.solve(inner, metric[kept][:, dropped]).T
-        chunk = torch.zeros_like(wanted)
-        chunk[:, kept] = ideal if scales is None else _rounded(ideal, torch.linalg.cholesky(inner), scales)
-        cost = _cost(wanted - chunk, metric)
-        best = chunk if best is None else torch.where((cost < least)[:, None], chunk, best)
-        least = cost if least is None else torch.minimum(cost, least)
-    return best
+
+    metric: torch.Tensor
+    inverse: torch.Tensor
+    fill: torch.Tensor
+    slope: torch.Tensor
+
+    @classmethod
+    def from_metric(cls, metric: torch.Tensor) -> "ChunkMetrics":
+        """For metrics (..., 8, 8), in float32."""
+        kept = KEPT.to(metric.device)
+        rows = metric[..., kept, :]
+        inner = rows.gather(-1, kept[:, None, :].expand(*rows.shape[:-1], 4))
+        root = torch.linalg.cholesky(inner)
+        slope = root / root.diagonal(dim1=-2, dim2=-1)[..., None, :]
+        parts = (metric, torch.linalg.inv(metric), torch.cholesky_solve(rows, root), slope)
+        return cls(*(part.float() for part in parts))
+
+    def of(self, column: int) -> "ChunkMetrics":
+        """For the chunk that starts at `column`."""
+        return ChunkMetrics(*(part[column // CHUNK] for part in self))
 
 
-def _rounded(ideal: torch.Tensor, root: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """`ideal` (m, 4) on the codes times `scales`, none of them 0, from the last column to the first with feedback."""
-    slope, rounded = root / root.diagonal(), torch.empty_like(ideal)
-    for j in range(ideal.shape[1] - 1, -1, -1):
-        wanted = (ideal[:, j] + (ideal[:, j + 1 :] - rounded[:, j + 1 :]) @ slope[j + 1 :, j]) / scales
+def best_chunk(wanted: torch.Tensor, metrics: ChunkMetrics, scales: torch.Tensor | None) -> torch.Tensor:
+    """The legal chunk (m, 8) near `wanted` (m, 8) in the metric; every choice of two pairs is tried.
+
+    With `scales` (m,) the values kept are rounded to codes one by one, the errors fed back; without, they stay as they
+    are.
+    """
+    kept = torch.einsum("mj,kij->mki", wanted, metrics.fill)
+    if scales is not None:
+        kept = _rounded(kept, metrics.slope, scales[:, None])
+    chunks = wanted.new_zeros(*kept.shape[:2], CHUNK)
+    chunks.scatter_(-1, KEPT.to(wanted.device).expand(len(wanted), -1, -1), kept)
+    best = _cost(wanted[:, None] - chunks, metrics.metric).argmin(-1)
+    return chunks[torch.arange(len(wanted), device=wanted.device), best]
+
+
+def _cost(error: torch.Tensor, metric: torch.Tensor) -> torch.Tensor:
+    return ((error @ metric) * error).sum(-1)
+
+
+def _rounded(ideal: torch.Tensor, slope: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """`ideal` (m, 6, 4) on the codes times `scales` (m, 1), none of them 0, from the last column to the first."""
+    rounded, error = torch.empty_like(ideal), torch.zeros_like(ideal)
+    for j in range(ideal.shape[-1] - 1, -1, -1):
+        wanted = (ideal[..., j] + (error[..., j + 1 :] * slope[..., j + 1 :, j]).sum(-1)) / scales
         q = wanted.round().clamp(-LARGEST - 1, LARGEST)
-        rounded[:, j] = torch.where(q == 0, torch.where(wanted < 0, -1.0, 1.0), q) * scales
+        rounded[..., j] = torch.where(q == 0, torch.where(wanted < 0, -1.0, 1.0), q) * scales
+        error[..., j] = ideal[..., j] - rounded[..., j]
     return rounded

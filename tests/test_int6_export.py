@@ -104,7 +104,7 @@ def test_quality_gate_bounds_the_perplexity_and_lists_what_it_did(chain, tmp_pat
     if plain:
         kept = saved_tensors(plain)
         for name, tensor in saved_tensors(tmp_path / "gate_0").items():
-            if name in kept:
+            if not any(name.startswith(f"{sublayer}.") for sublayer in reports["0"]["exported"]):
                 assert torch.equal(tensor, kept[name]), name
 
 
