@@ -27,7 +27,7 @@ from hisvd.sparse_int6 import (
 from hisvd.whitening_svd import H_DAMPING, cholesky_root
 
 BLOCK = 128  # columns that are chosen chunk by chunk between two matrix products
-SWEEPS = 8  # times that every chunk is chosen again
+SWEEPS = 4  # times that every chunk is chosen again
 # The columns of a chunk that each of the 6 choices of two pairs keeps.
 KEPT = torch.tensor([[2 * a, 2 * a + 1, 2 * b, 2 * b + 1] for a, b in itertools.combinations(range(4), 2)])
 
