@@ -9,19 +9,11 @@ from tqdm import tqdm
 
 from hisvd.calibration_cache import MANIFEST, CalibrationCache, input_root, read_cache
 from hisvd.component.adapter import Adapter
-from hisvd.component.families import adapter_for
 from hisvd.errors import HiSVDError
 from hisvd.gradient_pass import OutputGradientMoments, gradients_at_top, input_gradients
 from hisvd.shape_utils import Sublayer
 from hisvd.utils.files import make_folder
-from hisvd.utils.model_utils import Checkpoint, empty_model
-from hisvd.utils.streaming import (
-    ActivationFile,
-    first_inputs,
-    layer_outputs,
-    load_layer,
-    load_outside_layers,
-)
+from hisvd.utils.streaming import ActivationFile, StreamedModel
 from hisvd.whitening_svd import (
     F_DAMPING,
     H_DAMPING,
@@ -76,27 +68,15 @@ class InputMoments:
 
 
 class Calibration:
-    """One calibration run: the model without weights, the tokens, and the files that carry it from layer to layer.
+    """One calibration run: the model a layer at a time, the tokens, and the files that carry them from layer to layer.
 
     Memory: one decoder layer, its moments and one batch. Hidden states and gradients pass through files in the cache
     folder, so that a killed run resumes at its first missing layer.
     """
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        tokens: torch.Tensor,
-        held_out: torch.Tensor,
-        cache: CalibrationCache,
-        batch_size: int,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
-        """Prepare for tokens (sequences, seqlen), keeping `held_out` (k, seqlen) for later; reads no weights yet."""
-        self.checkpoint, self.tokens, self.held_out, self.cache = checkpoint, tokens, held_out, cache
-        self.batch_size, self.device, self.dtype = batch_size, device, dtype
-        self.model = empty_model(checkpoint.config)
-        self.adapter = adapter_for(self.model)
+    def __init__(self, streamed: StreamedModel, tokens: torch.Tensor, cache: CalibrationCache) -> None:
+        """Prepare for tokens (sequences, seqlen)."""
+        self.streamed, self.tokens, self.cache = streamed, tokens, cache
 
     def run(self) -> None:
         """Fill the cache, behind what it holds already.
@@ -104,69 +84,58 @@ class Calibration:
         Raises:
             HiSVDError: missing or non-finite weights, or non-finite activations.
         """
-        self.cache.write_tokens(self.tokens, self.held_out)
-        if not self.cache.complete:
-            load_outside_layers(self.model, self.adapter, self.checkpoint, self.device, self.dtype)
-            self.forward_pass()
-            if self.cache.has_gradients:
-                self.gradient_pass()
-        for path in self.cache.folder.glob("*.bin"):
-            path.unlink()
+        self.forward_pass()
+        if self.cache.has_gradients:
+            self.gradient_pass()
 
     def forward_pass(self) -> None:
         """Moments of the inputs. Layer k reads hidden_{k % 2} and writes the other one."""
-        tokens, cache = self.tokens, self.cache
-        files = [self._activations(f"hidden_{parity}", len(tokens)) for parity in ("even", "odd")]
-        hidden, arguments = first_inputs(self.model, self.adapter, tokens, self.batch_size, self.device)
+        streamed, tokens, cache = self.streamed, self.tokens, self.cache
+        files = [self._activations(f"hidden_{parity}", tokens) for parity in ("even", "odd")]
+        hidden, arguments = streamed.first_inputs(tokens)
         if not cache.layers or not files[len(cache.layers) % 2].is_whole():
             cache.layers.clear()
-            files[0].write(tqdm(hidden, "embedding", len(tokens.split(self.batch_size)), leave=False), self._kept(0))
+            batches = len(tokens.split(streamed.batch_size))
+            files[0].write(tqdm(hidden, "embedding", batches, leave=False), self._kept(0))
         elif len(cache.layers) < cache.num_layers:
             for _ in hidden:  # only the layers' arguments are missing
                 pass
         for index in _progress("calibrating layers", len(cache.layers), cache.num_layers):
-            layer, name = self._load(index)
-            moments = InputMoments(layer, self.adapter.sublayer_paths(layer))
-            inputs = files[index % 2].read(self.batch_size, self.device)
-            outputs = layer_outputs(layer, name, inputs, arguments[index], moments.add_batch)
+            layer, name = streamed.layer(index), streamed.layer_name(index)
+            moments = InputMoments(layer, streamed.adapter.sublayer_paths(layer))
+            outputs = streamed.outputs(layer, index, files[index % 2], arguments[index], moments.add_batch)
             files[(index + 1) % 2].write(outputs, self._kept(index + 1))
-            groups = named_groups(self.adapter, moments.groups, name)
+            groups = named_groups(streamed.adapter, moments.groups, name)
             cache.add_layer(*layer_statistics(layer, name, index, groups, moments))
 
     def gradient_pass(self) -> None:
         """Moments of the output gradients, from the top down. Layer k writes gradient_{k % 2} and reads the other."""
-        cache, tokens = self.cache, self.tokens[: self.cache.identity["grad_nsamples"]]
-        files = [self._activations(f"gradient_{parity}", len(tokens), 2) for parity in ("even", "odd")]
-        hidden, arguments = first_inputs(self.model, self.adapter, tokens, self.batch_size, self.device)
+        streamed, cache = self.streamed, self.cache
+        tokens = self.tokens[: cache.identity["grad_nsamples"]]
+        files = [self._activations(f"gradient_{parity}", tokens, 2) for parity in ("even", "odd")]
+        hidden, arguments = streamed.first_inputs(tokens)
         for _ in hidden:
             pass
         todo = cache.num_layers - len(cache.gradients)
         if not cache.gradients or not files[todo % 2].is_whole():
             cache.gradients.clear()
-            top = self._kept(cache.num_layers).read(self.batch_size, self.device)
-            files[cache.num_layers % 2].write(gradients_at_top(self.model, self.adapter, top, tokens, self.batch_size))
+            top = streamed.read(self._kept(cache.num_layers))
+            files[cache.num_layers % 2].write(gradients_at_top(streamed, top, tokens))
         for done in _progress("gradients of layers", len(cache.gradients), cache.num_layers):
             index = cache.num_layers - 1 - done
-            layer, name = self._load(index)
-            moments = OutputGradientMoments(layer, self.adapter.sublayer_paths(layer))
-            inputs = self._kept(index).read(self.batch_size, self.device)
-            above = files[(index + 1) % 2].read(self.batch_size, self.device)
+            layer, name = streamed.layer(index), streamed.layer_name(index)
+            moments = OutputGradientMoments(layer, streamed.adapter.sublayer_paths(layer))
+            inputs, above = (streamed.read(file) for file in (self._kept(index), files[(index + 1) % 2]))
             files[index % 2].write(input_gradients(layer, name, moments, inputs, arguments[index], above))
             cache.add_gradients(gradient_statistics(layer, cache, index, moments))
 
-    def _load(self, index: int) -> tuple[nn.Module, str]:
-        layer = load_layer(self.model, self.adapter, index, self.checkpoint, self.device, self.dtype)
-        return layer, f"{self.adapter.layers}.{index}"
-
-    def _activations(self, name: str, sequences: int, side_by_side: int = 1) -> ActivationFile:
-        width = side_by_side * self.checkpoint.config.get_text_config().hidden_size
-        shape = (sequences, self.tokens.shape[1], width)
-        return ActivationFile(self.cache.folder / f"{name}.bin", shape, self.dtype)
+    def _activations(self, name: str, tokens: torch.Tensor, side_by_side: int = 1) -> ActivationFile:
+        return self.streamed.file(self.cache.folder / f"{name}.bin", tokens, side_by_side)
 
     def _kept(self, index: int) -> ActivationFile | None:
         """The inputs of layer `index` that the gradient pass will need."""
         count = self.cache.identity["grad_nsamples"]
-        return self._activations(f"inputs_{index:03d}", count) if count else None
+        return self._activations(f"inputs_{index:03d}", self.tokens[:count]) if count else None
 
 
 def _progress(title: str, done: int, total: int) -> Iterable[int]:

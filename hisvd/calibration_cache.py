@@ -92,6 +92,11 @@ class CalibrationCache:
         }
         write_json(self.folder / MANIFEST, manifest)
 
+    def remove_activations(self) -> None:
+        """Delete the hidden states and gradients of a run that has ended."""
+        for path in self.folder.glob("*.bin"):
+            path.unlink()
+
     def write_tokens(self, tokens: torch.Tensor, held_out: torch.Tensor) -> None:
         """Keep the calibration tokens (nsamples, seqlen) and windows of the text held out from them."""
         if not (self.folder / TOKENS).exists():

@@ -8,16 +8,14 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
-from hisvd.component.adapter import Adapter
 from hisvd.errors import HiSVDError
-from hisvd.utils.eval_utils import LOGITS_AT_ONCE
-from hisvd.utils.streaming import Arguments, logits_behind_layers
+from hisvd.utils.eval_utils import tokens_at_once
+from hisvd.utils.streaming import Arguments, StreamedModel
 
 
 def gradients_at_top(
-    model: PreTrainedModel, adapter: Adapter, hidden: Iterator[torch.Tensor], tokens: torch.Tensor, batch_size: int
+    streamed: StreamedModel, hidden: Iterator[torch.Tensor], tokens: torch.Tensor
 ) -> Iterator[torch.Tensor]:
     """Gradients (b, seqlen, 2 hidden) of summed next-token losses with respect to the last layer's outputs.
 
@@ -26,7 +24,7 @@ def gradients_at_top(
     sample of the exact one, which errs less than either. Norm and head treat tokens one by one, and run on few at a
     time, as logits are large.
     """
-    chunk = max(1, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
+    batch_size, chunk = streamed.batch_size, tokens_at_once(streamed.skeleton)
     uniform = torch.rand(tokens[:, 1:].shape, generator=torch.Generator().manual_seed(0))  # same for any batch size
     for states, ids, draws in zip(hidden, tokens.split(batch_size), uniform.split(batch_size), strict=True):
         gradient = states.new_zeros(*states.shape[:2], 2 * states.shape[2])
@@ -35,7 +33,7 @@ def gradients_at_top(
         for part, labels, part_draws in zip(*(t.split(chunk) for t in per_token), strict=True):
             leaf = part.detach().requires_grad_()
             with torch.enable_grad():
-                logits = logits_behind_layers(model, adapter, leaf).float()
+                logits = streamed.logits(leaf).float()
                 targets = (labels, drawn_labels(logits.detach(), part_draws))
                 losses = [nn.functional.cross_entropy(logits, t, reduction="sum") for t in targets]
                 parts = [torch.autograd.grad(loss, leaf, retain_graph=True)[0] for loss in losses]

@@ -5,6 +5,7 @@ list is taken whose model stays within the bound. Found by bisection: every step
 """
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -13,23 +14,15 @@ from torch import nn
 from tqdm import tqdm
 
 from hisvd.calibration_cache import CalibrationCache, input_moment, output_moment
-from hisvd.component.families import adapter_for
 from hisvd.component.low_rank import dense_weight, modules_of, swap_linears
 from hisvd.int6_fit import int6_entries
 from hisvd.shape_utils import FactorForm, Sublayer
 from hisvd.utils.data_utils import default_batch_size
-from hisvd.utils.eval_utils import LOGITS_AT_ONCE
+from hisvd.utils.eval_utils import tokens_at_once
 from hisvd.utils.files import write_json, write_tensors
-from hisvd.utils.model_utils import Checkpoint, empty_model
+from hisvd.utils.model_utils import Checkpoint
 from hisvd.utils.save_utils import ModelWriter
-from hisvd.utils.streaming import (
-    ActivationFile,
-    first_inputs,
-    layer_outputs,
-    load_layer,
-    load_outside_layers,
-    logits_behind_layers,
-)
+from hisvd.utils.streaming import StreamedModel
 from hisvd.whitening_svd import H_DAMPING, cholesky_root, whitened
 
 Entries = dict[str, torch.Tensor]  # a linear's state dict entries
@@ -140,17 +133,14 @@ class HeldOutText:
             HiSVDError: the cache has none.
         """
         self.checkpoint, self.cache, self.writer = checkpoint, cache, writer
-        self.ranks, self.form, self.device = ranks, form, device
+        self.ranks, self.form = ranks, form
         self.tokens = cache.read_held_out()
-        self.dtype = getattr(torch, cache.identity["dtype"].removeprefix("torch."))
-        self.model = empty_model(checkpoint.config)
-        self.adapter = adapter_for(self.model)
-        load_outside_layers(self.model, self.adapter, checkpoint, device, self.dtype)
-        self.batch_size = default_batch_size(self.tokens.shape[1])
-        shape = (*self.tokens.shape, checkpoint.config.get_text_config().hidden_size)
+        dtype = getattr(torch, cache.identity["dtype"].removeprefix("torch."))
+        self.streamed = StreamedModel(checkpoint, default_batch_size(self.tokens.shape[1]), device, dtype)
         names = ("embedded", "held_out_0", "held_out_1")
-        self.embedded, *self.hidden = [ActivationFile(writer.folder / f"{n}.bin", shape, self.dtype) for n in names]
-        inputs, self.arguments = first_inputs(self.model, self.adapter, self.tokens, self.batch_size, device)
+        files = [self.streamed.file(writer.folder / f"{name}.bin", self.tokens) for name in names]
+        self.embedded, *self.hidden = files
+        inputs, self.arguments = self.streamed.first_inputs(self.tokens)
         self.embedded.write(inputs)
 
     def tensors(self, index: int, exported: set[str]) -> Entries:
@@ -168,23 +158,21 @@ class HeldOutText:
     @torch.no_grad()
     def perplexity(self, exported: set[str]) -> float:
         """Of the model with the sublayers in `exported` in INT6."""
-        source = self.embedded
+        streamed, source = self.streamed, self.embedded
         for index in range(self.cache.num_layers):
-            inputs, target = source.read(self.batch_size, self.device), self.hidden[index % 2]
-            layer = self._layer(index, self.tensors(index, exported))
-            target.write(layer_outputs(layer, f"{self.adapter.layers}.{index}", inputs, self.arguments[index]))
+            layer, target = self._layer(index, self.tensors(index, exported)), self.hidden[index % 2]
+            target.write(streamed.outputs(layer, index, source, self.arguments[index]))
             source = target
-        total, chunk = 0.0, max(1, LOGITS_AT_ONCE // self.model.config.get_text_config().vocab_size)
-        batches = zip(source.read(self.batch_size, self.device), self.tokens.split(self.batch_size), strict=True)
-        for states, ids in batches:
-            flat, labels = states[:, :-1].flatten(0, 1), ids[:, 1:].flatten().to(self.device)
+        total, chunk = 0.0, tokens_at_once(streamed.skeleton)
+        for states, ids in zip(streamed.read(source), self.tokens.split(streamed.batch_size), strict=True):
+            flat, labels = states[:, :-1].flatten(0, 1), ids[:, 1:].flatten().to(states.device)
             for part, part_labels in zip(flat.split(chunk), labels.split(chunk), strict=True):
-                logits = logits_behind_layers(self.model, self.adapter, part).float()
+                logits = streamed.logits(part).float()
                 total += nn.functional.cross_entropy(logits, part_labels, reduction="sum").item()
-        return torch.tensor(total / self.tokens[:, 1:].numel(), dtype=torch.float64).exp().item()
+        return math.exp(total / self.tokens[:, 1:].numel())
 
     def _layer(self, index: int, tensors: Entries) -> nn.Module:
-        layer = load_layer(self.model, self.adapter, index, self.checkpoint, self.device, self.dtype)
+        layer = self.streamed.layer(index)
         for s in self.cache.sublayers_of(index):
             entries = entries_of(self.checkpoint, s, tensors)
             swap_linears(layer, modules_of(s.type, entries, self.form, self.ranks[s.name]))

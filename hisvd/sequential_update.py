@@ -20,20 +20,12 @@ import torch
 from torch import nn
 
 from hisvd.calibration_cache import CalibrationCache, output_moment
-from hisvd.component.families import adapter_for
 from hisvd.component.low_rank import factor_tensors, modules_of, swap_linears
 from hisvd.int6_fit import int6_entries
 from hisvd.shape_utils import FactorForm, Sublayer, is_dense
 from hisvd.utils.data_utils import default_batch_size
-from hisvd.utils.model_utils import Checkpoint, empty_model
-from hisvd.utils.streaming import (
-    ActivationFile,
-    Arguments,
-    first_inputs,
-    layer_outputs,
-    load_layer,
-    load_outside_layers,
-)
+from hisvd.utils.model_utils import Checkpoint
+from hisvd.utils.streaming import ActivationFile, Arguments, StreamedModel
 from hisvd.whitening_svd import H_DAMPING, cholesky_root, left_singular_vectors, low_rank_factors, whitened
 
 MU = 0.5  # part of the way to the original outputs
@@ -113,22 +105,19 @@ class SequentialUpdate:
         Raises:
             HiSVDError: the cache's tokens are damaged, or weights are missing or not finite.
         """
-        self.checkpoint, self.cache, self.device, self.dtype = checkpoint, cache, device, dtype
-        self.model = empty_model(checkpoint.config)
-        self.adapter = adapter_for(self.model)
-        load_outside_layers(self.model, self.adapter, checkpoint, device, dtype)
+        self.checkpoint, self.cache, self.device = checkpoint, cache, device
         tokens = cache.read_tokens()
-        self.batch_size = default_batch_size(tokens.shape[1])
-        shape = (*tokens.shape, checkpoint.config.get_text_config().hidden_size)
+        self.streamed = StreamedModel(checkpoint, default_batch_size(tokens.shape[1]), device, dtype)
+        self.adapter = self.streamed.adapter
 
         def stream_files(path: Path) -> list[ActivationFile]:
-            return [ActivationFile(path.with_name(f"{path.name}_{parity}.bin"), shape, dtype) for parity in (0, 1)]
+            return [self.streamed.file(path.with_name(f"{path.name}_{parity}.bin"), tokens) for parity in (0, 1)]
 
         self.original = stream_files(next(iter(folders.values())) / "original")
         self.compressed = {target: stream_files(folder / "hidden") for target, folder in folders.items()}
         whole = all(files[first_layer % 2].is_whole() for files in self._all_files())
         self.first_layer = first_layer if whole else 0
-        hidden, self.arguments = first_inputs(self.model, self.adapter, tokens, self.batch_size, device)
+        hidden, self.arguments = self.streamed.first_inputs(tokens)
         if self.first_layer:
             for _ in hidden:  # only the layers' arguments are missing
                 pass
@@ -153,7 +142,8 @@ class SequentialUpdate:
         Entries have the dtype that `stored`, the layer's tensors of the checkpoint, has for the weight. A sublayer
         that is not factored gets a new weight.
         """
-        original, layers = self._load(index), {target: self._load(index) for target in self.compressed}
+        original = self.streamed.layer(index)
+        layers = {target: self.streamed.layer(index) for target in self.compressed}
         statistics = self.cache.read_layer(index)
         for _, group in itertools.groupby(self.cache.sublayers_of(index), lambda s: s.input_group):
             members = list(group)
@@ -179,16 +169,13 @@ class SequentialUpdate:
         for target, files in self.compressed.items():
             self._advance(index, layers[target], files)
 
-    def _load(self, index: int) -> nn.Module:
-        return load_layer(self.model, self.adapter, index, self.checkpoint, self.device, self.dtype)
-
     def _measure(
         self, index: int, original: nn.Module, layers: dict[float, nn.Module], group: list[Sublayer]
     ) -> dict[float, UpdateMoments]:
         """The moments at the input that `group` shares in layer `index`, behind linears with their new weights."""
         path, writers = group[0].type, self.adapter.stream
         sums: dict[float, list[torch.Tensor]] = {}
-        streams = [files[index % 2].read(self.batch_size, self.device) for files in self._all_files()]
+        streams = [self.streamed.read(files[index % 2]) for files in self._all_files()]
         tokens = 0
         for arguments, hidden, *compressed in zip(self.arguments[index], *streams, strict=True):
             x, stream = input_and_stream(original, path, writers, hidden, arguments)
@@ -204,6 +191,5 @@ class SequentialUpdate:
         return [self.original, *self.compressed.values()]
 
     def _advance(self, index: int, layer: nn.Module, files: list[ActivationFile]) -> None:
-        inputs = files[index % 2].read(self.batch_size, self.device)
-        name = f"{self.adapter.layers}.{index}"
-        files[(index + 1) % 2].write(layer_outputs(layer, name, inputs, self.arguments[index]))
+        outputs = self.streamed.outputs(layer, index, files[index % 2], self.arguments[index])
+        files[(index + 1) % 2].write(outputs)

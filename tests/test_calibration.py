@@ -12,12 +12,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from hisvd.calibration_cache import SPECTRA, read_cache
 from hisvd.gradient_pass import drawn_labels
-from hisvd.utils.data_utils import CALIBRATION_SPLIT, calibration_windows, load_text, tokenize
+from hisvd.utils.data_utils import CALIBRATION_SPLIT, calibration_windows, load_text, split_held_out, tokenize
 
 
 def calibration_tokens(folder):
     """What calibrate_arguments makes calibrate.py read."""
     ids = tokenize(load_text("python-docs", CALIBRATION_SPLIT, "data"), AutoTokenizer.from_pretrained(folder))
+    ids, _ = split_held_out(ids, 6, 32, "random")
     return calibration_windows(ids, 6, 32, "random", 3, "python-docs")
 
 

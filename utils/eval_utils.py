@@ -34,7 +34,7 @@ def perplexity(model: PreTrainedModel, windows: torch.Tensor, name: str, tokens_
         ids = batch.to(model.device)
         hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
         targets = ids[:, 1:].flatten()
-        chunk = max(1, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
+        chunk = tokens_at_once(model)
         for states, labels in zip(hidden.split(chunk), targets.split(chunk), strict=True):
             logits = head_logits(model, states).float()
             total += nn.functional.cross_entropy(logits, labels, reduction="sum").item()
@@ -45,6 +45,11 @@ def perplexity(model: PreTrainedModel, windows: torch.Tensor, name: str, tokens_
         "nll": nll,
         "tokens_scored": scored,
     }
+
+
+def tokens_at_once(model: PreTrainedModel) -> int:
+    """Tokens whose logits are computed at once, so that they take no more than LOGITS_AT_ONCE numbers."""
+    return max(1, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
 
 
 def head_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:

@@ -15,9 +15,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hisvd.component.adapter import Adapter
+from hisvd.component.families import adapter_for
 from hisvd.errors import HiSVDError
 from hisvd.utils.files import sync_file
-from hisvd.utils.model_utils import Checkpoint
+from hisvd.utils.model_utils import Checkpoint, empty_model
 
 Arguments = tuple[tuple, dict[str, Any]]  # what a decoder layer receives beside the hidden states
 
@@ -73,96 +74,138 @@ def decoder_layers(model: PreTrainedModel, adapter: Adapter) -> nn.ModuleList:
     return model.get_submodule(adapter.layers)
 
 
-def load_weights(
-    module: nn.Module, names: dict[str, str], checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
-) -> None:
-    """Fill meta parameters of `module` in place; `names` maps each to its tensor in the checkpoint."""
-    tensors = checkpoint.read(names.values())
-    weights = {name: tensors[stored].to(device, dtype) for name, stored in names.items()}
-    module.load_state_dict(weights, strict=False, assign=True)
-    module.requires_grad_(False)
+class StreamedModel:
+    """A causal language model of which one decoder layer at a time is in memory; `skeleton` holds all else.
 
-
-def load_layer(
-    model: PreTrainedModel,
-    adapter: Adapter,
-    index: int,
-    checkpoint: Checkpoint,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> nn.Module:
-    """A copy of decoder layer `index` with its weights; dropping it frees them."""
-    layer = copy.deepcopy(decoder_layers(model, adapter)[index])
-    names = {name: checkpoint.stored_name(f"{adapter.layers}.{index}.{name}") for name, _ in layer.named_parameters()}
-    load_weights(layer, names, checkpoint, device, dtype)
-    return layer.to(device)
-
-
-def load_outside_layers(
-    model: PreTrainedModel, adapter: Adapter, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
-) -> None:
-    """Load what the model holds outside its decoder layers (embeddings, final norm, head), in place."""
-    names = {
-        name: checkpoint.stored_name(name)
-        for name, _ in model.named_parameters()
-        if not name.startswith(f"{adapter.layers}.")
-    }
-    tied = {name for name in getattr(model, "all_tied_weights_keys", {}) if names.get(name) not in checkpoint.files}
-    load_weights(model, {k: v for k, v in names.items() if k not in tied}, checkpoint, device, dtype)
-    model.tie_weights()
-    inside = set(decoder_layers(model, adapter).modules())
-    for module in model.modules():
-        if module not in inside:
-            for key, buffer in module.named_buffers(recurse=False):
-                module._buffers[key] = buffer.to(device)
-
-
-@torch.no_grad()
-def first_inputs(
-    model: PreTrainedModel, adapter: Adapter, tokens: torch.Tensor, batch_size: int, device: torch.device
-) -> tuple[Iterator[torch.Tensor], list[list[Arguments]]]:
-    """The first decoder layer's hidden states, batch by batch, and the other arguments of every layer.
-
-    Runs the model's own forward with decoder layers that only note what they are called with. The second
-    result, [layer][batch], fills while the first is consumed; equal arguments are kept once, so that masks
-    and position embeddings take the memory of one batch.
+    Batches have `batch_size` sequences and live on `device` in `dtype`.
     """
-    layers = decoder_layers(model, adapter)
-    calls: list[list[Arguments]] = [[] for _ in layers]
-    known: list[Arguments] = []
-    first: list[torch.Tensor] = []
 
-    def noting(index: int) -> Callable:
-        def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
-            hidden = args[0] if args else kwargs.pop("hidden_states")
-            if index == 0:
-                first.append(hidden)
-            calls[index].append(_known_equal((args[1:], kwargs), known))
-            return hidden
+    def __init__(self, checkpoint: Checkpoint, batch_size: int, device: torch.device, dtype: torch.dtype) -> None:
+        """Load what lies outside the decoder layers: embeddings, final norm, head.
 
-        return forward
+        Raises:
+            HiSVDError: a weight is missing or not finite.
+        """
+        self.checkpoint, self.batch_size, self.device, self.dtype = checkpoint, batch_size, device, dtype
+        self.skeleton = empty_model(checkpoint.config)
+        self.adapter = adapter_for(self.skeleton)
+        names = {
+            name: checkpoint.stored_name(name)
+            for name, _ in self.skeleton.named_parameters()
+            if not name.startswith(f"{self.adapter.layers}.")
+        }
+        ties = getattr(self.skeleton, "all_tied_weights_keys", {})
+        tied = {name for name in ties if names.get(name) not in checkpoint.files}
+        self._load_weights(self.skeleton, {k: v for k, v in names.items() if k not in tied})
+        self.skeleton.tie_weights()
+        inside = set(self._layers().modules())
+        for module in self.skeleton.modules():
+            if module not in inside:
+                for key, buffer in module.named_buffers(recurse=False):
+                    module._buffers[key] = buffer.to(device)
 
-    def batches() -> Iterator[torch.Tensor]:
-        with replaced_forwards({layer: noting(index) for index, layer in enumerate(layers)}):
-            for batch in tokens.split(batch_size):
-                model.base_model(input_ids=batch.to(device), use_cache=False)
-                yield first.pop()
+    def _layers(self) -> nn.ModuleList:
+        return decoder_layers(self.skeleton, self.adapter)
 
-    return batches(), calls
+    def _load_weights(self, module: nn.Module, names: dict[str, str]) -> None:
+        """Fill meta parameters of `module` in place; `names` maps each to its tensor in the checkpoint."""
+        tensors = self.checkpoint.read(names.values())
+        weights = {name: tensors[stored].to(self.device, self.dtype) for name, stored in names.items()}
+        module.load_state_dict(weights, strict=False, assign=True)
+        module.requires_grad_(False)
 
+    def layer_name(self, index: int) -> str:
+        """The path of decoder layer `index` in the model."""
+        return f"{self.adapter.layers}.{index}"
 
-def logits_behind_layers(model: PreTrainedModel, adapter: Adapter, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits (tokens, vocabulary) of what the last decoder layer gave, (tokens, hidden), differentiable.
+    def layer(self, index: int) -> nn.Module:
+        """A copy of decoder layer `index` with its weights; dropping it frees them.
 
-    The model's own forward runs behind decoder layers that are passed over, so that final norm, head and logit scaling
-    are the family's.
-    """
-    layers = decoder_layers(model, adapter)
-    passed_over = dict.fromkeys(layers, lambda hidden, *args, **kwargs: hidden)
-    passed_over[layers[0]] = lambda *args, **kwargs: hidden[None]
-    dummy = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
-    with replaced_forwards(passed_over):
-        return model(input_ids=dummy, use_cache=False).logits[0]
+        Raises:
+            HiSVDError: a weight is missing or not finite.
+        """
+        layer, prefix = copy.deepcopy(self._layers()[index]), self.layer_name(index)
+        names = {name: self.checkpoint.stored_name(f"{prefix}.{name}") for name, _ in layer.named_parameters()}
+        self._load_weights(layer, names)
+        return layer.to(self.device)
+
+    def file(self, path: Path, tokens: torch.Tensor, side_by_side: int = 1) -> ActivationFile:
+        """A file for so many hidden states of every one of `tokens` (sequences, seqlen)."""
+        width = side_by_side * self.checkpoint.config.get_text_config().hidden_size
+        return ActivationFile(path, (*tokens.shape, width), self.dtype)
+
+    def read(self, file: ActivationFile) -> Iterator[torch.Tensor]:
+        """Consecutive batches of a file."""
+        return file.read(self.batch_size, self.device)
+
+    @torch.no_grad()
+    def first_inputs(self, tokens: torch.Tensor) -> tuple[Iterator[torch.Tensor], list[list[Arguments]]]:
+        """The first decoder layer's hidden states, batch by batch, and the other arguments of every layer.
+
+        Runs the model's own forward with decoder layers that only note what they are called with. The second
+        result, [layer][batch], fills while the first is consumed; equal arguments are kept once, so that masks
+        and position embeddings take the memory of one batch.
+        """
+        layers = self._layers()
+        calls: list[list[Arguments]] = [[] for _ in layers]
+        known: list[Arguments] = []
+        first: list[torch.Tensor] = []
+
+        def noting(index: int) -> Callable:
+            def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
+                hidden = args[0] if args else kwargs.pop("hidden_states")
+                if index == 0:
+                    first.append(hidden)
+                calls[index].append(_known_equal((args[1:], kwargs), known))
+                return hidden
+
+            return forward
+
+        def batches() -> Iterator[torch.Tensor]:
+            with replaced_forwards({layer: noting(index) for index, layer in enumerate(layers)}):
+                for batch in tokens.split(self.batch_size):
+                    self.skeleton.base_model(input_ids=batch.to(self.device), use_cache=False)
+                    yield first.pop()
+
+        return batches(), calls
+
+    def outputs(
+        self,
+        layer: nn.Module,
+        index: int,
+        inputs: ActivationFile,
+        arguments: list[Arguments],
+        after_batch: Callable[[], None] = lambda: None,
+    ) -> Iterator[torch.Tensor]:
+        """Run all batches through `layer`, number `index`; `after_batch` is called behind each forward.
+
+        Raises:
+            HiSVDError: an output is not finite; the layer is named.
+        """
+        for hidden, (args, kwargs) in zip(self.read(inputs), arguments, strict=True):
+            with torch.no_grad():
+                output = layer(hidden, *args, **kwargs)
+            output = output[0] if isinstance(output, tuple) else output
+            if not torch.isfinite(output).all():
+                raise HiSVDError(
+                    f"The activations behind {self.layer_name(index)} are NaN or infinite; check the checkpoint, "
+                    "or use --dtype float32."
+                )
+            after_batch()
+            yield output
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (tokens, vocabulary) of what the last decoder layer gave, (tokens, hidden), differentiable.
+
+        The model's own forward runs behind decoder layers that are passed over, so that final norm, head and logit
+        scaling are the family's.
+        """
+        layers = self._layers()
+        passed_over = dict.fromkeys(layers, lambda hidden, *args, **kwargs: hidden)
+        passed_over[layers[0]] = lambda *args, **kwargs: hidden[None]
+        dummy = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+        with replaced_forwards(passed_over):
+            return self.skeleton(input_ids=dummy, use_cache=False).logits[0]
 
 
 def _known_equal(arguments: Arguments, known: list[Arguments]) -> Arguments:
@@ -186,27 +229,3 @@ def _equal(a: Any, b: Any) -> bool:
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
     return a == b
-
-
-@torch.no_grad()
-def layer_outputs(
-    layer: nn.Module,
-    name: str,
-    inputs: Iterator[torch.Tensor],
-    arguments: list[Arguments],
-    after_batch: Callable[[], None] = lambda: None,
-) -> Iterator[torch.Tensor]:
-    """Run all batches through `layer`; `after_batch` is called behind each forward.
-
-    Raises:
-        HiSVDError: an output is not finite; the layer is named.
-    """
-    for hidden, (args, kwargs) in zip(inputs, arguments, strict=True):
-        output = layer(hidden, *args, **kwargs)
-        output = output[0] if isinstance(output, tuple) else output
-        if not torch.isfinite(output).all():
-            raise HiSVDError(
-                f"The activations behind {name} are NaN or infinite; check the checkpoint, or use --dtype float32."
-            )
-        after_batch()
-        yield output

@@ -17,6 +17,7 @@ from hisvd.utils.data_utils import (
     tokenize,
 )
 from hisvd.utils.model_utils import load_tokenizer, open_checkpoint, resolve_device, resolve_dtype
+from hisvd.utils.streaming import StreamedModel
 
 
 @click.command()
@@ -93,8 +94,11 @@ def main(
     cache = open_or_create_cache(folder, identity, options, num_layers)
     if cache.complete:
         click.echo(f"{folder} is complete already: nothing to do.")
-    batch = batch_size or default_batch_size(seqlen)
-    Calibration(checkpoint, tokens, held_out, cache, batch, torch_device, torch_dtype).run()
+    else:
+        cache.write_tokens(tokens, held_out)
+        streamed = StreamedModel(checkpoint, batch_size or default_batch_size(seqlen), torch_device, torch_dtype)
+        Calibration(streamed, tokens, cache).run()
+    cache.remove_activations()
     click.echo(f"Calibration of {num_layers} layers on {tokens.numel()} tokens of {dataset}: {folder}")
 
 
