@@ -194,15 +194,16 @@ def gradient_statistics(
     `{type}.two_sided_singular_values` of F^{1/2} W H^{1/2}.
     """
     tensors: dict[str, torch.Tensor] = {}
-    forward = cache.read_forward(index)
+    forward, roots = cache.read_forward(index), {}
     for sublayer in cache.sublayers_of(index):
         path = sublayer.type
         weight = layer.get_submodule(path).weight
         eigenvalues, eigenvectors = torch.linalg.eigh(moments.moments.pop(path) / moments.tokens)
-        root = input_root(sublayer, forward, "input", weight.device)
+        if sublayer.input_group not in roots:
+            roots = {sublayer.input_group: input_root(sublayer, forward, "input", weight.device)}
         f = damped(eigenvalues, eigenvectors, F_DAMPING)
         tensors[f"{path}.F_eigenvalues"], tensors[f"{path}.F_eigenvectors"] = eigenvalues, eigenvectors
-        tensors[f"{path}.two_sided_singular_values"] = singular_values(whitened(weight, root, f))
+        tensors[f"{path}.two_sided_singular_values"] = singular_values(whitened(weight, roots[sublayer.input_group], f))
     return {name: t.float().cpu() for name, t in tensors.items()}
 
 

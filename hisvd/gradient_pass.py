@@ -99,12 +99,10 @@ def input_gradients(
             output = layer(hidden, *args, **kwargs)
             output = output[0] if isinstance(output, tuple) else output
         outputs, at_inputs = [moments.outputs.pop(path) for path in moments.paths], []
-        for gradient in both.chunk(2, -1):
-            last = len(at_inputs) == 1
-            below, *at_linears = torch.autograd.grad(output, [hidden, *outputs], gradient, retain_graph=not last)
+        for gradient, retain_graph in zip(both.chunk(2, -1), (True, False), strict=True):
+            below, *at_linears = torch.autograd.grad(output, [hidden, *outputs], gradient, retain_graph)
+            if not torch.isfinite(below).all():
+                raise HiSVDError(f"The gradients in {name} are NaN or infinite; use --dtype float32 or --no_gradients.")
             moments.add(dict(zip(moments.paths, at_linears, strict=True)))
             at_inputs.append(below)
-        below = torch.cat(at_inputs, -1)
-        if not torch.isfinite(below).all():
-            raise HiSVDError(f"The gradients in {name} are NaN or infinite; use --dtype float32 or --no_gradients.")
-        yield below
+        yield torch.cat(at_inputs, -1)

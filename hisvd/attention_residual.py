@@ -1,0 +1,220 @@
+"""Is attention one value vector plus a small correction? A study of trained models.
+
+For a head with probabilities p and values v at a query, i* = argmax p: Attn = v_{i*} + ε exactly. On chosen layers the
+residual ε is dropped (top-1), kept (full, a check), or projected on the leading right singular vectors of the head's
+own residuals (low-rank). Works through transformers' attention interface, so that rotary embeddings, grouped-query
+heads, sliding windows and masks stay the model's own.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from hisvd.errors import HiSVDError
+from hisvd.utils.data_utils import default_batch_size
+from hisvd.utils.eval_utils import perplexity
+
+NAME = "hisvd_attention_residual"
+RANKS = (1, 2, 4, 8, 16, 32)  # d_r that are tried by default, as far as the heads are that wide
+VARIANCE = 0.9  # share that the effective dimension reaches
+RECOVERED = 0.9  # share of the loss of top-1 that the verdict asks for
+Variant = Callable[[torch.Tensor], torch.Tensor]  # residuals (b, heads, queries, d) float32 → what is left of them
+
+
+def residual_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **_: object,
+) -> tuple[torch.Tensor, None]:
+    """Attention (b, queries, heads, d) as v_{i*} + `module.residual_variant`(ε); an attention function of transformers.
+
+    Raises:
+        HiSVDError: the family gives a part of the probability to no token at all (attention sinks).
+    """
+    if s_aux is not None:
+        raise HiSVDError(
+            "This family's attention has sinks, parameters that take a part of the probability; not studied."
+        )
+    groups = query.shape[1] // key.shape[1]
+    key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if attention_mask is not None:
+        scores = scores + attention_mask[..., : key.shape[2]]
+    probabilities = scores.softmax(-1, dtype=torch.float32)
+    largest = probabilities.argmax(-1, keepdim=True)
+    value = value.float()
+    top = value.gather(2, largest.expand(-1, -1, -1, value.shape[-1]))
+    output = top + module.residual_variant(probabilities @ value - top)
+    return output.to(query.dtype).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(NAME, residual_attention)
+
+
+def attention_modules(model: PreTrainedModel, layer: int) -> list[nn.Module]:
+    """The modules of decoder layer `layer` that choose their attention function by a config."""
+    return [m for m in model.modules() if getattr(m, "layer_idx", None) == layer and hasattr(m, "config")]
+
+
+@contextmanager
+def residual_variants(model: PreTrainedModel, variants: dict[int, Variant]) -> Iterator[None]:
+    """Inside: the attention of each layer in `variants` keeps of its residuals what the variant says.
+
+    The other layers run eager attention, whose masks are tensors that say everything. Whatever happens, the model is
+    as before afterwards.
+    """
+    before = model.config._attn_implementation
+    modules = [(module, variant) for layer, variant in variants.items() for module in attention_modules(model, layer)]
+    configs = [module.config for module, _ in modules]
+    try:
+        model.set_attn_implementation("eager")
+        for module, variant in modules:
+            module.config = copy.copy(module.config)
+            module.config._attn_implementation_internal = NAME  # of this layer alone: the setter reaches sub-configs
+            module.residual_variant = variant
+        yield
+    finally:
+        for (module, _), config in zip(modules, configs, strict=True):
+            module.config = config
+            vars(module).pop("residual_variant", None)
+        model.set_attn_implementation(before)
+
+
+def top_1(residual: torch.Tensor) -> torch.Tensor:
+    """Drop the residuals."""
+    return torch.zeros_like(residual)
+
+
+def full(residual: torch.Tensor) -> torch.Tensor:
+    """Keep them: the model itself."""
+    return residual
+
+
+def low_rank(basis: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """Project residuals (b, heads, queries, d) on each head's `basis` (heads, d, d_r)."""
+    return residual @ basis @ basis.mT
+
+
+class ResidualMoments:
+    """Σ ε εᵀ (heads, d, d) in float64 of every layer, added up as the residuals come; none is stored."""
+
+    def __init__(self) -> None:
+        self.moments: dict[int, torch.Tensor] = {}
+
+    def variant(self, layer: int) -> Variant:
+        """Keeps the residuals of `layer`, and adds them to its moment."""
+        return partial(self._add, layer)
+
+    def _add(self, layer: int, residual: torch.Tensor) -> torch.Tensor:
+        rows = residual.transpose(0, 1).flatten(1, 2)
+        self.moments[layer] = self.moments.get(layer, 0) + (rows.mT @ rows).double()
+        return residual
+
+    def spectra(self) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        """By layer: squared singular values (heads, d), largest first, and right singular vectors (heads, d, d)."""
+        pairs = {layer: torch.linalg.eigh(moment) for layer, moment in self.moments.items()}
+        return {layer: (e.flip(-1).clamp_min(0), v.flip(-1).float()) for layer, (e, v) in pairs.items()}
+
+
+def cumulative_variance(energies: torch.Tensor) -> torch.Tensor:
+    """Share of the variance in the first r directions, (heads, d), from squared singular values (heads, d)."""
+    return energies.cumsum(-1) / energies.sum(-1, keepdim=True).clamp_min(torch.finfo(energies.dtype).tiny)
+
+
+def effective_dimension(energies: torch.Tensor) -> torch.Tensor:
+    """The smallest r that reaches 90 % of the variance, (heads,), from squared singular values (heads, d)."""
+    return (cumulative_variance(energies) < VARIANCE).sum(-1) + 1
+
+
+@torch.inference_mode()
+def residual_spectra(
+    model: PreTrainedModel, windows: torch.Tensor, layers: Sequence[int]
+) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    """ResidualMoments.spectra of decoder layers `layers` over windows (count, seqlen).
+
+    Raises:
+        HiSVDError: a layer out of range, or one without attention that goes through transformers' interface.
+    """
+    count = model.config.get_text_config().num_hidden_layers
+    for layer in layers:
+        if not 0 <= layer < count:
+            raise HiSVDError(f"--layers {layer} is out of range: the model has the layers 0 to {count - 1}.")
+    moments = ResidualMoments()
+    with residual_variants(model, {layer: moments.variant(layer) for layer in layers}):
+        for batch in windows.split(default_batch_size(windows.shape[1])):
+            model.get_decoder()(input_ids=batch.to(model.device), use_cache=False)
+    if missing := sorted(set(layers) - set(moments.moments)):
+        raise HiSVDError(
+            f"Layer {missing[0]} of this '{model.config.model_type}' model has no attention that goes through "
+            "transformers' attention interface; choose other --layers, or another model."
+        )
+    return moments.spectra()
+
+
+def residual_study(
+    model: PreTrainedModel,
+    basis_windows: torch.Tensor,
+    windows: torch.Tensor,
+    layers: Sequence[int],
+    ranks: Sequence[int] | None,
+    name: str,
+) -> dict:
+    """Perplexities of all variants on windows (count, seqlen), with bases from other ones, and every head's spectrum.
+
+    `ranks` are the d_r, in rising order (None: RANKS). `recovered` is the share of the loss of top-1, in perplexity,
+    that a d_r makes good: None where top-1 loses nothing.
+
+    Raises:
+        HiSVDError: a layer or rank out of range, or attention that cannot be studied.
+    """
+    spectra = residual_spectra(model, basis_windows, layers)
+    width = min(vectors.shape[-1] for _, vectors in spectra.values())
+    if ranks is None:
+        ranks = [rank for rank in RANKS if rank <= width]
+    for rank in ranks:
+        if not 0 <= rank <= width:
+            raise HiSVDError(f"--d_r {rank} is out of range: the heads have {width} dimensions.")
+
+    def measured(variants: dict[int, Variant], title: str) -> float:
+        with residual_variants(model, variants):
+            return perplexity(model, windows, f"{name}, {title}")["perplexity"]
+
+    baseline = perplexity(model, windows, name)
+    top = measured(dict.fromkeys(layers, top_1), "A")
+    rows = []
+    for rank in ranks:
+        bases = {layer: vectors[..., :rank] for layer, (_, vectors) in spectra.items()}
+        ppl = measured({layer: partial(low_rank, basis) for layer, basis in bases.items()}, f"C {rank}")
+        recovered = (top - ppl) / (top - baseline["perplexity"]) if top > baseline["perplexity"] else None
+        rows.append({"d_r": rank, "perplexity": ppl, "delta": ppl - baseline["perplexity"], "recovered": recovered})
+    heads = []
+    for layer, (energies, _) in spectra.items():
+        shares, dimensions = cumulative_variance(energies), effective_dimension(energies)
+        for head, (share, dimension) in enumerate(zip(shares.tolist(), dimensions.tolist(), strict=True)):
+            heads.append({"layer": layer, "head": head, "effective_dimension": dimension, "cumulative_variance": share})
+    return {
+        "layers": list(layers),
+        "basis_blocks": len(basis_windows),
+        "blocks": len(windows),
+        "seqlen": windows.shape[1],
+        "tokens_scored": baseline["tokens_scored"],
+        "baseline": baseline["perplexity"],
+        "top_1": top,
+        "full": measured(dict.fromkeys(layers, full), "B"),
+        "low_rank": rows,
+        "enough": next((row["d_r"] for row in rows if (row["recovered"] or 0) >= RECOVERED), None),
+        "heads": heads,
+    }

@@ -1,0 +1,141 @@
+"""The attention-residual study of evaluate.py: its arguments, tables, verdict and plot."""
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from hisvd.attention_residual import RECOVERED, residual_study
+from hisvd.cli.common import table
+from hisvd.errors import HiSVDError
+from hisvd.utils.data_utils import evaluation_windows
+from hisvd.utils.files import atomic_path, check_writable_file
+
+STUDY_SEQLEN = 256
+
+
+def numbers(text: str | None, option: str) -> list[int] | None:
+    """Comma-separated numbers in rising order; None for None.
+
+    Raises:
+        HiSVDError: one is no whole number.
+    """
+    try:
+        return None if text is None else sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        raise HiSVDError(f"{option} '{text}' is no comma-separated list of whole numbers.") from None
+
+
+def study_model(
+    model: PreTrainedModel,
+    ids: dict[str, torch.Tensor],
+    seqlen: int,
+    layers: list[int] | None,
+    ranks: list[int] | None,
+    calib_blocks: int,
+    n_blocks: int,
+) -> dict[str, dict]:
+    """The attention-residual study of one model, by data set; bases from the windows before those evaluated on."""
+    count = model.config.get_text_config().num_hidden_layers
+    layers = layers or list(range(count - max(1, count // 4), count))
+    studies = {}
+    for name, tokens in ids.items():
+        windows = evaluation_windows(tokens, seqlen, calib_blocks + n_blocks, name)
+        if len(windows) <= calib_blocks:
+            raise HiSVDError(
+                f"The text of {name} has {len(windows)} windows of {seqlen} tokens, but the bases take {calib_blocks} "
+                "and at least one more is needed; lower --calib_blocks or --seqlen, or use a longer text."
+            )
+        studies[name] = residual_study(model, windows[:calib_blocks], windows[calib_blocks:], layers, ranks, name)
+    return studies
+
+
+def study_tables(model: str, dataset: str, study: dict) -> str:
+    """Perplexities of the variants, the spectrum of every head, and the verdict."""
+    baseline = study["baseline"]
+    variants = [["baseline", "", f"{baseline:.3f}", "", ""]]
+    for title, key in (("A top-1", "top_1"), ("B full (check)", "full")):
+        variants.append([title, "", f"{study[key]:.3f}", f"{study[key] - baseline:+.3f}", ""])
+    for row in study["low_rank"]:
+        recovered = "" if row["recovered"] is None else f"{row['recovered']:.1%}"
+        variants.append(["C low-rank", row["d_r"], f"{row['perplexity']:.3f}", f"{row['delta']:+.3f}", recovered])
+    ranks = [row["d_r"] for row in study["low_rank"] if row["d_r"]]
+    heads = []
+    for head in study["heads"]:
+        shares = [f"{head['cumulative_variance'][rank - 1]:.3f}" for rank in ranks]
+        heads.append([f"{head['layer']}.{head['head']}", head["effective_dimension"], *shares])
+    return "\n\n".join(
+        [
+            f"{Path(model).name} on {Path(dataset).name}: layers {', '.join(map(str, study['layers']))}, "
+            f"{study['blocks']} blocks of {study['seqlen']} tokens, bases from {study['basis_blocks']} other ones",
+            table(["variant", "d_r", "perplexity", "ΔPPL", "recovered"], variants),
+            table(["layer.head", "effective dim", *(f"var {rank}" for rank in ranks)], heads),
+            verdict(study),
+        ]
+    )
+
+
+def verdict(study: dict) -> str:
+    """One sentence: the smallest d_r that recovers 90 % of what top-1 loses, or the best reached."""
+    if study["top_1"] <= study["baseline"]:
+        return "Verdict: on these layers one value vector is enough: dropping the residuals costs no perplexity."
+    loss = f"{study['top_1'] - study['baseline']:.3f}"
+    if study["enough"] is not None:
+        return f"Verdict: d_r = {study['enough']} recovers {RECOVERED:.0%} of the perplexity that top-1 loses ({loss})."
+    best = max(study["low_rank"], key=lambda row: row["recovered"])
+    return (
+        f"Verdict: no d_r tried recovers {RECOVERED:.0%} of the perplexity that top-1 loses ({loss}); "
+        f"the best is {best['recovered']:.1%} at d_r = {best['d_r']}."
+    )
+
+
+def check_plot(path: Path) -> None:
+    """Refuse a plot that could not be drawn at the end.
+
+    Raises:
+        HiSVDError: matplotlib is missing, or the file is no image it can write, or cannot be written.
+    """
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError:
+        raise HiSVDError("--plot needs matplotlib; pip install matplotlib, or leave the option out.") from None
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.removeprefix(".") not in kinds:
+        raise HiSVDError(
+            f"--plot {path} has no ending that matplotlib can write; use one of {', '.join(sorted(kinds))}."
+        )
+    check_writable_file(path)
+
+
+def draw_studies(results: list[dict], path: Path) -> None:
+    """A row a model and data set: cumulative variance by rank, a line a head; ΔPPL against d_r."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    studies = [
+        (f"{Path(result['model']).name} on {Path(name).name}", study)
+        for result in results
+        for name, study in result["attention_residual"].items()
+    ]
+    figure, axes = pyplot.subplots(len(studies), 2, figsize=(11, 4.2 * len(studies)), squeeze=False)
+    for (variance, loss), (title, study) in zip(axes, studies, strict=True):
+        colors = {layer: f"C{i}" for i, layer in enumerate(study["layers"])}
+        for head in study["heads"]:
+            shares = [0.0, *head["cumulative_variance"]]
+            label = f"layer {head['layer']}" if head["head"] == 0 else None
+            variance.plot(shares, color=colors[head["layer"]], linewidth=0.8, label=label)
+        variance.set(xlabel="rank", ylabel="cumulative variance of the residuals", title=title)
+        variance.legend(fontsize=8)
+        ranks, deltas = [row["d_r"] for row in study["low_rank"]], [row["delta"] for row in study["low_rank"]]
+        loss.plot(ranks, deltas, "o-", label="C low-rank")
+        loss.axhline(study["top_1"] - study["baseline"], color="C3", linestyle="--", label="A top-1")
+        loss.axhline(0, color="black", linewidth=0.8)
+        loss.set(xlabel="d_r", ylabel="ΔPPL", title=f"baseline {study['baseline']:.2f}")
+        loss.set_xscale("symlog", base=2, linthresh=1)
+        loss.legend(fontsize=8)
+    figure.tight_layout()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120, format=path.suffix.removeprefix("."))
+    pyplot.close(figure)
