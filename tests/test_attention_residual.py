@@ -20,13 +20,12 @@ from hisvd.attention_residual import (
 )
 from hisvd.cli import attention_study
 
+# Weights large enough that attention shows in the logits.
+GPT2 = {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 128, "initializer_range": 0.2}
+OPT = {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 160, "num_hidden_layers": 4, "init_std": 0.2}
 CONFIGS = {
-    "gpt2": GPT2Config(
-        vocab_size=300, n_embd=64, n_layer=4, n_head=4, n_positions=128, scale_attn_by_inverse_layer_idx=True
-    ),
-    "opt": OPTConfig(
-        vocab_size=300, hidden_size=64, ffn_dim=160, num_hidden_layers=4, num_attention_heads=4, word_embed_proj_dim=64
-    ),
+    "gpt2": GPT2Config(vocab_size=300, **GPT2, scale_attn_by_inverse_layer_idx=True),
+    "opt": OPTConfig(vocab_size=300, **OPT, num_attention_heads=4),
     "gemma2": Gemma2Config(**SHARED, **HEADS, head_dim=16, sliding_window=8, attn_logit_softcapping=0.5),
 }
 FAMILIES = ("gpt2", "opt", "gemma2", "llama", "mistral", "qwen2")
