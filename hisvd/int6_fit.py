@@ -32,7 +32,9 @@ SWEEPS = 4  # times that every chunk is chosen again
 KEPT = torch.tensor([[2 * a, 2 * a + 1, 2 * b, 2 * b + 1] for a, b in itertools.combinations(range(4), 2)])
 
 
-def int6_entries(tensors: dict[str, torch.Tensor], moment: torch.Tensor | None) -> dict[str, torch.Tensor]:
+def int6_entries(
+    tensors: dict[str, torch.Tensor], moment: torch.Tensor | None, sweeps: int = SWEEPS
+) -> dict[str, torch.Tensor]:
     """The state dict entries of a linear, plain or factored, with every weight of at least 64 inputs in INT6.
 
     With `moment` (n, n), E[x xᵀ] of the inputs, codes are fitted to them; the outer factor of a pair first to what the
@@ -45,7 +47,7 @@ def int6_entries(tensors: dict[str, torch.Tensor], moment: torch.Tensor | None) 
     for inner, outer in {"weight": None, "right.weight": "left.weight", "base.weight": "coefficients.weight"}.items():
         if inner not in tensors:
             continue
-        stored = _replace_by_code(entries, inner, moment)
+        stored = _replace_by_code(entries, inner, moment, sweeps)
         if outer:
             if moment is not None:
                 cross = stored @ moment.double()
@@ -54,21 +56,25 @@ def int6_entries(tensors: dict[str, torch.Tensor], moment: torch.Tensor | None) 
                 fitted = tensors[outer].double() + torch.cholesky_solve(change, root).T
                 entries[outer] = fitted.to(tensors[outer].dtype)
                 moment = cross @ stored.T
-            _replace_by_code(entries, outer, moment)
+            _replace_by_code(entries, outer, moment, sweeps)
     return entries
 
 
-def _replace_by_code(entries: dict[str, torch.Tensor], name: str, moment: torch.Tensor | None) -> torch.Tensor:
+def _replace_by_code(
+    entries: dict[str, torch.Tensor], name: str, moment: torch.Tensor | None, sweeps: int
+) -> torch.Tensor:
     """Put the code of the weight `name` in its place, if it has at least 64 inputs; what is stored then, float64."""
     weight = entries[name]
     if weight.shape[1] < COLUMNS:
         return weight.double()
-    code = int6_tensors(entries.pop(name), moment)
+    code = int6_tensors(entries.pop(name), moment, sweeps)
     entries |= {name.removesuffix("weight") + key: tensor for key, tensor in code.items()}
     return dequantize(**code, in_features=weight.shape[1], dtype=torch.float64)
 
 
-def int6_tensors(weight: torch.Tensor, moment: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+def int6_tensors(
+    weight: torch.Tensor, moment: torch.Tensor | None = None, sweeps: int = SWEEPS
+) -> dict[str, torch.Tensor]:
     """packed_weight, metadata and scales of `weight` (m, n), as sparse_int6 has them.
 
     Fitted to inputs of second moment `moment` (n, n), or by the plain format rule.
@@ -82,7 +88,7 @@ def int6_tensors(weight: torch.Tensor, moment: torch.Tensor | None = None) -> di
         q, scales = quantize(prune(padded(weight.float())))
         q = make_encodable(q)
     else:
-        q, scales = fit_int6(weight, moment)
+        q, scales = fit_int6(weight, moment, sweeps)
     packed_weight, metadata = pack(q)
     return {"packed_weight": packed_weight, "metadata": metadata, "scales": scales}
 

@@ -1,12 +1,13 @@
 """Which linears are stored in INT6: as many as the perplexity on held-out calibration text allows.
 
 Linears are ranked by the second-order estimate of the loss that their code adds, a weight; the longest start of that
-list is taken whose model stays within the bound. Found by bisection: every step runs the held-out text once.
+list is taken whose model stays within the bound. The search starts where the estimates add up to the bound; every step
+runs the held-out text once. Linears get their final codes when a step first needs them.
 """
 
+import itertools
 import json
 import math
-from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
@@ -15,7 +16,7 @@ from tqdm import tqdm
 
 from hisvd.calibration_cache import CalibrationCache, input_moment, output_moment
 from hisvd.component.low_rank import dense_weight, modules_of, swap_linears
-from hisvd.int6_fit import int6_entries
+from hisvd.int6_fit import SWEEPS, int6_entries
 from hisvd.shape_utils import FactorForm, Sublayer
 from hisvd.utils.data_utils import default_batch_size
 from hisvd.utils.eval_utils import tokens_at_once
@@ -45,63 +46,99 @@ def export_within(
     Raises:
         HiSVDError: the cache has no held-out text, or is damaged.
     """
-    text = HeldOutText(checkpoint, cache, writer, ranks, form, device)
+    codes = Int6Codes(checkpoint, cache, writer, mode, device)
+    text = HeldOutText(checkpoint, cache, codes, ranks, form, device)
     decision = writer.folder / "int6_gate.json"
     if not decision.exists():  # else a killed run was about to put the codes into the shards
-        damages = write_codes(checkpoint, cache, writer, mode, device)
-        write_json(decision, {"delta": delta, **longest_within(delta, sorted(damages, key=damages.get), text)})
+        losses = codes.estimated_losses()
+        order = sorted(cache.sublayers, key=lambda s: losses[s.name] / s.size)
+        sums = itertools.accumulate(losses[s.name] for s in order)
+        expected = sum(total <= math.log1p(delta) for total in sums)
+        write_json(decision, {"delta": delta, **longest_within(delta, [s.name for s in order], expected, text)})
     report = json.loads(decision.read_text(encoding="utf-8"))
     for index in range(cache.num_layers):
-        writer.write_shard(index, text.tensors(index, set(report["exported"])))
+        writer.write_shard(index, codes.shard(index, set(report["exported"])))
     decision.unlink()
     return report
 
 
-def longest_within(delta: float, order: list[str], text: "HeldOutText") -> dict:
-    """The longest start of `order` that raises the perplexity of `text` by at most `delta`, and the perplexities."""
+def longest_within(delta: float, order: list[str], expected: int, text: "HeldOutText") -> dict:
+    """The longest start of `order` that raises the perplexity of `text` by at most `delta`, and the perplexities.
+
+    Looks at `expected` first, further off by growing steps until there is one on either side, then in between.
+    """
     before = after = text.perplexity(set())
     fits, too_many = 0, len(order) + 1
-    with tqdm(desc="quality gate", total=len(order).bit_length()) as bar:
+    count, step = min(max(expected, 1), len(order)), max(1, expected // 4)
+    with tqdm(desc="quality gate") as bar:
         while too_many - fits > 1:
-            count = (fits + too_many) // 2
             perplexity = text.perplexity(set(order[:count]))
             if perplexity <= (1 + delta) * before:
                 fits, after = count, perplexity
             else:
                 too_many = count
+            if too_many > len(order):
+                count = min(count + step, len(order))
+            elif not fits:
+                count = max(count - step, 1)
+            else:
+                count = (fits + too_many) // 2
+            step *= 2
             bar.set_postfix(exported=fits, perplexity=after)
             bar.update()
     figures = {"perplexity_before": before, "perplexity_after": after, "tokens": text.tokens[:, 1:].numel()}
     return {**figures, "exported": sorted(order[:fits]), "not_exported": sorted(order[fits:])}
 
 
-def codes_file(writer: ModelWriter, index: int) -> Path:
-    """Where the INT6 codes of a layer wait for the decision."""
-    return writer.folder / f"int6_{index:03d}.bin"
+class Int6Codes:
+    """The INT6 codes of the linears in the shards of `writer`, made when first asked for and kept beside them."""
 
+    def __init__(
+        self, checkpoint: Checkpoint, cache: CalibrationCache, writer: ModelWriter, mode: str, device: torch.device
+    ) -> None:
+        """`mode` is "calibrated" or "magnitude"."""
+        self.checkpoint, self.cache, self.writer, self.mode, self.device = checkpoint, cache, writer, mode, device
 
-def write_codes(
-    checkpoint: Checkpoint, cache: CalibrationCache, writer: ModelWriter, mode: str, device: torch.device
-) -> dict[str, float]:
-    """Write the INT6 codes of every linear beside the shards; the loss that each adds, a weight, by name.
+    def estimated_losses(self) -> dict[str, float]:
+        """The loss that the code of each linear adds, ½ ‖F^{1/2} (W − Ŵ) H^{1/2}‖², without gradients that without F.
 
-    The estimate is ½ ‖F^{1/2} (W − Ŵ) H^{1/2}‖² over m n, without gradients that without F.
-    """
-    damages = {}
-    whitening = "two_sided" if cache.has_gradients else "input"
-    for index in tqdm(range(cache.num_layers), "INT6 codes"):
-        statistics, shard, codes = cache.read_layer(index), writer.read_shard(index), {}
-        for s in cache.sublayers_of(index):
-            stored = entries_of(checkpoint, s, shard)
-            stored = {name: tensor.to(device) for name, tensor in stored.items()}
-            moment = input_moment(s, statistics, device)
-            code = int6_entries(stored, moment if mode == "calibrated" else None)
-            error = dense_weight(code, s.in_features) - dense_weight(stored, s.in_features)
-            f = output_moment(s, statistics, whitening, device)
-            damages[s.name] = whitened(error, cholesky_root(moment, H_DAMPING), f).square().sum().item() / (2 * s.size)
-            codes |= {prefix_of(checkpoint, s) + name: tensor.cpu() for name, tensor in code.items()}
-        write_tensors(codes_file(writer, index), codes)
-    return damages
+        Of codes fitted in one pass, which are quick to make.
+        """
+        losses = {}
+        whitening = "two_sided" if self.cache.has_gradients else "input"
+        for index in tqdm(range(self.cache.num_layers), "estimating INT6 losses"):
+            statistics, shard = self.cache.read_layer(index), self.writer.read_shard(index)
+            for s in self.cache.sublayers_of(index):
+                stored, moment = self._stored(s, shard), input_moment(s, statistics, self.device)
+                error = dense_weight(self._coded(stored, moment, sweeps=0), s.in_features)
+                error -= dense_weight(stored, s.in_features)
+                f = output_moment(s, statistics, whitening, self.device)
+                losses[s.name] = whitened(error, cholesky_root(moment, H_DAMPING), f).square().sum().item() / 2
+        return losses
+
+    def shard(self, index: int, exported: set[str]) -> Entries:
+        """The tensors of layer `index` with the codes of the sublayers in `exported` in place of their weights."""
+        tensors, missing = self.writer.read_shard(index), None
+        for s in self.cache.sublayers_of(index):
+            if s.name not in exported:
+                continue
+            path = self.writer.folder / f"int6_{s.name}.bin"
+            if not path.exists():
+                missing = missing or self.cache.read_layer(index)
+                code = self._coded(self._stored(s, tensors), input_moment(s, missing, self.device), SWEEPS)
+                write_tensors(path, {name: tensor.cpu() for name, tensor in code.items()})
+            prefix = prefix_of(self.checkpoint, s)
+            for name in entries_of(self.checkpoint, s, tensors):
+                del tensors[prefix + name]
+            tensors |= {prefix + name: tensor for name, tensor in load_file(path).items()}
+        return tensors
+
+    def _stored(self, sublayer: Sublayer, shard: Entries) -> Entries:
+        entries = entries_of(self.checkpoint, sublayer, shard)
+        return {name: tensor.to(self.device) for name, tensor in entries.items()}
+
+    def _coded(self, stored: Entries, moment: torch.Tensor, sweeps: int) -> Entries:
+        return int6_entries(stored, moment if self.mode == "calibrated" else None, sweeps)
 
 
 def prefix_of(checkpoint: Checkpoint, sublayer: Sublayer) -> str:
@@ -122,7 +159,7 @@ class HeldOutText:
         self,
         checkpoint: Checkpoint,
         cache: CalibrationCache,
-        writer: ModelWriter,
+        codes: Int6Codes,
         ranks: dict[str, int],
         form: FactorForm,
         device: torch.device,
@@ -132,35 +169,23 @@ class HeldOutText:
         Raises:
             HiSVDError: the cache has none.
         """
-        self.checkpoint, self.cache, self.writer = checkpoint, cache, writer
+        self.checkpoint, self.cache, self.codes = checkpoint, cache, codes
         self.ranks, self.form = ranks, form
         self.tokens = cache.read_held_out()
         dtype = getattr(torch, cache.identity["dtype"].removeprefix("torch."))
         self.streamed = StreamedModel(checkpoint, default_batch_size(self.tokens.shape[1]), device, dtype)
         names = ("embedded", "held_out_0", "held_out_1")
-        files = [self.streamed.file(writer.folder / f"{name}.bin", self.tokens) for name in names]
+        files = [self.streamed.file(codes.writer.folder / f"{name}.bin", self.tokens) for name in names]
         self.embedded, *self.hidden = files
         inputs, self.arguments = self.streamed.first_inputs(self.tokens)
         self.embedded.write(inputs)
-
-    def tensors(self, index: int, exported: set[str]) -> Entries:
-        """The shard of layer `index` with the codes of the sublayers in `exported` in place of their weights."""
-        tensors = self.writer.read_shard(index)
-        codes = load_file(codes_file(self.writer, index))
-        for s in self.cache.sublayers_of(index):
-            if s.name in exported:
-                prefix = prefix_of(self.checkpoint, s)
-                for name in entries_of(self.checkpoint, s, tensors):
-                    del tensors[prefix + name]
-                tensors |= {prefix + name: t for name, t in entries_of(self.checkpoint, s, codes).items()}
-        return tensors
 
     @torch.no_grad()
     def perplexity(self, exported: set[str]) -> float:
         """Of the model with the sublayers in `exported` in INT6."""
         streamed, source = self.streamed, self.embedded
         for index in range(self.cache.num_layers):
-            layer, target = self._layer(index, self.tensors(index, exported)), self.hidden[index % 2]
+            layer, target = self._layer(index, self.codes.shard(index, exported)), self.hidden[index % 2]
             target.write(streamed.outputs(layer, index, source, self.arguments[index]))
             source = target
         total, chunk = 0.0, tokens_at_once(streamed.skeleton)
