@@ -5,8 +5,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 bash scripts/fetch_smollm2.sh
 
 MODEL=models/smollm2-135m
-CACHE=calibration_cache/smollm2-135m_n64_s512_with_hessian
-"$PYTHON" calibrate.py --model_path "$MODEL" --model_name smollm2-135m --nsamples 64 --grad_nsamples 32 \
+CACHE=calibration_cache/smollm2-135m_n48_s512_with_hessian
+"$PYTHON" calibrate.py --model_path "$MODEL" --model_name smollm2-135m --nsamples 48 --grad_nsamples 16 \
   --seqlen 512 --dataset python-docs
 
 OUT=compressed_models/smollm2-135m
