@@ -5,16 +5,21 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 bash scripts/fetch_smollm2.sh
 
 MODEL=models/smollm2-135m
-CACHE=calibration_cache/smollm2-135m_n64_s512_with_hessian
-"$PYTHON" calibrate.py --model_path "$MODEL" --model_name smollm2-135m --nsamples 64 --grad_nsamples 32 \
+CACHE=calibration_cache/smollm2-135m_n48_s512_with_hessian
+"$PYTHON" calibrate.py --model_path "$MODEL" --model_name smollm2-135m --nsamples 48 --grad_nsamples 16 \
   --seqlen 512 --dataset python-docs
 
-for PERCENT in 80 60; do
-  OUT="compressed_models/smollm2-135m_${PERCENT}p"
-  [ -e "$OUT" ] || "$PYTHON" compress.py --model_path "$MODEL" --calib_cache "$CACHE" \
-    --target_compression "0.$PERCENT" --update none --save_model "$OUT"
-done
+OUT=compressed_models/smollm2-135m
+compress() { # arguments: targets, output
+  "$PYTHON" compress.py --model_path "$MODEL" --calib_cache "$CACHE" --target_compression "$1" --update none --save_model "$2"
+}
+if [ ! -e "${OUT}_80p" ] && [ ! -e "${OUT}_60p" ]; then
+  compress 0.8,0.6 "$OUT" # both from one decomposition of each matrix
+else
+  [ -e "${OUT}_80p" ] || compress 0.8 "${OUT}_80p"
+  [ -e "${OUT}_60p" ] || compress 0.6 "${OUT}_60p"
+fi
 
-"$PYTHON" evaluate.py --model_path "$MODEL" --model_path compressed_models/smollm2-135m_80p \
-  --model_path compressed_models/smollm2-135m_60p --datasets python-docs --seqlen 512 --nsamples 16 \
+"$PYTHON" evaluate.py --model_path "$MODEL" --model_path "${OUT}_80p" \
+  --model_path "${OUT}_60p" --datasets python-docs --seqlen 512 --nsamples 16 \
   --speed --json results/quickstart.json
