@@ -116,11 +116,11 @@ class CalibrationCache:
         Raises:
             HiSVDError: the text had none to spare, or the file is missing, truncated or edited.
         """
-        held_out = self._read_tokens("held_out", "held_out")
+        held_out = self._read_tokens("held_out", "held_out") if "held_out" in self.identity else ()
         if not len(held_out):
             raise HiSVDError(
-                f"The text of {self.folder} was too short to hold a part out of calibration for the quality gate; "
-                "calibrate on a longer text, or pass --quality_gate_delta none."
+                f"{self.folder} holds no text for the quality gate (its text was too short to keep a part, or it is of "
+                "an older version); calibrate again on a longer text, or pass --quality_gate_delta none."
             )
         return held_out
 

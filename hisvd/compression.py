@@ -146,9 +146,10 @@ def factor_layer(
     statistics, roots = cache.read_layer(index), {}
     for s in cache.sublayers_of(index):
         weight = original[checkpoint.stored_name(f"{s.name}.weight")].to(device)
-        if s.input_group not in roots:
+        factored = any(not is_dense(plan[s.name], s.shape, form) for plan in ranks.values())
+        if factored and s.input_group not in roots:
             roots = {s.input_group: input_root(s, statistics, whitening, device)}  # one for all that share an input
-        root, basis = roots[s.input_group], None
+        root, basis = roots.get(s.input_group), None
         for target in ranks:
             tensors, rank = {"weight": weight}, ranks[target][s.name]
             if not is_dense(rank, s.shape, form):

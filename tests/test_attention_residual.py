@@ -183,7 +183,6 @@ def test_verdict(losses, sentence):
 
 
 def test_plot_is_drawn(model_folders, tmp_path):
-    pytest.importorskip("matplotlib")
     options = ["--n_blocks", 2, "--calib_blocks", 1, "--plot", tmp_path / "study.png"]
     assert run("evaluate", *study_arguments(model_folders["llama"], *options)).code == 0
     assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")

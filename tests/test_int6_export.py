@@ -53,6 +53,16 @@ def test_report_measures_bits_on_the_file(chain):
     assert figures["total_bits_per_weight"] == pytest.approx(bits / weights)
 
 
+def test_whitening_means_nothing_to_linears_that_are_not_factored(chain):
+    options = (*ALL, "--update", "none")
+    plain, none = (
+        chain("llama", "1.0", "a.pt", *options),
+        chain("llama", "1.0", "b.pt", *options, "--whitening", "none"),
+    )
+    plain, none = saved_tensors(plain), saved_tensors(none)
+    assert plain.keys() == none.keys() and all(torch.equal(tensor, none[name]) for name, tensor in plain.items())
+
+
 def test_magnitude_mode_is_the_plain_rule_on_the_weights_themselves(chain, model_folders):
     folder = chain("llama", "1.0", "out", *ALL, "--int6_mode", "magnitude", "--update", "none")
     model, original = hisvd.load(folder), saved_tensors(model_folders["llama"])

@@ -10,9 +10,11 @@ from conftest import ROOT, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hisvd
-from hisvd.calibration_cache import input_root, output_moment, read_cache
+from hisvd.calibration_cache import input_moment, input_root, output_moment, read_cache
 from hisvd.component.low_rank import factor_tensors, swap_linears
+from hisvd.int6_fit import int6_tensors
 from hisvd.pivoting import pack_pivoted
+from hisvd.sparse_int6 import dequantize
 from hisvd.utils.data_utils import EVALUATION_SPLIT, evaluation_windows, load_text, tokenize
 from hisvd.utils.eval_utils import perplexity
 from hisvd.utils.model_utils import open_checkpoint
@@ -108,6 +110,18 @@ def test_packing_loses_nothing_on_real_weights(cache):
             assert (y - expected).norm() <= 1e-4 * expected.norm(), s.name
             largest = max(largest, coefficients.abs().max().item())
     assert largest < 1.5
+
+
+def test_calibrated_int6_codes_err_half_as_much_as_the_plain_rule(cache):
+    tensors, checkpoint = read_cache(cache).read_layer(14), open_checkpoint(str(MODEL))
+    for s in read_cache(cache).sublayers_of(14):
+        weight = checkpoint.read([f"{s.name}.weight"])[f"{s.name}.weight"]
+        moment = input_moment(s, tensors, torch.device("cpu"))
+        errors = {}
+        for mode, code in (("plain", int6_tensors(weight)), ("calibrated", int6_tensors(weight, moment))):
+            error = weight.double() - dequantize(**code, in_features=s.in_features, dtype=torch.float64)
+            errors[mode] = ((error @ moment) * error).sum()
+        assert errors["calibrated"] < errors["plain"] / 2, (s.name, errors)
 
 
 def test_both_forms_of_the_same_ranks_have_the_same_perplexity_in_bfloat16(cache, compressed):

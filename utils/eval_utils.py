@@ -19,7 +19,7 @@ from hisvd.utils.streaming import decoder_layers, replaced_forwards
 
 LOGITS_AT_ONCE = 2**25  # numbers: 128 MiB in float32, whatever the vocabulary
 PROMPT_TOKENS = 32
-DECODED_TOKENS = 64
+DECODED_TOKENS = 32
 
 
 @torch.inference_mode()
@@ -68,7 +68,7 @@ def head_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
 def speed(model: PreTrainedModel, window: torch.Tensor, repeats: int = 3) -> dict:
     """Tokens per second of one forward over `window` (seqlen,) and of greedy decoding with the KV cache.
 
-    Medians over `repeats` runs behind one warm-up; decoding makes 64 tokens from a prompt of 32.
+    Medians over `repeats` runs behind one warm-up; decoding makes 32 tokens from a prompt of 32.
     """
     ids = window[None].to(model.device)
     prompt = ids[:, : min(PROMPT_TOKENS, ids.shape[1])]
