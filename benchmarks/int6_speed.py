@@ -11,10 +11,8 @@ import click
 import torch
 from torch import nn
 
-from hisvd.cli.common import table
-from hisvd.component.int6_linear import INT6SparseLinear
+from hisvd.component.int6_linear import FEW_TOKENS, INT6SparseLinear
 from hisvd.int6_fit import int6_tensors
-from hisvd.sparse_int6 import dequantize
 from hisvd.utils.eval_utils import peak_memory, reset_peak_memory
 from hisvd.utils.files import write_json
 from hisvd.utils.model_utils import resolve_device
@@ -32,43 +30,49 @@ def seconds(function: Callable[[], object], device: torch.device, repeats: int =
     return min(times[1:])
 
 
+def extra_peak(module: INT6SparseLinear, x: torch.Tensor) -> int:
+    """Bytes that a product adds to the peak, its output aside."""
+    reset_peak_memory(x.device)
+    before = peak_memory(x.device)
+    output = module(x)
+    return peak_memory(x.device) - before - output.nbytes
+
+
 @click.command()
 @click.option("--rows", default=4096, show_default=True)
 @click.option("--columns", default=11008, show_default=True)
-@click.option("--tokens", default="1,4,16,512", show_default=True)
+@click.option("--many", default=512, show_default=True, help="Tokens of the larger product; the other has one.")
 @click.option("--device", default="auto", show_default=True)
 @click.option("--json", "json_path", type=click.Path(path_type=Path), default="results/int6_speed.json")
 @torch.inference_mode()
-def main(rows: int, columns: int, tokens: str, device: str, json_path: Path) -> None:
+def main(rows: int, columns: int, many: int, device: str, json_path: Path) -> None:
     """Print rates, the time of a product relative to a dense linear's, and what the product adds to peak memory."""
     where = resolve_device(device)
     dtype = torch.float32 if where.type == "cpu" else torch.bfloat16
+    # Memory first: what is allocated and freed before could be used again unseen.
+    module = INT6SparseLinear(columns, rows, bias=False).to(where)
+    tokens = {count: torch.ones(count, columns, dtype=dtype, device=where) for count in (many, 1)}
+    extra = {count: extra_peak(module, x) for count, x in tokens.items() if count > FEW_TOKENS}
+
     dense = nn.Linear(columns, rows, bias=False, dtype=dtype, device=where)
-    code = int6_tensors(dense.weight)
     module = INT6SparseLinear.from_dense(dense.weight)
+    packing = seconds(lambda: int6_tensors(dense.weight), where, 1)
+    dequantizing = seconds(lambda: module.dequantize_weight(dtype), where)
     figures = {
-        "weights": rows * columns,
-        "packing_weights_per_s": rows * columns / seconds(lambda: int6_tensors(dense.weight), where, 1),
-        "dequantizing_weights_per_s": rows
-        * columns
-        / seconds(lambda: dequantize(**code, in_features=columns, dtype=dtype), where),
-        "products": {},
+        "packing_weights_per_s": rows * columns / packing,
+        "dequantizing_weights_per_s": rows * columns / dequantizing,
+        "extra_peak_bytes": extra,
+        "time_relative_to_dense": {
+            count: seconds(lambda x=x: module(x), where) / seconds(lambda x=x: dense(x), where)
+            for count, x in tokens.items()
+        },
     }
-    for count in map(int, tokens.split(",")):
-        x = torch.randn(count, columns, dtype=dtype, device=where)
-        module(x)
-        reset_peak_memory(where)
-        before = peak_memory(where)
-        output = module(x)
-        extra = peak_memory(where) - before - output.nbytes
-        relative = seconds(lambda x=x: module(x), where) / seconds(lambda x=x: dense(x), where)
-        figures["products"][count] = {"time_relative_to_dense": relative, "extra_peak_bytes": extra}
     write_json(json_path, figures)
-    for kind in ("packing", "dequantizing"):
-        click.echo(f"{kind}: {figures[f'{kind}_weights_per_s'] / 1e6:.0f} M weights/s")
-    products = figures["products"].items()
-    rows = [[n, f"{f['time_relative_to_dense']:.2f}", f"{f['extra_peak_bytes'] / 2**20:.1f}"] for n, f in products]
-    click.echo(table(["tokens", "time / dense", "extra MiB"], rows))
+    click.echo(f"packing: {figures['packing_weights_per_s'] / 1e6:.0f} M weights/s (plain rule)")
+    click.echo(f"dequantizing: {figures['dequantizing_weights_per_s'] / 1e6:.0f} M weights/s")
+    for count, relative in figures["time_relative_to_dense"].items():
+        memory = f", {extra[count] / 2**20:.1f} MiB more at the peak" if count in extra else ""
+        click.echo(f"product of {count} tokens: {relative:.2f} x the time of a dense linear{memory}")
 
 
 if __name__ == "__main__":

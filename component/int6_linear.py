@@ -15,9 +15,9 @@ from hisvd.sparse_int6 import (
     USER_ALIAS,
     check_packed,
     dequantize,
+    rows_at_once,
 )
 
-BLOCK_NUMBERS = 2**20  # weights that are dequantized at once: about 32 MiB with what it takes to unpack them
 FEW_TOKENS = 4  # up to which the fused product is quicker than dequantizing for a matrix product
 # Every chunk keeps its pairs 0 and 1: legal metadata for a module that waits for its weights.
 EMPTY_METADATA = 0x44444444
@@ -66,9 +66,8 @@ class INT6SparseLinear(nn.Module):
             )
             y = y.view(*x.shape[:-1], self.out_features)
         else:
-            rows = max(1, BLOCK_NUMBERS // self.in_features)
-            stored = zip(*(t.split(rows) for t in (self.packed_weight, self.metadata, self.scales)), strict=True)
-            weights = (dequantize(*block, self.in_features, x.dtype) for block in stored)
+            parts = (t.split(rows_at_once(self.in_features)) for t in (self.packed_weight, self.metadata, self.scales))
+            weights = (dequantize(*block, self.in_features, x.dtype) for block in zip(*parts, strict=True))
             y = torch.cat([nn.functional.linear(x, weight) for weight in weights], dim=-1)
         return y if self.bias is None else y + self.bias
 
@@ -105,13 +104,14 @@ def product_of_few(
 ) -> torch.Tensor:
     """x Wᵀ in float32 for x (tokens, n), reading only the inputs that kept pairs meet; made to be compiled."""
     low, middle, high = packed_weight.unflatten(1, (-1, 3)).to(torch.int32).unbind(-1)
-    values = torch.stack([low, low >> 6 | middle << 2, middle >> 4 | high << 4, high >> 2], -1) & 63
+    values = (low, low >> 6 | middle << 2, middle >> 4 | high << 4, high >> 2)
     nibbles = (metadata[..., None] >> 4 * torch.arange(8, device=x.device, dtype=torch.int32) & 15).flatten(1)
     chunk = 8 * torch.arange(nibbles.shape[1], device=x.device, dtype=torch.int32)
     first, second = chunk + 2 * (nibbles & 3), chunk + 2 * (nibbles >> 2)
-    columns = torch.stack([first, first + 1, second, second + 1], -1).flatten(1)
     inputs = nn.functional.pad(x.float(), (0, 8 * nibbles.shape[1] - x.shape[1]))
-    products = ((values ^ 32) - 32).flatten(1) * inputs[:, columns]
+    # A sum of four products, not one of stacked ones: that would be written to memory before it is added up.
+    columns = (first, first + 1, second, second + 1)
+    products = sum(((v & 63 ^ 32) - 32) * inputs[:, column] for v, column in zip(values, columns, strict=True))
     return products.sum(-1) * scales
 
 

@@ -23,6 +23,7 @@ from hisvd.sparse_int6 import (
     padded,
     prune,
     quantize,
+    rows_at_once,
 )
 from hisvd.whitening_svd import H_DAMPING, cholesky_root
 
@@ -85,12 +86,12 @@ def int6_tensors(
     if not torch.isfinite(weight).all():
         raise HiSVDError("A weight to be stored in INT6 holds NaN or infinite values; repair the checkpoint first.")
     if moment is None:
-        q, scales = quantize(prune(padded(weight.float())))
-        q = make_encodable(q)
+        blocks = [quantize(prune(padded(rows.float()))) for rows in weight.split(rows_at_once(weight.shape[1]))]
+        parts = [(*pack(make_encodable(q)), scales) for q, scales in blocks]
     else:
         q, scales = fit_int6(weight, moment, sweeps)
-    packed_weight, metadata = pack(q)
-    return {"packed_weight": packed_weight, "metadata": metadata, "scales": scales}
+        parts = [(*pack(q), scales)]
+    return dict(zip(("packed_weight", "metadata", "scales"), map(torch.cat, zip(*parts, strict=True)), strict=True))
 
 
 def fit_int6(weight: torch.Tensor, moment: torch.Tensor, sweeps: int = SWEEPS) -> tuple[torch.Tensor, torch.Tensor]:

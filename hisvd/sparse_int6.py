@@ -14,6 +14,7 @@ CHUNK = 8  # values; 4 pairs
 COLUMNS = 64  # rows are padded to a multiple of this: one metadata word
 LARGEST = 31  # of the quantized values; the smallest is −32
 SMALLEST_SCALE = 1e-6
+BLOCK_NUMBERS = 2**20  # weights handled at once: what it takes beside them stays below 64 MiB
 WORD_OF_PAIR = {1: torch.int16, 2: torch.int32, 4: torch.int64}  # as wide as two values of so many bytes
 
 
@@ -88,11 +89,20 @@ def unpack(payload: torch.Tensor, metadata: torch.Tensor, dtype: torch.dtype = t
     return pairs.scatter_(-1, kept, table[codes]).view(dtype).flatten(1)
 
 
+def rows_at_once(columns: int) -> int:
+    """Rows of so many columns that are handled at once."""
+    return max(1, BLOCK_NUMBERS // columns)
+
+
 def dequantize(
     packed_weight: torch.Tensor, metadata: torch.Tensor, scales: torch.Tensor, in_features: int, dtype: torch.dtype
 ) -> torch.Tensor:
     """The weight (rows, in_features) in `dtype`; padding columns are cut off."""
-    return unpack(packed_weight, metadata, torch.float32)[:, :in_features].mul(scales[:, None]).to(dtype)
+    weight = torch.empty(len(scales), in_features, dtype=dtype, device=scales.device)
+    blocks = (t.split(rows_at_once(in_features)) for t in (weight, packed_weight, metadata, scales))
+    for rows, payload, kept, scale in zip(*blocks, strict=True):
+        rows.copy_(unpack(payload, kept, torch.float32)[:, :in_features] * scale[:, None])
+    return weight
 
 
 def check_packed(
