@@ -66,9 +66,12 @@ class INT6SparseLinear(nn.Module):
             )
             y = y.view(*x.shape[:-1], self.out_features)
         else:
-            parts = (t.split(rows_at_once(self.in_features)) for t in (self.packed_weight, self.metadata, self.scales))
-            weights = (dequantize(*block, self.in_features, x.dtype) for block in zip(*parts, strict=True))
-            y = torch.cat([nn.functional.linear(x, weight) for weight in weights], dim=-1)
+            y = x.new_empty(*x.shape[:-1], self.out_features)
+            stored = (self.packed_weight, self.metadata, self.scales)
+            for first in range(0, self.out_features, rows_at_once(self.in_features)):
+                rows = slice(first, first + rows_at_once(self.in_features))
+                weight = dequantize(*(tensor[rows] for tensor in stored), self.in_features, x.dtype)
+                y[..., rows] = nn.functional.linear(x, weight)
         return y if self.bias is None else y + self.bias
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
