@@ -18,6 +18,7 @@ from hisvd.calibration_cache import CalibrationCache, input_moment, output_momen
 from hisvd.component.low_rank import dense_weight, modules_of, swap_linears
 from hisvd.int6_fit import SWEEPS, int6_entries
 from hisvd.shape_utils import FactorForm, Sublayer
+from hisvd.sparse_int6 import COLUMNS
 from hisvd.utils.data_utils import default_batch_size
 from hisvd.utils.eval_utils import tokens_at_once
 from hisvd.utils.files import write_json, write_tensors
@@ -51,10 +52,12 @@ def export_within(
     decision = writer.folder / "int6_gate.json"
     if not decision.exists():  # else a killed run was about to put the codes into the shards
         losses = codes.estimated_losses()
-        order = sorted(cache.sublayers, key=lambda s: losses[s.name] / s.size)
-        sums = itertools.accumulate(losses[s.name] for s in order)
-        expected = sum(total <= math.log1p(delta) for total in sums)
-        write_json(decision, {"delta": delta, **longest_within(delta, [s.name for s in order], expected, text)})
+        candidates = [s for s in cache.sublayers if s.in_features >= COLUMNS]
+        order = [s.name for s in sorted(candidates, key=lambda s: losses[s.name] / s.size)]
+        expected = sum(total <= math.log1p(delta) for total in itertools.accumulate(losses[name] for name in order))
+        found = longest_within(delta, order, expected, text)
+        rest = sorted({s.name for s in cache.sublayers} - set(found["exported"]))
+        write_json(decision, {"delta": delta, **found, "not_exported": rest})
     report = json.loads(decision.read_text(encoding="utf-8"))
     for index in range(cache.num_layers):
         writer.write_shard(index, codes.shard(index, set(report["exported"])))
@@ -87,7 +90,7 @@ def longest_within(delta: float, order: list[str], expected: int, text: "HeldOut
             bar.set_postfix(exported=fits, perplexity=after)
             bar.update()
     figures = {"perplexity_before": before, "perplexity_after": after, "tokens": text.tokens[:, 1:].numel()}
-    return {**figures, "exported": sorted(order[:fits]), "not_exported": sorted(order[fits:])}
+    return {**figures, "exported": sorted(order[:fits])}
 
 
 class Int6Codes:
@@ -118,14 +121,14 @@ class Int6Codes:
 
     def shard(self, index: int, exported: set[str]) -> Entries:
         """The tensors of layer `index` with the codes of the sublayers in `exported` in place of their weights."""
-        tensors, missing = self.writer.read_shard(index), None
+        tensors, statistics = self.writer.read_shard(index), None
         for s in self.cache.sublayers_of(index):
             if s.name not in exported:
                 continue
             path = self.writer.folder / f"int6_{s.name}.bin"
             if not path.exists():
-                missing = missing or self.cache.read_layer(index)
-                code = self._coded(self._stored(s, tensors), input_moment(s, missing, self.device), SWEEPS)
+                statistics = statistics or self.cache.read_layer(index)
+                code = self._coded(self._stored(s, tensors), input_moment(s, statistics, self.device), SWEEPS)
                 write_tensors(path, {name: tensor.cpu() for name, tensor in code.items()})
             prefix = prefix_of(self.checkpoint, s)
             for name in entries_of(self.checkpoint, s, tensors):
