@@ -1,10 +1,10 @@
-"""Speed and memory of the INT6 format on one large linear: packing, dequantizing, and products beside a dense linear.
+"""Speed and memory of the INT6 format on one large random linear, its products beside those of a dense one.
 
-python benchmarks/int6_speed.py
+    python benchmarks/int6_speed.py
+
+Rates are medians; on the CPU in float32, elsewhere in bfloat16.
 """
 
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -13,21 +13,9 @@ from torch import nn
 
 from hisvd.component.int6_linear import FEW_TOKENS, INT6SparseLinear
 from hisvd.int6_fit import int6_tensors
-from hisvd.utils.eval_utils import peak_memory, reset_peak_memory
+from hisvd.utils.eval_utils import median_seconds, peak_memory, reset_peak_memory
 from hisvd.utils.files import write_json
 from hisvd.utils.model_utils import resolve_device
-
-
-def seconds(function: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
-    """The shortest of several runs behind one warm-up."""
-    times = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        function()
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
 
 
 def extra_peak(module: INT6SparseLinear, x: torch.Tensor) -> int:
@@ -57,14 +45,14 @@ def main(rows: int, columns: int, many: int, device: str, json_path: Path) -> No
 
     dense = nn.Linear(columns, rows, bias=False, dtype=dtype, device=where)
     module = INT6SparseLinear.from_dense(dense.weight)
-    packing = seconds(lambda: int6_tensors(dense.weight), where, 1)
-    dequantizing = seconds(lambda: module.dequantize_weight(dtype), where)
+    packing = median_seconds(lambda: int6_tensors(dense.weight), where, 3)
+    dequantizing = median_seconds(lambda: module.dequantize_weight(dtype), where, 5)
     figures = {
         "packing_weights_per_s": rows * columns / packing,
         "dequantizing_weights_per_s": rows * columns / dequantizing,
         "extra_peak_bytes": extra,
         "time_relative_to_dense": {
-            count: seconds(lambda x=x: module(x), where) / seconds(lambda x=x: dense(x), where)
+            count: median_seconds(lambda x=x: module(x), where, 5) / median_seconds(lambda x=x: dense(x), where, 5)
             for count, x in tokens.items()
         },
     }

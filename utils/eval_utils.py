@@ -4,6 +4,7 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -87,12 +88,13 @@ def speed(model: PreTrainedModel, window: torch.Tensor, repeats: int = 3) -> dic
         )
 
     return {
-        "prefill_tokens_per_s": ids.shape[1] / _median_seconds(prefill, model.device, repeats),
-        "decode_tokens_per_s": DECODED_TOKENS / _median_seconds(decode, model.device, repeats),
+        "prefill_tokens_per_s": ids.shape[1] / median_seconds(prefill, model.device, repeats),
+        "decode_tokens_per_s": DECODED_TOKENS / median_seconds(decode, model.device, repeats),
     }
 
 
-def _median_seconds(function, device: torch.device, repeats: int) -> float:  # noqa: ANN001
+def median_seconds(function: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """The median time of `repeats` calls behind one warm-up."""
     seconds = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
