@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from hisvd.component.conv1d import linear_shape
 from hisvd.component.int6_linear import INT6SparseLinear
 from hisvd.pivoting import pack_pivoted, unpack_pivoted
 from hisvd.rounding import round_product
@@ -112,7 +113,7 @@ def modules_of(name: str, tensors: Iterable[str], form: FactorForm, rank: int) -
 
 
 def swap_linears(model: nn.Module, table: dict[str, dict]) -> None:
-    """Replace the nn.Linear modules named in `table` by empty factored or INT6 ones, in place.
+    """Replace the nn.Linear (or Conv1D) modules named in `table` by empty factored or INT6 ones, in place.
 
     `table` maps a module's full name to {"form": "pivoted" | "svd", "rank": r} or {"form": "int6"}; the factors of a
     factored module are linears too and may follow it as INT6 ones. New modules take the device and dtype of the weight
@@ -128,7 +129,7 @@ def swap_linears(model: nn.Module, table: dict[str, dict]) -> None:
             linear = getattr(parent, child_name)
         except AttributeError:
             raise KeyError(name) from None
-        size = linear.in_features, linear.out_features
+        size = linear_shape(linear)[::-1]
         with torch.device("meta"):  # weights are loaded later: nothing is drawn for them
             if entry["form"] == "int6":
                 module = INT6SparseLinear(*size, bias=False)

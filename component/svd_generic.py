@@ -1,12 +1,13 @@
 """The fallback for a family without an adapter: every nn.Linear inside the decoder layers."""
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from hisvd.component.adapter import Adapter
 from hisvd.component.int6_linear import INT6SparseLinear
 from hisvd.errors import HiSVDError
 
-LINEARS = (nn.Linear, INT6SparseLinear)  # factored modules hold one of them, too
+LINEARS = (nn.Linear, Conv1D, INT6SparseLinear)  # factored modules hold one of them, too
 
 
 def generic_adapter(model: nn.Module, num_layers: int) -> Adapter:

@@ -1,5 +1,6 @@
 """Perplexity, speed and memory of a loaded model."""
 
+import math
 import resource
 import statistics
 import sys
@@ -13,9 +14,11 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from hisvd.component.conv1d import linear_shape
 from hisvd.component.families import adapter_for
 from hisvd.component.int6_linear import INT6SparseLinear
 from hisvd.component.low_rank import LowRankLinear, PivotedLinear
+from hisvd.component.svd_generic import LINEARS
 from hisvd.utils.streaming import decoder_layers, replaced_forwards
 
 LOGITS_AT_ONCE = 2**25  # numbers: 128 MiB in float32, whatever the vocabulary
@@ -130,13 +133,13 @@ def linear_numbers(model: PreTrainedModel) -> tuple[int, int]:
     stored = dense = 0
     factors: set[nn.Module] = set()
     for module in decoder_layers(model, adapter_for(model)).modules():
-        size = getattr(module, "in_features", 0) * getattr(module, "out_features", 0)
         if isinstance(module, (LowRankLinear, PivotedLinear)):
-            dense += size
+            dense += math.prod(linear_shape(module))
             factors |= set(module.children())
-        elif isinstance(module, (nn.Linear, INT6SparseLinear)):
+        elif isinstance(module, LINEARS):
+            size = math.prod(linear_shape(module))
             dense += size if module not in factors else 0
-            stored += size if isinstance(module, nn.Linear) else size // 2
+            stored += size // 2 if isinstance(module, INT6SparseLinear) else size
     return stored, dense
 
 

@@ -8,6 +8,7 @@ import struct
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from hisvd.component.conv1d import as_linears, conv1d_weights
 from hisvd.errors import HiSVDError
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -50,8 +52,15 @@ class Checkpoint:
     config: PreTrainedConfig
     files: dict[str, Path]  # tensor name → the file that holds it
 
+    @cached_property
+    def transposed(self) -> frozenset[str]:
+        """Stored names of the weights of linears that lie transposed in the files: GPT-2's Conv1D."""
+        return frozenset(map(self.stored_name, conv1d_weights(_meta_model(self.config))))
+
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """The named tensors, as stored, on the CPU. Files are closed again, so nothing stays mapped.
+        """The named tensors, as stored, on the CPU; weights of linears as (out_features, in_features).
+
+        Files are closed again, so nothing stays mapped.
 
         Raises:
             HiSVDError: a tensor is missing, a file is truncated, or a value is not finite.
@@ -65,7 +74,11 @@ class Checkpoint:
         for path, members in by_file.items():
             with open_safetensors(path) as file:
                 for name in members:
-                    tensors[name] = file.get_tensor(name).clone()  # a copy outlives the mapped file
+                    stored = file.get_tensor(name)
+                    # A copy outlives the mapped file.
+                    tensors[name] = (stored.T if name in self.transposed else stored).clone(
+                        memory_format=torch.contiguous_format
+                    )
                     if tensors[name].is_floating_point() and not torch.isfinite(tensors[name]).all():
                         raise HiSVDError(
                             f"The weight '{name}' in {path} holds NaN or infinite values; repair the checkpoint first."
@@ -206,9 +219,18 @@ def open_checkpoint(model_path: str) -> Checkpoint:
 
 
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The causal language model with its parameters on the meta device and its buffers computed, in eval mode."""
+    """The causal language model with its parameters on the meta device and its buffers computed, in eval mode.
+
+    GPT-2's Conv1D modules are nn.Linear ones in it.
+    """
+    model = _meta_model(config)
+    as_linears(model)
+    return model.eval()
+
+
+def _meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(config).eval()
+        return AutoModelForCausalLM.from_config(config)
 
 
 def resolve_device(device: str) -> torch.device:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Collection
 from importlib.metadata import version
 from pathlib import Path
 
@@ -59,15 +60,15 @@ class ModelWriter:
     run's partial folder is continued if it was made by the same plan.
     """
 
-    def __init__(self, output: Path, plan: dict, num_shards: int) -> None:
-        """Prepare OUT.partial.
+    def __init__(self, output: Path, plan: dict, num_shards: int, transposed: Collection[str] = ()) -> None:
+        """Prepare OUT.partial. Tensors named in `transposed` are stored so (see Checkpoint.transposed).
 
         Raises:
             HiSVDError: the output exists already or cannot be written.
         """
         if output.exists():
             raise HiSVDError(f"{output} exists already; delete it or choose another --save_model.")
-        self.output, self.plan, self.num_shards = output, plan, num_shards
+        self.output, self.plan, self.num_shards, self.transposed = output, plan, num_shards, transposed
         self.folder = output.with_name(f"{output.name}.partial")
         make_folder(self.folder)
         if not self._has_same_plan():
@@ -94,11 +95,14 @@ class ModelWriter:
 
     def write_shard(self, index: int, tensors: dict[str, torch.Tensor]) -> None:
         """Write shard `index`."""
-        write_tensors(self._shard(index), tensors)
+        write_tensors(self._shard(index), self._turned(tensors))
 
     def read_shard(self, index: int) -> dict[str, torch.Tensor]:
         """The tensors of shard `index`."""
-        return load_file(self._shard(index))
+        return self._turned(load_file(self._shard(index)))
+
+    def _turned(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: tensor.T.contiguous() if name in self.transposed else tensor for name, tensor in tensors.items()}
 
     def finish(self, checkpoint: Checkpoint, modules: dict[str, dict]) -> dict:
         """Add configuration, tokenizer, index, report and model card, and move the result to its place.

@@ -177,7 +177,7 @@ def main(context: click.Context, **options: object) -> None:
         report["model_numbers_before"] = checkpoint.count_numbers()
         report["weight_bytes_before"] = checkpoint.count_bytes()
         output = output_path(options["save_model"], target, several=len(targets) > 1)
-        writers[target] = ModelWriter(output, report, cache.num_layers + 1)
+        writers[target] = ModelWriter(output, report, cache.num_layers + 1, checkpoint.transposed)
     gated = settings["export"] == "int6" and settings["quality_gate_delta"] is not None
     compress(
         checkpoint,

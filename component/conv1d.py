@@ -1,0 +1,26 @@
+"""GPT-2's Conv1D: a linear whose weight lies transposed in the checkpoint. Inside HiSVD it is an nn.Linear."""
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+
+def conv1d_weights(model: nn.Module) -> set[str]:
+    """Names of the Conv1D weights of `model`."""
+    return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
+
+
+def as_linears(model: nn.Module) -> None:
+    """Put an nn.Linear without weights (on the meta device) in the place of every Conv1D of `model`."""
+    for name in conv1d_weights(model):
+        parent, _, child = name.removesuffix(".weight").rpartition(".")
+        rows, columns = linear_shape(model.get_submodule(f"{parent}.{child}"))
+        with torch.device("meta"):
+            setattr(model.get_submodule(parent), child, nn.Linear(columns, rows))
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """(out_features, in_features) of an nn.Linear, a Conv1D, or a module of ours that stands for one."""
+    if isinstance(module, Conv1D):
+        return module.nf, module.nx
+    return module.out_features, module.in_features

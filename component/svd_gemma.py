@@ -1,0 +1,8 @@
+"""Gemma 2 and 3 (text): Llama's module tree, but norms stand between o, down and the residual stream."""
+
+from dataclasses import replace
+
+from hisvd.component import svd_llama
+
+GEMMA2 = replace(svd_llama.ADAPTER, family="gemma2", stream=())
+GEMMA3 = replace(svd_llama.ADAPTER, family="gemma3", stream=())

@@ -1,0 +1,15 @@
+"""GPT-2, whose linears are Conv1D modules; q, k, v are one of them."""
+
+from hisvd.component.adapter import Adapter
+
+ADAPTER = Adapter(
+    family="gpt2",
+    layers="transformer.h",
+    inputs={
+        "attn_in": ("attn.c_attn",),
+        "attn_out": ("attn.c_proj",),
+        "mlp_in": ("mlp.c_fc",),
+        "mlp_mid": ("mlp.c_proj",),
+    },
+    stream=("attn.c_proj", "mlp.c_proj"),
+)

@@ -1,0 +1,18 @@
+"""OPT, with biases and learned positions. In OPT-350m the norms stand behind the residual additions."""
+
+from dataclasses import replace
+
+from hisvd.component.adapter import Adapter
+
+ADAPTER = Adapter(
+    family="opt",
+    layers="model.decoder.layers",
+    inputs={
+        "attn_in": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "attn_out": ("self_attn.out_proj",),
+        "mlp_in": ("fc1",),
+        "mlp_mid": ("fc2",),
+    },
+    stream=("self_attn.out_proj", "fc2"),
+)
+POST_NORM = replace(ADAPTER, stream=())

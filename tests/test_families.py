@@ -1,0 +1,123 @@
+"""Every family through the whole chain, on tiny random-weight models saved as several shards."""
+
+import json
+
+import pytest
+import torch
+from conftest import HEADS, IDS, SHARED, build_model, calibrate_arguments, run, saved_tensors
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    OPTConfig,
+    Phi3Config,
+    Qwen3Config,
+)
+
+import hisvd
+from hisvd.calibration_cache import read_cache
+from hisvd.component.families import adapter_for
+from hisvd.component.low_rank import factor_tensors, swap_linears
+from hisvd.utils.model_utils import open_checkpoint
+from hisvd.utils.streaming import decoder_layers
+
+ROPE = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+OPT = {"vocab_size": 300, "hidden_size": 64, "ffn_dim": 160, "num_hidden_layers": 4, "num_attention_heads": 4}
+TINY = {"initializer_range": 0.1}
+CONFIGS = {
+    "llama3": LlamaConfig(
+        **SHARED, **HEADS, **TINY, rope_parameters=ROPE | {"original_max_position_embeddings": 64}, attention_bias=True
+    ),
+    "qwen3": Qwen3Config(**SHARED, **HEADS, **TINY, head_dim=24, tie_word_embeddings=True),
+    "gemma2": Gemma2Config(**SHARED, **HEADS, **TINY, head_dim=24, sliding_window=8),
+    "gemma3_text": Gemma3TextConfig(**SHARED, **HEADS, **TINY, head_dim=24, sliding_window=8),
+    "phi3": Phi3Config(**SHARED, **HEADS, **TINY, pad_token_id=0),
+    "opt": OPTConfig(**OPT, word_embed_proj_dim=64, init_std=0.1, max_position_embeddings=128),
+    "opt-350m": OPTConfig(
+        **OPT, word_embed_proj_dim=32, init_std=0.1, max_position_embeddings=128, do_layer_norm_before=False
+    ),
+    "gpt2": GPT2Config(vocab_size=300, n_embd=64, n_layer=4, n_head=4, n_positions=128, **TINY),
+}
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def chain(request, tokenizer, tmp_path_factory):
+    """(family, model folder of several shards, cache, folder compressed to 0.6)."""
+    root = tmp_path_factory.mktemp(request.param)
+    model = build_model(CONFIGS[request.param], root / "one", tokenizer)
+    AutoModelForCausalLM.from_pretrained(model).save_pretrained(root / "model", max_shard_size="100KB")
+    tokenizer.save_pretrained(root / "model")
+    assert len(list((root / "model").glob("*.safetensors"))) > 2
+    assert run("calibrate", *calibrate_arguments(root / "model", root)).code == 0
+    cache = root / "tiny_n6_s32_with_hessian"
+    where = ["--model_path", root / "model", "--calib_cache", cache, "--save_model", root / "out"]
+    result = run("compress", *where, "--target_compression", "0.6")
+    assert result.code == 0, result
+    return request.param, root / "model", cache, root / "out"
+
+
+def test_the_familys_own_adapter_names_all_linears(chain):
+    family, folder, cache, _ = chain
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    adapter = adapter_for(model)
+    assert adapter.family in family and adapter.inputs
+    found = {s.type for s in read_cache(cache).sublayers}
+    for layer in decoder_layers(model, adapter):
+        two_dimensional = {name.removesuffix(".weight") for name, p in layer.named_parameters() if p.dim() == 2}
+        assert two_dimensional == found
+
+
+def test_budget_is_met_in_the_saved_file(chain):
+    _, folder, cache, out = chain
+    before = sum(s.size for s in read_cache(cache).sublayers)
+    prefixes = tuple(
+        f"{open_checkpoint(str(folder)).stored_name(s.name + '.weight')[:-6]}" for s in read_cache(cache).sublayers
+    )
+    after = sum(
+        t.numel()
+        for n, t in saved_tensors(out).items()
+        if n.startswith(prefixes) and t.is_floating_point() and t.dim() == 2
+    )
+    assert 0.599 * before <= after <= 0.6 * before
+    assert json.loads((out / "hisvd.json").read_text())["linear_numbers_after"] == after
+
+
+def test_compressed_model_is_close_and_generates_with_cache(chain):
+    _, folder, _, out = chain
+    model, dense = hisvd.load(out), hisvd.load(folder)
+    with torch.no_grad():
+        difference = (model(IDS).logits - dense(IDS).logits).norm() / dense(IDS).logits.norm()
+    assert 1e-4 < difference < 0.7
+    settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    cached, plain = (model.generate(IDS, **settings, use_cache=use) for use in (True, False))
+    assert torch.equal(cached, plain)
+
+
+@pytest.mark.parametrize("export", ["dense", "int6"])
+def test_exports_load(chain, tmp_path, export):
+    _, folder, cache, _ = chain
+    where = ["--model_path", folder, "--calib_cache", cache, "--save_model", tmp_path / "out"]
+    options = ["--export", export, "--quality_gate_delta", "none", "--update", "none"]
+    assert run("compress", *where, "--target_compression", "0.95", *options).code == 0
+    model, dense = hisvd.load(tmp_path / "out"), hisvd.load(folder)
+    with torch.no_grad():
+        difference = (model(IDS).logits - dense(IDS).logits).norm() / dense(IDS).logits.norm()
+    assert difference < (0.3 if export == "dense" else 1.5)
+
+
+@pytest.mark.parametrize("form", ["pivoted", "svd"])
+def test_full_rank_factors_reproduce_the_logits(chain, form):
+    _, folder, cache, _ = chain
+    model, checkpoint = hisvd.load(folder), open_checkpoint(str(folder))
+    with torch.no_grad():
+        before = model(IDS).logits
+        for s in read_cache(cache).sublayers:
+            stored = checkpoint.stored_name(f"{s.name}.weight")
+            u, sigma, vh = torch.linalg.svd(checkpoint.read([stored])[stored].double(), full_matrices=False)
+            has_bias = model.get_submodule(s.name).bias is not None
+            swap_linears(model, {s.name: {"form": form, "rank": s.full_rank}})
+            state = factor_tensors(u * sigma, vh, form, torch.float32)
+            model.get_submodule(s.name).load_state_dict(state, strict=not has_bias)  # the swap kept the bias
+        torch.testing.assert_close(model(IDS).logits, before, rtol=1e-3, atol=1e-3)
