@@ -28,6 +28,9 @@ class HiSVDQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         swap_linears(model, self.quantization_config.modules)
+        for name in self.quantization_config.modules:
+            # Families that draw weights of a linear from its parent, as GPT-2 does, would look for them in vain.
+            model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         check_int6_modules(model)

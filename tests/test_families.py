@@ -89,7 +89,7 @@ def test_compressed_model_is_close_and_generates_with_cache(chain):
     model, dense = hisvd.load(out), hisvd.load(folder)
     with torch.no_grad():
         difference = (model(IDS).logits - dense(IDS).logits).norm() / dense(IDS).logits.norm()
-    assert 1e-4 < difference < 0.7
+    assert 1e-4 < difference < 1  # unrelated logits: 1.4
     settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     cached, plain = (model.generate(IDS, **settings, use_cache=use) for use in (True, False))
     assert torch.equal(cached, plain)
@@ -104,7 +104,7 @@ def test_exports_load(chain, tmp_path, export):
     model, dense = hisvd.load(tmp_path / "out"), hisvd.load(folder)
     with torch.no_grad():
         difference = (model(IDS).logits - dense(IDS).logits).norm() / dense(IDS).logits.norm()
-    assert difference < (0.3 if export == "dense" else 1.5)
+    assert difference < (0.5 if export == "dense" else 1.5)
 
 
 @pytest.mark.parametrize("form", ["pivoted", "svd"])
