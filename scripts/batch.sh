@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # What the batch scripts share: where things lie, and how a step is logged. Sourced, not run.
 # A model NAME is calibrated into calibration_cache/, compressed into compressed_models/NAME_80p …, evaluated into
 # results/NAME.json; each step's output goes to logs/STEP_NAME.log. Environment variables change the sizes.

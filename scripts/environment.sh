@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: makes .venv beside the checkout's files if it is missing or out of date, and sets
 # PYTHON. HISVD_VENV names another place for it.
 set -euo pipefail
