@@ -1,0 +1,67 @@
+"""The batch scripts, end to end, on tiny models that stand in for the real ones."""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from conftest import ROOT, build_model
+from transformers import OPTConfig
+
+LLAMAS = ("llama7b", "llama2_7b", "llama3_8b", "llama13b", "llama_30b")
+NAMES = (*LLAMAS, "mistral_7b", "opt6.7b")
+SIZES = {"NSAMPLES": "6", "GRAD_NSAMPLES": "2", "SEQLEN": "32", "DATASET": "python-docs", "DATASETS": "python-docs"}
+
+
+def script(folder, name, *arguments):
+    environment = os.environ | SIZES | {"PYTHON": sys.executable, "TARGETS": "0.8 0.6", "OMP_NUM_THREADS": "1"}
+    command = ["bash", ROOT / "scripts" / f"{name}.sh", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, model_folders, tokenizer):
+    root = tmp_path_factory.mktemp("models")
+    opt = OPTConfig(
+        vocab_size=300, hidden_size=64, ffn_dim=160, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=64
+    )
+    folders = {name: model_folders["llama"] for name in LLAMAS} | {"mistral_7b": model_folders["mistral"]}
+    folders["opt6.7b"] = build_model(opt, tmp_path_factory.mktemp("opt"), tokenizer)
+    for name, folder in folders.items():
+        (root / name).symlink_to(folder)
+    return root
+
+
+def test_all_families_are_calibrated_compressed_and_evaluated_once(models, tmp_path):
+    with ThreadPoolExecutor(2) as pool:  # the scripts keep to their own names
+        runs = list(pool.map(lambda name: script(tmp_path, f"compress_{name}", models / name, "cpu"), NAMES))
+    assert [run.returncode for run in runs] == [0] * len(NAMES), runs
+    for name in NAMES:
+        for target in ("80p", "60p"):
+            assert (tmp_path / "compressed_models" / f"{name}_{target}" / "hisvd.json").is_file()
+        reports = json.loads((tmp_path / "results" / f"compress_{name}.json").read_text())
+        assert [report["target_compression"] for report in reports] == [0.8, 0.6]
+        assert "Saved to" in (tmp_path / "logs" / f"compress_{name}.log").read_text()
+
+    calibrated = script(tmp_path, "calibrate_all", models, "cpu")
+    assert calibrated.returncode == 0 and calibrated.stdout.count("nothing to do") == len(NAMES), calibrated
+    evaluated = script(tmp_path, "evaluate_all", models, "cpu")
+    assert evaluated.returncode == 0, evaluated
+    for name in NAMES:
+        kept = [row["linear_kept"] for row in json.loads((tmp_path / "results" / f"{name}.json").read_text())]
+        assert kept[0] == 1 and 0.599 <= kept[2] <= 0.6 < 0.799 <= kept[1] <= 0.8
+    again = script(tmp_path, "evaluate_all", models, "cpu")
+    assert again.returncode == 0 and again.stdout.count("is there") == len(NAMES), again
+    again = script(tmp_path, "compress_llama7b", models / "llama7b", "cpu")
+    assert again.returncode == 0 and "all there" in again.stdout
+
+
+def test_first_error_stops_a_script(models, tmp_path):
+    failed = script(tmp_path, "compress_llama7b", tmp_path / "missing", "cpu")
+    assert failed.returncode == 2 and "missing" in failed.stdout and "Traceback" not in failed.stdout
+    assert not (tmp_path / "logs" / "compress_llama7b.log").exists()
+    assert script(tmp_path, "compress_llama7b").returncode != 0
+    none = script(tmp_path, "evaluate_all", tmp_path, "cpu")
+    assert none.returncode == 2 and "holds none of the folders" in none.stderr
