@@ -12,10 +12,11 @@ from transformers import OPTConfig
 
 LLAMAS = ("llama7b", "llama2_7b", "llama3_8b", "llama13b", "llama_30b")
 NAMES = (*LLAMAS, "mistral_7b", "opt6.7b")
-SIZES = {"NSAMPLES": "6", "GRAD_NSAMPLES": "2", "SEQLEN": "32", "DATASET": "python-docs", "DATASETS": "python-docs"}
+SIZES = {"NSAMPLES": "6", "GRAD_NSAMPLES": "2", "SEQLEN": "32", "DATASET": "python-docs", "DATASETS": "short.txt"}
 
 
 def script(folder, name, *arguments):
+    (folder / "short.txt").write_text("def f(x):\n    return x\n" * 100)
     environment = os.environ | SIZES | {"PYTHON": sys.executable, "TARGETS": "0.8 0.6", "OMP_NUM_THREADS": "1"}
     command = ["bash", ROOT / "scripts" / f"{name}.sh", *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
