@@ -12,6 +12,7 @@ from hisvd.component.adapter import Adapter
 from hisvd.errors import HiSVDError
 from hisvd.gradient_pass import OutputGradientMoments, gradients_at_top, input_gradients
 from hisvd.shape_utils import Sublayer
+from hisvd.utils import distributed
 from hisvd.utils.files import make_folder
 from hisvd.utils.streaming import ActivationFile, StreamedModel
 from hisvd.whitening_svd import (
@@ -66,6 +67,11 @@ class InputMoments:
             moment += rows.T @ rows
         self.tokens += rows.shape[0]
 
+    def sum_over_processes(self) -> None:
+        """Make the moments and the count of tokens those of all processes."""
+        self.moments = [distributed.total(moment) for moment in self.moments]
+        self.tokens = int(distributed.total(torch.tensor(self.tokens)))
+
 
 class Calibration:
     """One calibration run: the model a layer at a time, the tokens, and the files that carry them from layer to layer.
@@ -75,8 +81,8 @@ class Calibration:
     """
 
     def __init__(self, streamed: StreamedModel, tokens: torch.Tensor, cache: CalibrationCache) -> None:
-        """Prepare for tokens (sequences, seqlen)."""
-        self.streamed, self.tokens, self.cache = streamed, tokens, cache
+        """Prepare for tokens (sequences, seqlen), of which every process takes its share."""
+        self.streamed, self.tokens, self.cache = streamed, distributed.share(tokens), cache
 
     def run(self) -> None:
         """Fill the cache, behind what it holds already.
@@ -93,10 +99,12 @@ class Calibration:
         streamed, tokens, cache = self.streamed, self.tokens, self.cache
         files = [self._activations(f"hidden_{parity}", tokens) for parity in ("even", "odd")]
         hidden, arguments = streamed.first_inputs(tokens)
-        if not cache.layers or not files[len(cache.layers) % 2].is_whole():
+        if not cache.layers or not distributed.everywhere(files[len(cache.layers) % 2].is_whole()):
             cache.layers.clear()
             batches = len(tokens.split(streamed.batch_size))
-            files[0].write(tqdm(hidden, "embedding", batches, leave=False), self._kept(0))
+            files[0].write(
+                tqdm(hidden, "embedding", batches, leave=False, disable=distributed.rank() > 0), self._kept(0)
+            )
         elif len(cache.layers) < cache.num_layers:
             for _ in hidden:  # only the layers' arguments are missing
                 pass
@@ -106,40 +114,59 @@ class Calibration:
             outputs = streamed.outputs(layer, index, files[index % 2], arguments[index], moments.add_batch)
             files[(index + 1) % 2].write(outputs, self._kept(index + 1))
             groups = named_groups(streamed.adapter, moments.groups, name)
-            cache.add_layer(*layer_statistics(layer, name, index, groups, moments))
+            moments.sum_over_processes()
+            if distributed.rank() == 0:
+                cache.add_layer(*layer_statistics(layer, name, index, groups, moments))
+            self._wait_for_the_first()
 
     def gradient_pass(self) -> None:
         """Moments of the output gradients, from the top down. Layer k writes gradient_{k % 2} and reads the other."""
         streamed, cache = self.streamed, self.cache
-        tokens = self.tokens[: cache.identity["grad_nsamples"]]
+        count = cache.identity["grad_nsamples"]
+        # Drawn for all sequences at once: the same whatever the batches and the processes are.
+        draws = torch.rand(count, self.tokens.shape[1] - 1, generator=torch.Generator().manual_seed(0))
+        draws = distributed.share(draws)
+        tokens = self.tokens[: len(draws)]
         files = [self._activations(f"gradient_{parity}", tokens, 2) for parity in ("even", "odd")]
         hidden, arguments = streamed.first_inputs(tokens)
         for _ in hidden:
             pass
         todo = cache.num_layers - len(cache.gradients)
-        if not cache.gradients or not files[todo % 2].is_whole():
+        if not cache.gradients or not distributed.everywhere(files[todo % 2].is_whole()):
             cache.gradients.clear()
             top = streamed.read(self._kept(cache.num_layers))
-            files[cache.num_layers % 2].write(gradients_at_top(streamed, top, tokens))
+            files[cache.num_layers % 2].write(gradients_at_top(streamed, top, tokens, draws))
         for done in _progress("gradients of layers", len(cache.gradients), cache.num_layers):
             index = cache.num_layers - 1 - done
             layer, name = streamed.layer(index), streamed.layer_name(index)
             moments = OutputGradientMoments(layer, streamed.adapter.sublayer_paths(layer))
             inputs, above = (streamed.read(file) for file in (self._kept(index), files[(index + 1) % 2]))
             files[index % 2].write(input_gradients(layer, name, moments, inputs, arguments[index], above))
-            cache.add_gradients(gradient_statistics(layer, cache, index, moments))
+            moments.sum_over_processes()
+            if distributed.rank() == 0:
+                cache.add_gradients(gradient_statistics(layer, cache, index, moments))
+            self._wait_for_the_first()
+
+    def _wait_for_the_first(self) -> None:
+        """The first process has written a layer: the others learn of it."""
+        distributed.wait()
+        if distributed.rank() > 0:
+            self.cache.refresh()
 
     def _activations(self, name: str, tokens: torch.Tensor, side_by_side: int = 1) -> ActivationFile:
+        if distributed.size() > 1:
+            name = f"{name}_{distributed.rank()}_of_{distributed.size()}"
         return self.streamed.file(self.cache.folder / f"{name}.bin", tokens, side_by_side)
 
     def _kept(self, index: int) -> ActivationFile | None:
         """The inputs of layer `index` that the gradient pass will need."""
         count = self.cache.identity["grad_nsamples"]
-        return self._activations(f"inputs_{index:03d}", self.tokens[:count]) if count else None
+        mine = len(distributed.share(torch.empty(count)))
+        return self._activations(f"inputs_{index:03d}", self.tokens[:mine]) if count else None
 
 
 def _progress(title: str, done: int, total: int) -> Iterable[int]:
-    return tqdm(range(done, total), title, total, initial=done)
+    return tqdm(range(done, total), title, total, initial=done, disable=distributed.rank() > 0)
 
 
 def named_groups(adapter: Adapter, observed: list[list[str]], layer_name: str) -> dict[str, list[str]]:

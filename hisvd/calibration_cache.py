@@ -92,6 +92,11 @@ class CalibrationCache:
         }
         write_json(self.folder / MANIFEST, manifest)
 
+    def refresh(self) -> None:
+        """Take over what another process has written."""
+        other = read_cache(self.folder)
+        self.layers, self.gradients = other.layers, other.gradients
+
     def remove_activations(self) -> None:
         """Delete the hidden states and gradients of a run that has ended."""
         for path in self.folder.glob("*.bin"):

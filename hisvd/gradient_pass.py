@@ -10,26 +10,27 @@ import torch
 from torch import nn
 
 from hisvd.errors import HiSVDError
+from hisvd.utils import distributed
 from hisvd.utils.eval_utils import tokens_at_once
 from hisvd.utils.streaming import Arguments, StreamedModel
 
 
 def gradients_at_top(
-    streamed: StreamedModel, hidden: Iterator[torch.Tensor], tokens: torch.Tensor
+    streamed: StreamedModel, hidden: Iterator[torch.Tensor], tokens: torch.Tensor, draws: torch.Tensor
 ) -> Iterator[torch.Tensor]:
     """Gradients (b, seqlen, 2 hidden) of summed next-token losses with respect to the last layer's outputs.
 
-    `hidden` yields those outputs for consecutive batches of `tokens`. The first half is for the text's own tokens, the
-    second for tokens drawn from the model's predictions: F is then the mean of the empirical Fisher matrix and of a
+    `hidden` yields those outputs for consecutive batches of `tokens`; `draws` (sequences, seqlen − 1) holds numbers
+    drawn from [0, 1). The first half is for the text's own tokens, the second for tokens drawn from the model's
+    predictions: F is then the mean of the empirical Fisher matrix and of a
     sample of the exact one, which errs less than either. Norm and head treat tokens one by one, and run on few at a
     time, as logits are large.
     """
     batch_size, chunk = streamed.batch_size, tokens_at_once(streamed.skeleton)
-    uniform = torch.rand(tokens[:, 1:].shape, generator=torch.Generator().manual_seed(0))  # same for any batch size
-    for states, ids, draws in zip(hidden, tokens.split(batch_size), uniform.split(batch_size), strict=True):
+    for states, ids, uniform in zip(hidden, tokens.split(batch_size), draws.split(batch_size), strict=True):
         gradient = states.new_zeros(*states.shape[:2], 2 * states.shape[2])
         flat, flat_gradient = states[:, :-1].flatten(0, 1), []
-        per_token = (flat, ids[:, 1:].flatten().to(states.device), draws.flatten().to(states.device))
+        per_token = (flat, ids[:, 1:].flatten().to(states.device), uniform.flatten().to(states.device))
         for part, labels, part_draws in zip(*(t.split(chunk) for t in per_token), strict=True):
             leaf = part.detach().requires_grad_()
             with torch.enable_grad():
@@ -76,6 +77,11 @@ class OutputGradientMoments:
             rows = gradient.reshape(-1, gradient.shape[-1]).float()
             self.moments[path] += rows.T @ rows
         self.tokens += rows.shape[0]
+
+    def sum_over_processes(self) -> None:
+        """Make the moments and the count of tokens those of all processes."""
+        self.moments = {path: distributed.total(moment) for path, moment in self.moments.items()}
+        self.tokens = int(distributed.total(torch.tensor(self.tokens)))
 
 
 def input_gradients(

@@ -19,6 +19,7 @@ from hisvd.component.families import adapter_for
 from hisvd.component.int6_linear import INT6SparseLinear
 from hisvd.component.low_rank import LowRankLinear, PivotedLinear
 from hisvd.component.svd_generic import LINEARS
+from hisvd.utils import distributed
 from hisvd.utils.streaming import decoder_layers, replaced_forwards
 
 LOGITS_AT_ONCE = 2**25  # numbers: 128 MiB in float32, whatever the vocabulary
@@ -30,11 +31,12 @@ DECODED_TOKENS = 32
 def perplexity(model: PreTrainedModel, windows: torch.Tensor, name: str, tokens_a_batch: int = 4096) -> dict:
     """exp of the mean next-token cross-entropy over windows (count, seqlen), in float32.
 
-    Every token of a window but its first is scored. Returns perplexity, nll and the number of scored tokens.
+    Every token of a window but its first is scored; several processes share the windows. Returns perplexity, nll and the number of scored tokens.
     """
     total, scored = 0.0, 0
-    batches = windows.split(max(1, tokens_a_batch // windows.shape[1]))
-    for batch in tqdm(batches, f"perplexity on {name}", leave=False):
+    mine = distributed.share(windows)
+    batches = mine.split(max(1, tokens_a_batch // windows.shape[1])) if len(mine) else ()
+    for batch in tqdm(batches, f"perplexity on {name}", leave=False, disable=distributed.rank() > 0):
         ids = batch.to(model.device)
         hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
         targets = ids[:, 1:].flatten()
@@ -43,11 +45,12 @@ def perplexity(model: PreTrainedModel, windows: torch.Tensor, name: str, tokens_
             logits = head_logits(model, states).float()
             total += nn.functional.cross_entropy(logits, labels, reduction="sum").item()
             scored += labels.numel()
+    total, scored = distributed.total(torch.tensor([total, scored], dtype=torch.float64)).tolist()
     nll = total / scored
     return {
         "perplexity": float(torch.tensor(nll, dtype=torch.float64).exp()),
         "nll": nll,
-        "tokens_scored": scored,
+        "tokens_scored": int(scored),
     }
 
 

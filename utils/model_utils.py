@@ -28,6 +28,7 @@ from transformers import (
 
 from hisvd.component.conv1d import as_linears, conv1d_weights
 from hisvd.errors import HiSVDError
+from hisvd.utils import distributed
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -234,13 +235,16 @@ def _meta_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def resolve_device(device: str) -> torch.device:
-    """`auto` is the accelerator if there is one, else the CPU.
+    """`auto` is the accelerator if there is one (of several processes, each has its own), else the CPU.
 
     Raises:
         HiSVDError: the name is no device of this machine.
     """
     if device == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        if accelerator and distributed.size() > 1:
+            return torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0")))
+        return accelerator or torch.device("cpu")
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:

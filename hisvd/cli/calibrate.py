@@ -5,7 +5,9 @@ import torch
 
 from hisvd.calibration import Calibration, open_or_create_cache
 from hisvd.calibration_cache import cache_folder
-from hisvd.cli.common import data_dir_option, device_option, dtype_option, program
+from hisvd.cli.common import data_dir_option, device_option, dtype_option, program, say
+from hisvd.errors import HiSVDError
+from hisvd.utils import distributed
 from hisvd.utils.data_utils import (
     CALIBRATION_SPLIT,
     calibration_windows,
@@ -91,15 +93,23 @@ def main(
     options = {"model_path": model_path, "dataset": dataset, "sampling": sampling, "seed": seed}
     folder = cache_folder(output_dir, file_safe(model_name), nsamples, seqlen)
     num_layers = checkpoint.config.get_text_config().num_hidden_layers
-    cache = open_or_create_cache(folder, identity, options, num_layers)
-    if cache.complete:
-        click.echo(f"{folder} is complete already: nothing to do.")
-    else:
+    if nsamples < distributed.size() or (gradients and grad_nsamples < distributed.size()):
+        raise HiSVDError(
+            f"--nsamples {nsamples} and --grad_nsamples {grad_nsamples} must give each of the {distributed.size()} "
+            "processes a sequence; raise them, or start fewer processes."
+        )
+    with distributed.first_alone():
+        cache = open_or_create_cache(folder, identity, options, num_layers)
         cache.write_tokens(tokens, held_out)
+    if cache.complete:
+        say(f"{folder} is complete already: nothing to do.")
+    else:
         streamed = StreamedModel(checkpoint, batch_size or default_batch_size(seqlen), torch_device, torch_dtype)
         Calibration(streamed, tokens, cache).run()
-    cache.remove_activations()
-    click.echo(f"Calibration of {num_layers} layers on {tokens.numel()} tokens of {dataset}: {folder}")
+    distributed.wait()
+    if distributed.rank() == 0:
+        cache.remove_activations()
+    say(f"Calibration of {num_layers} layers on {tokens.numel()} tokens of {dataset}: {folder}")
 
 
 if __name__ == "__main__":

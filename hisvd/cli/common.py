@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from hisvd.errors import HiSVDError
+from hisvd.utils import distributed
 from hisvd.utils.data_utils import default_data_dir
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -21,6 +22,7 @@ def program(function: Callable) -> Callable:
     def wrapper(*args: Any, **kwargs: Any) -> None:
         logging.getLogger("transformers").setLevel(logging.ERROR)
         try:
+            distributed.join()
             function(*args, **kwargs)
         except HiSVDError as error:
             click.echo(f"Error: {error}", err=True)
@@ -64,6 +66,12 @@ def data_dir_option(function: Callable) -> Callable:
         show_default="HISVD_DATA_DIR or data",
         help="Where local copies of the data sets are looked for.",
     )(function)
+
+
+def say(text: str) -> None:
+    """Print, in the first of several processes."""
+    if distributed.rank() == 0:
+        click.echo(text)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -7,8 +7,9 @@ import torch
 from transformers import PreTrainedModel
 
 from hisvd.cli.attention_study import STUDY_SEQLEN, check_plot, draw_studies, numbers, study_model, study_tables
-from hisvd.cli.common import data_dir_option, device_option, dtype_option, program, table
+from hisvd.cli.common import data_dir_option, device_option, dtype_option, program, say, table
 from hisvd.errors import HiSVDError
+from hisvd.utils import distributed
 from hisvd.utils.data_utils import EVALUATION_SPLIT, evaluation_windows, load_text, tokenize
 from hisvd.utils.eval_utils import (
     linear_numbers,
@@ -95,17 +96,17 @@ def main(
             where = {"model": model_path, "device": str(model.device), "dtype": str(model.dtype)}
             results.append({**where, "attention_residual": studies})
             for name, study in studies.items():
-                click.echo(study_tables(model_path, name, study) + "\n")
-            if json_path:
+                say(study_tables(model_path, name, study) + "\n")
+            if json_path and distributed.rank() == 0:
                 write_json(json_path, results)
-        if plot:
+        if plot and distributed.rank() == 0:
             draw_studies(results, plot)
         return
     for model_path in model_paths:
         results.append(evaluate_model(model_path, texts, seqlen, nsamples, with_speed, device, dtype))
-        if json_path:
+        if json_path and distributed.rank() == 0:
             write_json(json_path, results)
-    click.echo(result_table(results))
+    say(result_table(results))
 
 
 def opened(

@@ -1,0 +1,61 @@
+"""Several processes, started by torchrun: whose share of the work is which, and sums over all.
+
+Alone, a process has all of it and sends nothing.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import distributed
+
+
+def join() -> None:
+    """Join the processes that torchrun describes in the environment; without any, stay alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized():
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+
+
+def size() -> int:
+    """The number of processes."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def share(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's rows of `tensor`: every size-th, so that a share of the first rows is the start of the share."""
+    return tensor[rank() :: size()]
+
+
+def total(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of `tensor` over all processes."""
+    if size() > 1:
+        tensor = tensor.contiguous()
+        distributed.all_reduce(tensor)
+    return tensor
+
+
+def everywhere(flag: bool) -> bool:
+    """Whether `flag` is set in every process."""
+    return int(total(torch.tensor(int(flag)))) == size()
+
+
+@contextmanager
+def first_alone() -> Iterator[None]:
+    """Inside: process 0 first, the others when it has left."""
+    if size() > 1 and rank() > 0:
+        distributed.barrier()
+    yield
+    if size() > 1 and rank() == 0:
+        distributed.barrier()
+
+
+def wait() -> None:
+    """Until every process has come here."""
+    if size() > 1:
+        distributed.barrier()
