@@ -154,9 +154,7 @@ class Calibration:
             self.cache.refresh()
 
     def _activations(self, name: str, tokens: torch.Tensor, side_by_side: int = 1) -> ActivationFile:
-        if distributed.size() > 1:
-            name = f"{name}_{distributed.rank()}_of_{distributed.size()}"
-        return self.streamed.file(self.cache.folder / f"{name}.bin", tokens, side_by_side)
+        return self.streamed.file(self.cache.folder / f"{distributed.own_name(name)}.bin", tokens, side_by_side)
 
     def _kept(self, index: int) -> ActivationFile | None:
         """The inputs of layer `index` that the gradient pass will need."""

@@ -14,6 +14,7 @@ from hisvd.rank_metrics import rank_of
 from hisvd.refinement import stage2_shares
 from hisvd.sequential_update import SequentialUpdate
 from hisvd.shape_utils import FactorForm, Sublayer, is_dense
+from hisvd.utils import distributed
 from hisvd.utils.model_utils import Checkpoint
 from hisvd.utils.save_utils import ModelWriter
 from hisvd.whitening_svd import left_singular_vectors, low_rank_factors, whitened
@@ -89,6 +90,8 @@ def compress(
 ) -> None:
     """Write the factored shards of every target, layer by layer; shards from an interrupted run are kept.
 
+    Several processes share the layers, or with `update` "sequential" the tokens.
+
     `update` "sequential" fits each layer to what the compressed layers below it deliver, see sequential_update;
     "none" decomposes each matrix once for all targets. `export` "dense" multiplies the factors back, "int6" stores
     every linear weight in INT6, fitted to its inputs (`int6_mode` "calibrated") or by the plain rule ("magnitude").
@@ -98,6 +101,7 @@ def compress(
     """
     ranks = {t: dict(zip((s.name for s in cache.sublayers), plan, strict=True)) for t, plan in plans.items()}
     done = [writer.shards_done() for writer in writers.values()]
+    distributed.wait()  # until all have looked
     start, sequential = min(done), None
     changes = export == "int6" or any(
         not is_dense(plan[s.name], s.shape, form) for plan in ranks.values() for s in cache.sublayers
@@ -108,7 +112,12 @@ def compress(
         dtype = getattr(torch, cache.identity["dtype"].removeprefix("torch."))
         sequential = SequentialUpdate(checkpoint, cache, folders, start if in_step else 0, device, dtype)
         start = sequential.first_layer
-    for index in tqdm(range(start, cache.num_layers), "compressing layers", cache.num_layers, initial=start):
+    first, processes = distributed.rank() == 0, distributed.size()
+    indices = range(start, cache.num_layers)
+    for index in tqdm(indices, "compressing layers", cache.num_layers, initial=start, disable=not first):
+        mine = index % processes == distributed.rank()
+        if not sequential and (not mine or all(writer.has_shard(index) for writer in writers.values())):
+            continue
         original = checkpoint.read(layer_tensor_names(checkpoint, cache.sublayers_of(index)[0]))
         if sequential:
             results = sequential.factor_layer(index, ranks, original, form, whitening, export, int6_mode)
@@ -122,12 +131,13 @@ def compress(
             del shards[target][key]
             shards[target] |= {f"{key.removesuffix('weight')}{name}": t.to("cpu") for name, t in tensors.items()}
         for target, shard in shards.items():
-            if not writers[target].has_shard(index):
+            if not writers[target].has_shard(index) and (first or not sequential):
                 writers[target].write_shard(index, shard)
     inside = {n for i in range(cache.num_layers) for n in layer_tensor_names(checkpoint, cache.sublayers_of(i)[0])}
     for writer in writers.values():
-        if not writer.has_shard(cache.num_layers):
+        if first and not writer.has_shard(cache.num_layers):
             writer.write_shard(cache.num_layers, checkpoint.read(set(checkpoint.files) - inside))
+    distributed.wait()
 
 
 def factor_layer(

@@ -23,6 +23,7 @@ from hisvd.calibration_cache import CalibrationCache, output_moment
 from hisvd.component.low_rank import factor_tensors, modules_of, swap_linears
 from hisvd.int6_fit import int6_entries
 from hisvd.shape_utils import FactorForm, Sublayer, is_dense
+from hisvd.utils import distributed
 from hisvd.utils.data_utils import default_batch_size
 from hisvd.utils.model_utils import Checkpoint
 from hisvd.utils.streaming import ActivationFile, Arguments, StreamedModel
@@ -87,6 +88,8 @@ def input_and_stream(
 class SequentialUpdate:
     """The calibration tokens on their way through the original layers and, for every target, the compressed ones.
 
+    Several processes share the tokens; from the sums of their moments all of them make the same factors.
+
     Memory: one decoder layer and its moments for the original and for every target, and one batch. Hidden states
     pass through files in the partial folders of the outputs, so that a killed run goes on at its first missing layer.
     """
@@ -106,17 +109,18 @@ class SequentialUpdate:
             HiSVDError: the cache's tokens are damaged, or weights are missing or not finite.
         """
         self.checkpoint, self.cache, self.device = checkpoint, cache, device
-        tokens = cache.read_tokens()
+        tokens = distributed.share(cache.read_tokens())
         self.streamed = StreamedModel(checkpoint, default_batch_size(tokens.shape[1]), device, dtype)
         self.adapter = self.streamed.adapter
 
         def stream_files(path: Path) -> list[ActivationFile]:
-            return [self.streamed.file(path.with_name(f"{path.name}_{parity}.bin"), tokens) for parity in (0, 1)]
+            names = [distributed.own_name(f"{path.name}_{parity}") for parity in (0, 1)]
+            return [self.streamed.file(path.with_name(f"{name}.bin"), tokens) for name in names]
 
         self.original = stream_files(next(iter(folders.values())) / "original")
         self.compressed = {target: stream_files(folder / "hidden") for target, folder in folders.items()}
         whole = all(files[first_layer % 2].is_whole() for files in self._all_files())
-        self.first_layer = first_layer if whole else 0
+        self.first_layer = first_layer if distributed.everywhere(whole) else 0
         hidden, self.arguments = self.streamed.first_inputs(tokens)
         if self.first_layer:
             for _ in hidden:  # only the layers' arguments are missing
@@ -185,7 +189,10 @@ class SequentialUpdate:
                 left = [x_c, x - x_c] + [stream - stream_c] * any(s.type in writers for s in group)
                 totals = sums.get(target, itertools.repeat(0.0))
                 sums[target] = [total + (a.T @ x_c).double() for total, a in zip(totals, left, strict=False)]
-        return {target: UpdateMoments(*(m / tokens for m in moments)) for target, moments in sums.items()}
+        tokens = int(distributed.total(torch.tensor(tokens)))
+        return {
+            target: UpdateMoments(*(distributed.total(m) / tokens for m in moments)) for target, moments in sums.items()
+        }
 
     def _all_files(self) -> list[list[ActivationFile]]:
         return [self.original, *self.compressed.values()]

@@ -1,12 +1,14 @@
 """Several processes on the CPU give what one gives."""
 
+import json
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, calibrate_arguments
+from conftest import IDS, ROOT, calibrate_arguments, run
 
+import hisvd
 from hisvd.calibration_cache import read_cache
 
 
@@ -25,6 +27,39 @@ def cache(model_folders, tmp_path_factory):
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.count("Calibration of 4 layers") == 1
     return root / "llama_n6_s32_with_hessian"
+
+
+@pytest.mark.parametrize("update", ["none", "sequential"])
+def test_compressed_model_is_that_of_one_process(cache, model_folders, tmp_path, update):
+    where = ["--model_path", model_folders["llama"], "--calib_cache", cache, "--target_compression", "0.7"]
+    finished = torchrun(3, "compress", *where, "--update", update, "--save_model", tmp_path / "several")
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.count("Saved to") == 1 and not list((tmp_path / "several").glob("*.bin"))
+    assert run("compress", *where, "--update", update, "--save_model", tmp_path / "one").code == 0
+    reports = [json.loads((tmp_path / name / "hisvd.json").read_text()) for name in ("several", "one")]
+    assert reports[0]["sublayers"] == reports[1]["sublayers"]
+    with torch.no_grad():
+        several, one = (hisvd.load(tmp_path / name)(IDS).logits for name in ("several", "one"))
+    torch.testing.assert_close(several, one, rtol=1e-3, atol=1e-3)
+
+
+def test_perplexity_is_that_of_one_process(model_folders, tmp_path):
+    where = ["--model_path", model_folders["llama"], "--datasets", "python-docs", "--seqlen", 32, "--nsamples", 3]
+    finished = torchrun(2, "evaluate", *where, "--json", tmp_path / "several.json")
+    assert finished.returncode == 0, finished.stderr
+    assert run("evaluate", *where, "--json", tmp_path / "one.json").code == 0
+    several, one = (json.loads((tmp_path / f"{n}.json").read_text())[0]["perplexity"] for n in ("several", "one"))
+    assert several["python-docs"]["tokens_scored"] == one["python-docs"]["tokens_scored"] == 3 * 31
+    assert several["python-docs"]["nll"] == pytest.approx(one["python-docs"]["nll"], rel=1e-6)
+    assert finished.stdout.count("python-docs") == 1
+
+
+def test_one_failing_process_stops_all_and_a_rerun_goes_on(model_folders, tmp_path):
+    arguments = calibrate_arguments(model_folders["llama"], tmp_path)
+    too_many = torchrun(4, "calibrate", *arguments, "--grad_nsamples", 3)
+    assert too_many.returncode != 0 and "start fewer processes" in too_many.stderr
+    assert "Traceback" not in too_many.stderr.split("torch.distributed")[0]
+    assert torchrun(2, "calibrate", *arguments).returncode == 0
 
 
 def test_moments_are_those_of_one_process(cache, caches):

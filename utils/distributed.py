@@ -32,6 +32,11 @@ def share(tensor: torch.Tensor) -> torch.Tensor:
     return tensor[rank() :: size()]
 
 
+def own_name(name: str) -> str:
+    """`name` for a file of this process alone."""
+    return f"{name}_{rank()}_of_{size()}" if size() > 1 else name
+
+
 def total(tensor: torch.Tensor) -> torch.Tensor:
     """The sum of `tensor` over all processes."""
     if size() > 1:

@@ -31,7 +31,8 @@ DECODED_TOKENS = 32
 def perplexity(model: PreTrainedModel, windows: torch.Tensor, name: str, tokens_a_batch: int = 4096) -> dict:
     """exp of the mean next-token cross-entropy over windows (count, seqlen), in float32.
 
-    Every token of a window but its first is scored; several processes share the windows. Returns perplexity, nll and the number of scored tokens.
+    Every token of a window but its first is scored; several processes share the windows. Returns
+    perplexity, nll and the number of scored tokens.
     """
     total, scored = 0.0, 0
     mine = distributed.share(windows)

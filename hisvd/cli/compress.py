@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from hisvd.calibration_cache import CalibrationCache, check_same_model, open_finished_cache
-from hisvd.cli.common import device_option, program, table
+from hisvd.cli.common import device_option, program, say, table
 from hisvd.compression import compress, plan_ranks
 from hisvd.errors import HiSVDError
 from hisvd.int6_gate import export_within
@@ -15,6 +15,7 @@ from hisvd.rank_metrics import RANK_METHODS
 from hisvd.refinement import MODULATIONS
 from hisvd.shape_utils import is_dense, stored_numbers
 from hisvd.sparse_int6 import COLUMNS
+from hisvd.utils import distributed
 from hisvd.utils.files import check_writable_file, write_json
 from hisvd.utils.model_utils import open_checkpoint, resolve_device
 from hisvd.utils.save_utils import ModelWriter, output_path
@@ -160,8 +161,8 @@ def main(context: click.Context, **options: object) -> None:
     if options["plan_only"]:
         reports = [plan_report(cache, target, ranks, settings) for target, ranks in plans.items()]
         for target, report in zip(targets, reports, strict=True):
-            click.echo(rank_table(cache, plans[target], settings["factors"]))
-            click.echo(summary(report))
+            say(rank_table(cache, plans[target], settings["factors"]))
+            say(summary(report))
         write_reports(options["json_path"], reports)
         return
     for name in ("model_path", "save_model"):
@@ -171,13 +172,19 @@ def main(context: click.Context, **options: object) -> None:
     checkpoint = open_checkpoint(options["model_path"])
     check_same_model(cache, checkpoint.fingerprint(), checkpoint.folder)
 
+    if cache.identity["nsamples"] < distributed.size():
+        raise HiSVDError(
+            f"{cache.folder} holds {cache.identity['nsamples']} sequences, fewer than the {distributed.size()} "
+            "processes; start at most as many."
+        )
     writers = {}
     for target, ranks in plans.items():
         report = plan_report(cache, target, ranks, settings)
         report["model_numbers_before"] = checkpoint.count_numbers()
         report["weight_bytes_before"] = checkpoint.count_bytes()
         output = output_path(options["save_model"], target, several=len(targets) > 1)
-        writers[target] = ModelWriter(output, report, cache.num_layers + 1, checkpoint.transposed)
+        with distributed.first_alone():
+            writers[target] = ModelWriter(output, report, cache.num_layers + 1, checkpoint.transposed)
     gated = settings["export"] == "int6" and settings["quality_gate_delta"] is not None
     compress(
         checkpoint,
@@ -191,6 +198,8 @@ def main(context: click.Context, **options: object) -> None:
         int6_mode=settings["int6_mode"],
         device=device,
     )
+    if distributed.rank() > 0:
+        return  # the first process puts the shards together
     reports = []
     for target, writer in writers.items():
         if gated:
@@ -199,11 +208,11 @@ def main(context: click.Context, **options: object) -> None:
             writer.plan["quality_gate"] = export_within(settings["quality_gate_delta"], checkpoint, cache, writer, *how)
         modules = {} if settings["export"] == "dense" else factored_modules(cache, plans[target], settings["factors"])
         reports.append(writer.finish(checkpoint, modules))
-        click.echo(rank_table(cache, plans[target], settings["factors"]))
-        click.echo(f"{summary(reports[-1])}\n{size_summary(reports[-1])}")
+        say(rank_table(cache, plans[target], settings["factors"]))
+        say(f"{summary(reports[-1])}\n{size_summary(reports[-1])}")
         if settings["export"] == "int6":
-            click.echo(int6_summary(reports[-1]))
-        click.echo(f"Saved to {writer.output}")
+            say(int6_summary(reports[-1]))
+        say(f"Saved to {writer.output}")
     write_reports(options["json_path"], reports)
 
 
