@@ -58,7 +58,7 @@ def test_one_failing_process_stops_all_and_a_rerun_goes_on(model_folders, tmp_pa
     arguments = calibrate_arguments(model_folders["llama"], tmp_path)
     too_many = torchrun(4, "calibrate", *arguments, "--grad_nsamples", 3)
     assert too_many.returncode != 0 and "start fewer processes" in too_many.stderr
-    assert "Traceback" not in too_many.stderr.split("torch.distributed")[0]
+    assert too_many.stderr.count("Error: --nsamples") == 4  # what follows is torchrun's own
     assert torchrun(2, "calibrate", *arguments).returncode == 0
 
 
