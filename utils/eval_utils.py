@@ -5,6 +5,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,19 +34,29 @@ def perplexity(model: PreTrainedModel, windows: torch.Tensor, name: str, tokens_
     batches = windows.split(max(1, tokens_a_batch // windows.shape[1]))
     for batch in tqdm(batches, f"perplexity on {name}", leave=False):
         ids = batch.to(model.device)
-        hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
-        targets = ids[:, 1:].flatten()
-        chunk = tokens_at_once(model)
-        for states, labels in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-            logits = head_logits(model, states).float()
-            total += nn.functional.cross_entropy(logits, labels, reduction="sum").item()
-            scored += labels.numel()
+        hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        total += summed_loss(hidden, ids, partial(head_logits, model), tokens_at_once(model))
+        scored += ids[:, 1:].numel()
     nll = total / scored
     return {
         "perplexity": float(torch.tensor(nll, dtype=torch.float64).exp()),
         "nll": nll,
         "tokens_scored": scored,
     }
+
+
+def summed_loss(
+    hidden: torch.Tensor, ids: torch.Tensor, logits_of: Callable[[torch.Tensor], torch.Tensor], at_once: int
+) -> float:
+    """Σ of next-token losses in float32 over windows `ids` (b, seqlen), from hidden states (b, seqlen, hidden).
+
+    `logits_of` maps (tokens, hidden) to (tokens, vocabulary); it is given `at_once` tokens at a time.
+    """
+    states, labels = hidden[:, :-1].flatten(0, 1).split(at_once), ids[:, 1:].flatten().split(at_once)
+    return sum(
+        nn.functional.cross_entropy(logits_of(part).float(), part_labels, reduction="sum").item()
+        for part, part_labels in zip(states, labels, strict=True)
+    )
 
 
 def tokens_at_once(model: PreTrainedModel) -> int:
