@@ -10,11 +10,14 @@ from torch import nn
 from hisvd.errors import HiSVDError
 from hisvd.int6_fit import int6_tensors
 from hisvd.sparse_int6 import (
+    CHUNK,
     COLUMNS,
     FORMAT_NAME,
     USER_ALIAS,
     check_packed,
     dequantize,
+    kept_pairs,
+    padded,
     rows_at_once,
 )
 
@@ -108,10 +111,10 @@ def product_of_few(
     """x Wᵀ in float32 for x (tokens, n), reading only the inputs that kept pairs meet; made to be compiled."""
     low, middle, high = packed_weight.unflatten(1, (-1, 3)).to(torch.int32).unbind(-1)
     values = (low, low >> 6 | middle << 2, middle >> 4 | high << 4, high >> 2)
-    nibbles = (metadata[..., None] >> 4 * torch.arange(8, device=x.device, dtype=torch.int32) & 15).flatten(1)
-    chunk = 8 * torch.arange(nibbles.shape[1], device=x.device, dtype=torch.int32)
-    first, second = chunk + 2 * (nibbles & 3), chunk + 2 * (nibbles >> 2)
-    inputs = nn.functional.pad(x.float(), (0, 8 * nibbles.shape[1] - x.shape[1]))
+    first, second = kept_pairs(metadata)
+    chunk = CHUNK * torch.arange(first.shape[1], device=x.device, dtype=torch.int32)
+    first, second = chunk + 2 * first, chunk + 2 * second
+    inputs = padded(x.float())
     # A sum of four products, not one of stacked ones: that would be written to memory before it is added up.
     columns = (first, first + 1, second, second + 1)
     products = sum(((v & 63 ^ 32) - 32) * inputs[:, column] for v, column in zip(values, columns, strict=True))

@@ -1,6 +1,5 @@
 """The modules that stand in for nn.Linear in a compressed model."""
 
-from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -101,15 +100,16 @@ def dense_weight(entries: dict[str, torch.Tensor], in_features: int) -> torch.Te
     return matrix("", in_features)
 
 
-def modules_of(name: str, tensors: Iterable[str], form: FactorForm, rank: int) -> dict[str, dict]:
-    """The table entries for `swap_linears` of the linear `name` whose state dict entries are named `tensors`."""
-    keys = [key for key in tensors if key.endswith(("weight", "packed_weight"))]
-    factored = {name: {"form": form, "rank": rank}} if any("." in key for key in keys) else {}
-    return factored | {
-        f"{name}.{key}".removesuffix(".packed_weight"): {"form": "int6"}
-        for key in keys
-        if key.endswith("packed_weight")
-    }
+def modules_of(name: str, entries: dict[str, torch.Tensor]) -> dict[str, dict]:
+    """The table entries for `swap_linears` of the linear `name` with these state dict entries."""
+    table = {}
+    for key, tensor in entries.items():
+        path, _, kind = f"{name}.{key}".rpartition(".")
+        if kind == "packed_weight":
+            table[path] = {"form": "int6"}
+        if kind in ("weight", "packed_weight") and key.startswith(("base.", "right.")):
+            table[name] = {"form": "pivoted" if key.startswith("base.") else "svd", "rank": len(tensor)}
+    return table
 
 
 def swap_linears(model: nn.Module, table: dict[str, dict]) -> None:

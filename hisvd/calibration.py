@@ -219,16 +219,14 @@ def gradient_statistics(
     `{type}.two_sided_singular_values` of F^{1/2} W H^{1/2}.
     """
     tensors: dict[str, torch.Tensor] = {}
-    forward, roots = cache.read_forward(index), {}
-    for sublayer in cache.sublayers_of(index):
-        path = sublayer.type
-        weight = layer.get_submodule(path).weight
-        eigenvalues, eigenvectors = torch.linalg.eigh(moments.moments.pop(path) / moments.tokens)
-        if sublayer.input_group not in roots:
-            roots = {sublayer.input_group: input_root(sublayer, forward, "input", weight.device)}
-        f = damped(eigenvalues, eigenvectors, F_DAMPING)
-        tensors[f"{path}.F_eigenvalues"], tensors[f"{path}.F_eigenvectors"] = eigenvalues, eigenvectors
-        tensors[f"{path}.two_sided_singular_values"] = singular_values(whitened(weight, roots[sublayer.input_group], f))
+    forward = cache.read_forward(index)
+    for members in cache.groups_of(index):
+        root = input_root(members[0], forward, "input", next(layer.parameters()).device)
+        for path in (s.type for s in members):
+            eigenvalues, eigenvectors = torch.linalg.eigh(moments.moments.pop(path) / moments.tokens)
+            tensors[f"{path}.F_eigenvalues"], tensors[f"{path}.F_eigenvectors"] = eigenvalues, eigenvectors
+            a = whitened(layer.get_submodule(path).weight, root, damped(eigenvalues, eigenvectors, F_DAMPING))
+            tensors[f"{path}.two_sided_singular_values"] = singular_values(a)
     return {name: t.float().cpu() for name, t in tensors.items()}
 
 

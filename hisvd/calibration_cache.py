@@ -4,6 +4,7 @@ The forward pass writes layer_000.safetensors upwards, the gradient pass gradien
 tokens.safetensors holds the calibration text, for what compress.py measures again on the compressed layers.
 """
 
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -61,6 +62,10 @@ class CalibrationCache:
     def sublayers_of(self, index: int) -> list[Sublayer]:
         """The sublayers of one decoder layer."""
         return [Sublayer(**s) for s in self.layers[index]["sublayers"]]
+
+    def groups_of(self, index: int) -> list[list[Sublayer]]:
+        """The sublayers of one decoder layer, those that share an input together."""
+        return [list(group) for _, group in itertools.groupby(self.sublayers_of(index), lambda s: s.input_group)]
 
     def add_layer(self, tensors: dict[str, torch.Tensor], sublayers: list[Sublayer]) -> None:
         """Write the forward pass's next layer, then the manifest that lists it."""

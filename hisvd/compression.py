@@ -153,25 +153,27 @@ def factor_layer(
     device: torch.device,
 ) -> Iterator[tuple[float, Sublayer, dict[str, torch.Tensor]]]:
     """Yield (target, sublayer, state dict entries) for what is factored in layer `index`; one basis a matrix."""
-    statistics, roots = cache.read_layer(index), {}
-    for s in cache.sublayers_of(index):
-        weight = original[checkpoint.stored_name(f"{s.name}.weight")].to(device)
-        factored = any(not is_dense(plan[s.name], s.shape, form) for plan in ranks.values())
-        if factored and s.input_group not in roots:
-            roots = {s.input_group: input_root(s, statistics, whitening, device)}  # one for all that share an input
-        root, basis = roots.get(s.input_group), None
-        for target in ranks:
-            tensors, rank = {"weight": weight}, ranks[target][s.name]
-            if not is_dense(rank, s.shape, form):
-                f = output_moment(s, statistics, whitening, device)
-                basis = left_singular_vectors(whitened(weight, root, f)) if basis is None else basis
-                factors = low_rank_factors(weight, basis, rank, f)
-                tensors = factor_tensors(*factors, "dense" if export == "dense" else form, weight.dtype, root)
-            if export == "int6":
-                moment = input_moment(s, statistics, device) if int6_mode == "calibrated" else None
-                tensors = int6_entries(tensors, moment)
-            if tensors.get("weight") is not weight:
-                yield target, s, tensors
+    statistics = cache.read_layer(index)
+    for members in cache.groups_of(index):
+        factored = any(not is_dense(plan[s.name], s.shape, form) for plan in ranks.values() for s in members)
+        root = input_root(members[0], statistics, whitening, device) if factored else None
+        fitted = export == "int6" and int6_mode == "calibrated"
+        moment = input_moment(members[0], statistics, device) if fitted else None
+        for s in members:
+            weight = original[checkpoint.stored_name(f"{s.name}.weight")].to(device)
+            f = basis = None
+            for target, plan in ranks.items():
+                tensors, rank = {"weight": weight}, plan[s.name]
+                if not is_dense(rank, s.shape, form):
+                    if basis is None:
+                        f = output_moment(s, statistics, whitening, device)
+                        basis = left_singular_vectors(whitened(weight, root, f))
+                    factors = low_rank_factors(weight, basis, rank, f)
+                    tensors = factor_tensors(*factors, "dense" if export == "dense" else form, weight.dtype, root)
+                if export == "int6":
+                    tensors = int6_entries(tensors, moment)
+                if tensors.get("weight") is not weight:
+                    yield target, s, tensors
 
 
 def layer_tensor_names(checkpoint: Checkpoint, first: Sublayer) -> set[str]:

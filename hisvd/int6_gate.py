@@ -17,10 +17,10 @@ from tqdm import tqdm
 from hisvd.calibration_cache import CalibrationCache, input_moment, output_moment
 from hisvd.component.low_rank import dense_weight, modules_of, swap_linears
 from hisvd.int6_fit import SWEEPS, int6_entries
-from hisvd.shape_utils import FactorForm, Sublayer
+from hisvd.shape_utils import Sublayer
 from hisvd.sparse_int6 import COLUMNS
 from hisvd.utils.data_utils import default_batch_size
-from hisvd.utils.eval_utils import tokens_at_once
+from hisvd.utils.eval_utils import summed_loss, tokens_at_once
 from hisvd.utils.files import write_json, write_tensors
 from hisvd.utils.model_utils import Checkpoint
 from hisvd.utils.save_utils import ModelWriter
@@ -35,8 +35,6 @@ def export_within(
     checkpoint: Checkpoint,
     cache: CalibrationCache,
     writer: ModelWriter,
-    ranks: dict[str, int],
-    form: FactorForm,
     mode: str,
     device: torch.device,
 ) -> dict:
@@ -48,7 +46,7 @@ def export_within(
         HiSVDError: the cache has no held-out text, or is damaged.
     """
     codes = Int6Codes(checkpoint, cache, writer, mode, device)
-    text = HeldOutText(checkpoint, cache, codes, ranks, form, device)
+    text = HeldOutText(codes)
     decision = writer.folder / "int6_gate.json"
     if not decision.exists():  # else a killed run was about to put the codes into the shards
         losses = codes.estimated_losses()
@@ -111,12 +109,15 @@ class Int6Codes:
         whitening = "two_sided" if self.cache.has_gradients else "input"
         for index in tqdm(range(self.cache.num_layers), "estimating INT6 losses"):
             statistics, shard = self.cache.read_layer(index), self.writer.read_shard(index)
-            for s in self.cache.sublayers_of(index):
-                stored, moment = self._stored(s, shard), input_moment(s, statistics, self.device)
-                error = dense_weight(self._coded(stored, moment, sweeps=0), s.in_features)
-                error -= dense_weight(stored, s.in_features)
-                f = output_moment(s, statistics, whitening, self.device)
-                losses[s.name] = whitened(error, cholesky_root(moment, H_DAMPING), f).square().sum().item() / 2
+            for members in self.cache.groups_of(index):
+                moment = input_moment(members[0], statistics, self.device)
+                root = cholesky_root(moment, H_DAMPING)
+                for s in members:
+                    stored = self._stored(s, shard)
+                    error = dense_weight(self._coded(stored, moment, sweeps=0), s.in_features)
+                    error -= dense_weight(stored, s.in_features)
+                    f = output_moment(s, statistics, whitening, self.device)
+                    losses[s.name] = whitened(error, root, f).square().sum().item() / 2
         return losses
 
     def shard(self, index: int, exported: set[str]) -> Entries:
@@ -158,25 +159,17 @@ def entries_of(checkpoint: Checkpoint, sublayer: Sublayer, tensors: Entries) -> 
 class HeldOutText:
     """The held-out calibration text, run through the compressed layers, one in memory."""
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        cache: CalibrationCache,
-        codes: Int6Codes,
-        ranks: dict[str, int],
-        form: FactorForm,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, codes: Int6Codes) -> None:
         """Embed the text.
 
         Raises:
             HiSVDError: the cache has none.
         """
-        self.checkpoint, self.cache, self.codes = checkpoint, cache, codes
-        self.ranks, self.form = ranks, form
-        self.tokens = cache.read_held_out()
-        dtype = getattr(torch, cache.identity["dtype"].removeprefix("torch."))
-        self.streamed = StreamedModel(checkpoint, default_batch_size(self.tokens.shape[1]), device, dtype)
+        self.codes, self.cache = codes, codes.cache
+        self.tokens = self.cache.read_held_out()
+        dtype = getattr(torch, self.cache.identity["dtype"].removeprefix("torch."))
+        batch_size = default_batch_size(self.tokens.shape[1])
+        self.streamed = StreamedModel(codes.checkpoint, batch_size, codes.device, dtype)
         names = ("embedded", "held_out_0", "held_out_1")
         files = [self.streamed.file(codes.writer.folder / f"{name}.bin", self.tokens) for name in names]
         self.embedded, *self.hidden = files
@@ -191,18 +184,15 @@ class HeldOutText:
             layer, target = self._layer(index, self.codes.shard(index, exported)), self.hidden[index % 2]
             target.write(streamed.outputs(layer, index, source, self.arguments[index]))
             source = target
-        total, chunk = 0.0, tokens_at_once(streamed.skeleton)
+        at_once, total = tokens_at_once(streamed.skeleton), 0.0
         for states, ids in zip(streamed.read(source), self.tokens.split(streamed.batch_size), strict=True):
-            flat, labels = states[:, :-1].flatten(0, 1), ids[:, 1:].flatten().to(states.device)
-            for part, part_labels in zip(flat.split(chunk), labels.split(chunk), strict=True):
-                logits = streamed.logits(part).float()
-                total += nn.functional.cross_entropy(logits, part_labels, reduction="sum").item()
+            total += summed_loss(states, ids.to(states.device), streamed.logits, at_once)
         return math.exp(total / self.tokens[:, 1:].numel())
 
     def _layer(self, index: int, tensors: Entries) -> nn.Module:
         layer = self.streamed.layer(index)
         for s in self.cache.sublayers_of(index):
-            entries = entries_of(self.checkpoint, s, tensors)
-            swap_linears(layer, modules_of(s.type, entries, self.form, self.ranks[s.name]))
+            entries = entries_of(self.codes.checkpoint, s, tensors)
+            swap_linears(layer, modules_of(s.type, entries))
             layer.get_submodule(s.type).load_state_dict(entries, strict=False)
         return layer

@@ -149,8 +149,7 @@ class SequentialUpdate:
         original = self.streamed.layer(index)
         layers = {target: self.streamed.layer(index) for target in self.compressed}
         statistics = self.cache.read_layer(index)
-        for _, group in itertools.groupby(self.cache.sublayers_of(index), lambda s: s.input_group):
-            members = list(group)
+        for members in self.cache.groups_of(index):
             for target, moments in self._measure(index, original, layers, members).items():
                 own_root = cholesky_root(moments.own, RIDGE)
                 root = cholesky_root(moments.own, H_DAMPING) if whitening != "none" else None
@@ -166,7 +165,7 @@ class SequentialUpdate:
                         tensors = factor_tensors(*factors, "dense" if export == "dense" else form, dtype, root)
                     if export == "int6":
                         tensors = int6_entries(tensors, moments.own if int6_mode == "calibrated" else None)
-                    swap_linears(layers[target], modules_of(s.type, tensors, form, rank))
+                    swap_linears(layers[target], modules_of(s.type, tensors))
                     layers[target].get_submodule(s.type).load_state_dict(tensors, strict=False)
                     yield target, s, tensors
         self._advance(index, original, self.original)

@@ -76,6 +76,13 @@ def pack(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return payload, metadata.to(torch.int32)
 
 
+def kept_pairs(metadata: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The indices, int32 (rows, chunks), of the first and the second kept pair of every chunk."""
+    shifts = 4 * torch.arange(8, device=metadata.device, dtype=torch.int32)
+    nibbles = (metadata[..., None] >> shifts & 15).flatten(1)
+    return nibbles & 3, nibbles >> 2
+
+
 def unpack(payload: torch.Tensor, metadata: torch.Tensor, dtype: torch.dtype = torch.int8) -> torch.Tensor:
     """q (rows, cols) of a payload and its metadata, as numbers of `dtype` (any of 1, 2 or 4 bytes)."""
     low, middle, high = payload.unflatten(1, (-1, 3)).to(torch.int32).unbind(-1)
@@ -83,9 +90,8 @@ def unpack(payload: torch.Tensor, metadata: torch.Tensor, dtype: torch.dtype = t
     code = torch.arange(4096, device=payload.device)
     table = torch.stack([(code & 63 ^ 32) - 32, (code >> 6 ^ 32) - 32], -1).to(dtype)
     table = table.view(WORD_OF_PAIR[dtype.itemsize])[:, 0]
-    nibbles = (metadata[..., None] >> 4 * torch.arange(8, device=metadata.device, dtype=torch.int32) & 15).flatten(1)
-    kept = torch.stack([nibbles & 3, nibbles >> 2], -1).long()
-    pairs = table.new_zeros(*nibbles.shape, 4)
+    kept = torch.stack(kept_pairs(metadata), -1).long()
+    pairs = table.new_zeros(*kept.shape[:2], 4)
     return pairs.scatter_(-1, kept, table[codes]).view(dtype).flatten(1)
 
 
@@ -125,8 +131,8 @@ def check_packed(
                 f"{name} is {tensor.dtype} {tuple(tensor.shape)}, but an INT6 weight of shape {shape} needs "
                 f"{dtype} {size}; the file is damaged or of another program."
             )
-    nibbles = metadata[..., None] >> 4 * torch.arange(8, device=metadata.device, dtype=torch.int32) & 15
-    if not ((nibbles & 3) < (nibbles >> 2)).all():
+    first, second = kept_pairs(metadata)
+    if not (first < second).all():
         raise HiSVDError("metadata names a second kept pair that does not follow the first; the file is damaged.")
     if not torch.isfinite(scales).all():
         raise HiSVDError("scales holds NaN or infinite values; the file is damaged.")

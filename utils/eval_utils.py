@@ -6,6 +6,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,13 +40,9 @@ def perplexity(model: PreTrainedModel, windows: torch.Tensor, name: str, tokens_
     batches = mine.split(max(1, tokens_a_batch // windows.shape[1])) if len(mine) else ()
     for batch in tqdm(batches, f"perplexity on {name}", leave=False, disable=distributed.rank() > 0):
         ids = batch.to(model.device)
-        hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
-        targets = ids[:, 1:].flatten()
-        chunk = tokens_at_once(model)
-        for states, labels in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-            logits = head_logits(model, states).float()
-            total += nn.functional.cross_entropy(logits, labels, reduction="sum").item()
-            scored += labels.numel()
+        hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        total += summed_loss(hidden, ids, partial(head_logits, model), tokens_at_once(model))
+        scored += ids[:, 1:].numel()
     total, scored = distributed.total(torch.tensor([total, scored], dtype=torch.float64)).tolist()
     nll = total / scored
     return {
@@ -53,6 +50,20 @@ def perplexity(model: PreTrainedModel, windows: torch.Tensor, name: str, tokens_
         "nll": nll,
         "tokens_scored": int(scored),
     }
+
+
+def summed_loss(
+    hidden: torch.Tensor, ids: torch.Tensor, logits_of: Callable[[torch.Tensor], torch.Tensor], at_once: int
+) -> float:
+    """Σ of next-token losses in float32 over windows `ids` (b, seqlen), from hidden states (b, seqlen, hidden).
+
+    `logits_of` maps (tokens, hidden) to (tokens, vocabulary); it is given `at_once` tokens at a time.
+    """
+    states, labels = hidden[:, :-1].flatten(0, 1).split(at_once), ids[:, 1:].flatten().split(at_once)
+    return sum(
+        nn.functional.cross_entropy(logits_of(part).float(), part_labels, reduction="sum").item()
+        for part, part_labels in zip(states, labels, strict=True)
+    )
 
 
 def tokens_at_once(model: PreTrainedModel) -> int:

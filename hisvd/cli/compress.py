@@ -203,9 +203,8 @@ def main(context: click.Context, **options: object) -> None:
     reports = []
     for target, writer in writers.items():
         if gated:
-            ranks = {s.name: rank for s, rank in zip(cache.sublayers, plans[target], strict=True)}
-            how = (ranks, settings["factors"], settings["int6_mode"], device)
-            writer.plan["quality_gate"] = export_within(settings["quality_gate_delta"], checkpoint, cache, writer, *how)
+            delta, mode = settings["quality_gate_delta"], settings["int6_mode"]
+            writer.plan["quality_gate"] = export_within(delta, checkpoint, cache, writer, mode, device)
         modules = {} if settings["export"] == "dense" else factored_modules(cache, plans[target], settings["factors"])
         reports.append(writer.finish(checkpoint, modules))
         say(rank_table(cache, plans[target], settings["factors"]))
