@@ -1,8 +1,12 @@
 """What HiSVD must know about a model family: where its linear sublayers are and which share an input."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
+
+from hisvd.component.experts import SeparateExperts
+
+Groups = dict[str, tuple[str, ...]]  # name of a shared input → paths, inside a decoder layer, of what reads it
 
 
 @dataclass(frozen=True)
@@ -13,15 +17,28 @@ class Adapter:
     shared input to the sublayers that read it (paths inside a decoder layer), in the order of the forward.
     An empty `inputs` means: every nn.Linear inside the decoder layers, grouped by the tensor they receive.
     `stream` names the sublayers whose outputs are added to the residual stream as they are, in order.
+    `experts` takes the place of the inputs named mlp_… in layers with experts; a star stands for each of them.
     """
 
     family: str
     layers: str
-    inputs: dict[str, tuple[str, ...]]
+    inputs: Groups
     stream: tuple[str, ...] = ()
+    experts: Groups = field(default_factory=dict)
+
+    def groups(self, layer: nn.Module) -> Groups:
+        """The sublayers of `layer` by the input they share; empty: to be found out."""
+        experts = next((m for m in layer.modules() if isinstance(m, SeparateExperts)), None)
+        if experts is None or not self.inputs:
+            return self.inputs
+        groups = {name: paths for name, paths in self.inputs.items() if not name.startswith("mlp_")}
+        for name, paths in self.experts.items():
+            for index in map(str, range(experts.num_experts)) if "*" in name else ("",):
+                groups[name.replace("*", index)] = tuple(path.replace("*", index) for path in paths)
+        return groups
 
     def sublayer_paths(self, layer: nn.Module) -> list[str]:
         """Paths of the linear sublayers inside `layer`, in the order of the forward."""
         if self.inputs:
-            return [path for paths in self.inputs.values() for path in paths]
+            return [path for paths in self.groups(layer).values() for path in paths]
         return [path for path, module in layer.named_modules() if isinstance(module, nn.Linear)]

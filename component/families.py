@@ -2,15 +2,28 @@
 
 from transformers import PreTrainedModel
 
-from hisvd.component import svd_gemma, svd_gpt2, svd_llama, svd_mistral, svd_opt, svd_phi, svd_qwen
+from hisvd.component import (
+    svd_gemma,
+    svd_gpt2,
+    svd_llama,
+    svd_mistral,
+    svd_mixtral,
+    svd_opt,
+    svd_phi,
+    svd_qwen,
+    svd_qwen_moe,
+)
 from hisvd.component.adapter import Adapter
 from hisvd.component.svd_generic import generic_adapter
 
 ADAPTERS = {
     "llama": svd_llama.ADAPTER,
     "mistral": svd_mistral.ADAPTER,
+    "mixtral": svd_mixtral.ADAPTER,
     "qwen2": svd_qwen.QWEN2,
     "qwen3": svd_qwen.QWEN3,
+    "qwen2_moe": svd_qwen_moe.QWEN2_MOE,
+    "qwen3_moe": svd_qwen_moe.QWEN3_MOE,
     "gemma2": svd_gemma.GEMMA2,
     "gemma3_text": svd_gemma.GEMMA3,
     "phi3": svd_phi.ADAPTER,

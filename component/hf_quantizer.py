@@ -3,9 +3,11 @@
 from typing import Any
 
 from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightConverter
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from hisvd.component.experts import SeparateExperts, separate_experts
 from hisvd.component.int6_linear import check_int6_modules
 from hisvd.component.low_rank import swap_linears
 
@@ -27,10 +29,16 @@ class HiSVDQuantizer(HfQuantizer):
     """Swaps the factored modules into the empty model; transformers then loads the weights as usual."""
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        separate_experts(model)
         swap_linears(model, self.quantization_config.modules)
         for name in self.quantization_config.modules:
             # Families that draw weights of a linear from its parent, as GPT-2 does, would look for them in vain.
             model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True
+
+    def update_weight_conversions(self, weight_conversions: list, model: PreTrainedModel) -> list:
+        """Keep what renames tensors; nothing is to be merged into fused experts."""
+        separate = any(isinstance(module, SeparateExperts) for module in model.modules())
+        return [c for c in weight_conversions if not (separate and isinstance(c, WeightConverter))]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         check_int6_modules(model)

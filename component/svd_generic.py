@@ -4,6 +4,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hisvd.component.adapter import Adapter
+from hisvd.component.experts import LINEARS_OF_EXPERTS
 from hisvd.component.int6_linear import INT6SparseLinear
 from hisvd.errors import HiSVDError
 
@@ -17,8 +18,14 @@ def generic_adapter(model: nn.Module, num_layers: int) -> Adapter:
     which linears share an input is found later, from the tensors they receive.
 
     Raises:
-        HiSVDError: the model has no such list.
+        HiSVDError: the model has no such list, or keeps the weights of experts in common tensors.
     """
+    fused = next((name for name, p in model.named_parameters() if p.dim() == 3 and ".experts." in name), None)
+    if fused:
+        raise HiSVDError(
+            f"The experts of the model type '{model.config.model_type}' ({fused}) are not supported; of the mixtures "
+            f"of experts HiSVD compresses {', '.join(LINEARS_OF_EXPERTS)}."
+        )
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == num_layers:
             layers = list(module)

@@ -1,5 +1,6 @@
 """Stream text through the model layer by layer and store what compression needs to know of each layer."""
 
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from hisvd.calibration_cache import MANIFEST, CalibrationCache, input_root, read
 from hisvd.component.adapter import Adapter
 from hisvd.errors import HiSVDError
 from hisvd.gradient_pass import OutputGradientMoments, gradients_at_top, input_gradients
+from hisvd.rare_experts import pool_rare
 from hisvd.shape_utils import Sublayer
 from hisvd.utils import distributed
 from hisvd.utils.files import make_folder
@@ -32,16 +34,24 @@ class InputMoments:
     """Σ x xᵀ over tokens for every distinct input tensor of a layer's linears.
 
     Hooks note the tensor each linear receives; linears that receive the same tensor (by identity) share one
-    moment, summed in float32 within a batch and float64 across batches.
+    moment, summed in float32 within a batch and float64 across batches. `groups` names them by the adapter, else by
+    their first member.
     """
 
-    def __init__(self, layer: nn.Module, paths: list[str]) -> None:
-        self.groups: list[list[str]] = []
-        self.moments: list[torch.Tensor] = []
-        self.tokens = 0
+    def __init__(self, layer: nn.Module, layer_name: str, adapter: Adapter) -> None:
+        self.layer_name, self.adapter = layer_name, adapter
+        self.groups = {name: list(paths) for name, paths in adapter.groups(layer).items()}
+        self.moments: dict[str, torch.Tensor] = {}
+        self.tokens: dict[str, int] = {}
+        for name, paths in self.groups.items():
+            self._start(name, layer.get_submodule(paths[0]).weight)
         self._seen: list[tuple[str, torch.Tensor]] = []
-        for path in paths:
+        for path in adapter.sublayer_paths(layer):
             layer.get_submodule(path).register_forward_pre_hook(self._noting(path))
+
+    def _start(self, group: str, like: torch.Tensor) -> None:
+        self.moments[group] = like.new_zeros(like.shape[-1], like.shape[-1], dtype=torch.float64)
+        self.tokens[group] = 0
 
     def _noting(self, path: str):  # noqa: ANN202 (a hook's closure)
         def hook(_: nn.Module, args: tuple[torch.Tensor]) -> None:
@@ -50,27 +60,57 @@ class InputMoments:
         return hook
 
     def add_batch(self) -> None:
-        """Add what the hooks noted during one forward."""
-        groups: list[tuple[list[str], torch.Tensor]] = []
+        """Add what the hooks noted during one forward.
+
+        Raises:
+            HiSVDError: the adapter's groups are not what the layer does.
+        """
+        observed: list[tuple[list[str], torch.Tensor]] = []
         for path, x in self._seen:
-            same = next((paths for paths, y in groups if y.data_ptr() == x.data_ptr() and y.shape == x.shape), None)
+            same = next((paths for paths, y in observed if y.data_ptr() == x.data_ptr() and y.shape == x.shape), None)
             if same is None:
-                groups.append(([path], x))
+                observed.append(([path], x))
             else:
                 same.append(path)
         self._seen.clear()
-        if not self.groups:
-            self.groups = [paths for paths, _ in groups]
-            self.moments = [x.new_zeros(x.shape[-1], x.shape[-1], dtype=torch.float64) for _, x in groups]
-        for moment, (_, x) in zip(self.moments, groups, strict=True):
+        for paths, x in observed:
+            group = self._name(paths)
+            if group not in self.moments:
+                self._start(group, x)
             rows = x.reshape(-1, x.shape[-1]).float()
-            moment += rows.T @ rows
-        self.tokens += rows.shape[0]
+            self.moments[group] += rows.T @ rows
+            self.tokens[group] += rows.shape[0]
 
-    def sum_over_processes(self) -> None:
-        """Make the moments and the count of tokens those of all processes."""
-        self.moments = [distributed.total(moment) for moment in self.moments]
-        self.tokens = int(distributed.total(torch.tensor(self.tokens)))
+    def _name(self, paths: list[str]) -> str:
+        name = next((n for n, members in self.groups.items() if sorted(members) == sorted(paths)), None)
+        if name is None and self.adapter.inputs:
+            raise HiSVDError(
+                f"In {self.layer_name} the linears that share an input are {paths}, which the '{self.adapter.family}' "
+                f"adapter does not say; this version of transformers changed the family."
+            )
+        if name is None:
+            name = paths[0]
+            self.groups[name] = paths
+        return name
+
+    def finish(self) -> None:
+        """Make the moments and the counts of tokens those of all processes, and pool those of rare experts.
+
+        Raises:
+            HiSVDError: a linear that every token should reach was not called.
+        """
+        self.moments = {group: distributed.total(moment) for group, moment in self.moments.items()}
+        self.tokens = {group: int(distributed.total(torch.tensor(count))) for group, count in self.tokens.items()}
+        rare = pool_rare(self.moments, self.tokens)
+        if rare and distributed.rank() == 0:
+            names = ", ".join(rare)
+            tqdm.write(f"{self.layer_name}: too few tokens reach {names}; all experts' moments stand in.", sys.stderr)
+        for group, count in self.tokens.items():
+            if not count:
+                raise HiSVDError(
+                    f"In {self.layer_name} nothing calls {self.groups[group]}, as the '{self.adapter.family}' adapter "
+                    "says; this version of transformers changed the family."
+                )
 
 
 class Calibration:
@@ -110,13 +150,12 @@ class Calibration:
                 pass
         for index in _progress("calibrating layers", len(cache.layers), cache.num_layers):
             layer, name = streamed.layer(index), streamed.layer_name(index)
-            moments = InputMoments(layer, streamed.adapter.sublayer_paths(layer))
+            moments = InputMoments(layer, name, streamed.adapter)
             outputs = streamed.outputs(layer, index, files[index % 2], arguments[index], moments.add_batch)
             files[(index + 1) % 2].write(outputs, self._kept(index + 1))
-            groups = named_groups(streamed.adapter, moments.groups, name)
-            moments.sum_over_processes()
+            moments.finish()
             if distributed.rank() == 0:
-                cache.add_layer(*layer_statistics(layer, name, index, groups, moments))
+                cache.add_layer(*layer_statistics(layer, name, index, moments))
             self._wait_for_the_first()
 
     def gradient_pass(self) -> None:
@@ -142,7 +181,7 @@ class Calibration:
             moments = OutputGradientMoments(layer, streamed.adapter.sublayer_paths(layer))
             inputs, above = (streamed.read(file) for file in (self._kept(index), files[(index + 1) % 2]))
             files[index % 2].write(input_gradients(layer, name, moments, inputs, arguments[index], above))
-            moments.sum_over_processes()
+            moments.finish()
             if distributed.rank() == 0:
                 cache.add_gradients(gradient_statistics(layer, cache, index, moments))
             self._wait_for_the_first()
@@ -167,25 +206,8 @@ def _progress(title: str, done: int, total: int) -> Iterable[int]:
     return tqdm(range(done, total), title, total, initial=done, disable=distributed.rank() > 0)
 
 
-def named_groups(adapter: Adapter, observed: list[list[str]], layer_name: str) -> dict[str, list[str]]:
-    """Name the observed groups of linears that share an input: by the adapter, else by their first member.
-
-    Raises:
-        HiSVDError: the adapter's groups are not what the layer does.
-    """
-    if not adapter.inputs:
-        return {paths[0]: paths for paths in observed}
-    expected = {group: list(paths) for group, paths in adapter.inputs.items()}
-    if sorted(map(sorted, expected.values())) != sorted(map(sorted, observed)):
-        raise HiSVDError(
-            f"In {layer_name} the linears that share an input are {observed}, not {list(expected.values())} as the "
-            f"'{adapter.family}' adapter says; this version of transformers changed the family."
-        )
-    return expected
-
-
 def layer_statistics(
-    layer: nn.Module, layer_name: str, index: int, groups: dict[str, list[str]], moments: InputMoments
+    layer: nn.Module, layer_name: str, index: int, moments: InputMoments
 ) -> tuple[dict[str, torch.Tensor], list[Sublayer]]:
     """The cache tensors of one layer (float32, CPU) and its sublayers in order.
 
@@ -195,10 +217,8 @@ def layer_statistics(
     """
     tensors: dict[str, torch.Tensor] = {}
     sublayers = []
-    for group, paths in groups.items():
-        position = next(i for i, observed in enumerate(moments.groups) if paths[0] in observed)
-        moment = moments.moments[position] / moments.tokens
-        moments.moments[position] = None  # free the largest tensors as early as possible
+    for group, paths in moments.groups.items():
+        moment = moments.moments.pop(group) / moments.tokens[group]  # frees the largest tensors as early as possible
         tensors[f"{group}.eigenvalues"], tensors[f"{group}.eigenvectors"] = torch.linalg.eigh(moment)
         root = cholesky_root(moment, H_DAMPING)
         for path in paths:
@@ -215,7 +235,8 @@ def gradient_statistics(
 ) -> dict[str, torch.Tensor]:
     """The gradient pass's cache tensors of one layer (float32, CPU).
 
-    Per sublayer: `{type}.F_eigenvalues` (m,) and `{type}.F_eigenvectors` (m, m) of F = E[g gᵀ], undamped, and
+    Per sublayer: `{type}.F_eigenvalues` (m,) and `{type}.F_eigenvectors` (m, m) of F = E[g gᵀ], undamped (a mean over
+    all tokens, so that F of an expert is small where few tokens reach it), and
     `{type}.two_sided_singular_values` of F^{1/2} W H^{1/2}.
     """
     tensors: dict[str, torch.Tensor] = {}

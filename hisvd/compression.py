@@ -7,6 +7,7 @@ from tqdm import tqdm
 
 from hisvd.calibration_cache import LEADING_VECTORS, SPECTRA, CalibrationCache, input_moment, input_root, output_moment
 from hisvd.clustering import layer_clusters
+from hisvd.component.experts import kind_of
 from hisvd.component.low_rank import factor_tensors
 from hisvd.int6_fit import int6_entries
 from hisvd.rank_allocation import loss_ranks, project_shares, ranks_from_shares, stage1_shares, uniform_shares
@@ -69,10 +70,10 @@ def plan_ranks(
 def sublayer_clusters(cache: CalibrationCache, cluster_by: str) -> list[Hashable]:
     """The Stage 2 cluster of every sublayer: its `type`, or its type within a run of similar layers (`type_depth`)."""
     if cluster_by == "type":
-        return [s.type for s in cache.sublayers]
+        return [kind_of(s.type) for s in cache.sublayers]
     vectors = [cache.read_small(index, LEADING_VECTORS) for index in range(cache.num_layers)]
     depth = layer_clusters(vectors)
-    return [(s.type, depth[s.layer]) for s in cache.sublayers]
+    return [(kind_of(s.type), depth[s.layer]) for s in cache.sublayers]
 
 
 def compress(

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hisvd.errors import HiSVDError
+from hisvd.rare_experts import pool_rare
 from hisvd.utils import distributed
 from hisvd.utils.eval_utils import tokens_at_once
 from hisvd.utils.streaming import Arguments, StreamedModel
@@ -62,6 +63,7 @@ class OutputGradientMoments:
         self.moments = {p: torch.zeros(n, n, dtype=torch.float64, device=device) for p, n in sizes.items()}
         self.outputs: dict[str, torch.Tensor] = {}
         self.tokens = 0
+        self.tokens_at = dict.fromkeys(paths, 0)  # those that reach a linear: of an expert, not all
         for path in paths:
             layer.get_submodule(path).register_forward_hook(self._noting(path))
 
@@ -71,17 +73,20 @@ class OutputGradientMoments:
 
         return hook
 
-    def add(self, gradients: dict[str, torch.Tensor]) -> None:
-        """Add the gradients (..., m) of one batch."""
+    def add(self, tokens: int, gradients: dict[str, torch.Tensor]) -> None:
+        """Add the gradients (..., m) of one batch of so many tokens."""
         for path, gradient in gradients.items():
             rows = gradient.reshape(-1, gradient.shape[-1]).float()
             self.moments[path] += rows.T @ rows
-        self.tokens += rows.shape[0]
+            self.tokens_at[path] += rows.shape[0]
+        self.tokens += tokens
 
-    def sum_over_processes(self) -> None:
-        """Make the moments and the count of tokens those of all processes."""
+    def finish(self) -> None:
+        """Make the moments and the counts of tokens those of all processes, and pool those of rare experts."""
         self.moments = {path: distributed.total(moment) for path, moment in self.moments.items()}
         self.tokens = int(distributed.total(torch.tensor(self.tokens)))
+        self.tokens_at = {path: int(distributed.total(torch.tensor(n))) for path, n in self.tokens_at.items()}
+        pool_rare(self.moments, self.tokens_at)
 
 
 def input_gradients(
@@ -104,11 +109,12 @@ def input_gradients(
         with torch.enable_grad():
             output = layer(hidden, *args, **kwargs)
             output = output[0] if isinstance(output, tuple) else output
-        outputs, at_inputs = [moments.outputs.pop(path) for path in moments.paths], []
+        reached = [path for path in moments.paths if path in moments.outputs]  # some experts may have no token
+        outputs, at_inputs = [moments.outputs.pop(path) for path in reached], []
         for gradient, retain_graph in zip(both.chunk(2, -1), (True, False), strict=True):
             below, *at_linears = torch.autograd.grad(output, [hidden, *outputs], gradient, retain_graph)
             if not torch.isfinite(below).all():
                 raise HiSVDError(f"The gradients in {name} are NaN or infinite; use --dtype float32 or --no_gradients.")
-            moments.add(dict(zip(moments.paths, at_linears, strict=True)))
+            moments.add(hidden.shape[:-1].numel(), dict(zip(reached, at_linears, strict=True)))
             at_inputs.append(below)
         yield torch.cat(at_inputs, -1)

@@ -19,7 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from hisvd.calibration_cache import CalibrationCache, output_moment
+from hisvd.calibration_cache import CalibrationCache, input_moment, output_moment
+from hisvd.component.experts import is_routed
 from hisvd.component.low_rank import factor_tensors, modules_of, swap_linears
 from hisvd.int6_fit import int6_entries
 from hisvd.shape_utils import FactorForm, Sublayer, is_dense
@@ -37,11 +38,12 @@ RIDGE = 1e-1  # added to E[x' x'ᵀ] before it is inverted, as a fraction of its
 class UpdateMoments(NamedTuple):
     """Means over tokens, float64: own E[x' x'ᵀ] (n, n), lag E[(x − x') x'ᵀ] (n, n), stream E[e x'ᵀ] (hidden, n).
 
-    `stream` is measured where a linear that reads x' writes into the residual stream.
+    `stream` is measured where a linear that reads x' writes into the residual stream. An expert has `own` alone, from
+    the original model: the compressed one sends it other tokens, which have no counterpart.
     """
 
     own: torch.Tensor
-    lag: torch.Tensor
+    lag: torch.Tensor | None = None
     stream: torch.Tensor | None = None
 
 
@@ -150,14 +152,21 @@ class SequentialUpdate:
         layers = {target: self.streamed.layer(index) for target in self.compressed}
         statistics = self.cache.read_layer(index)
         for members in self.cache.groups_of(index):
-            for target, moments in self._measure(index, original, layers, members).items():
+            if is_routed(members[0].type):
+                own = input_moment(members[0], statistics, self.device)
+                measured = dict.fromkeys(layers, UpdateMoments(own))
+            else:
+                measured = self._measure(index, original, layers, members)
+            for target, moments in measured.items():
                 own_root = cholesky_root(moments.own, RIDGE)
                 root = cholesky_root(moments.own, H_DAMPING) if whitening != "none" else None
                 for s in members:
                     linear, rank = layers[target].get_submodule(s.type), ranks[target][s.name]
                     dtype = stored[self.checkpoint.stored_name(f"{s.name}.weight")].dtype
                     gamma = GAMMA if s.type in self.adapter.stream else 0
-                    weight = update_target(linear.weight, own_root, moments, MU, gamma)
+                    weight = linear.weight
+                    if moments.lag is not None:
+                        weight = update_target(weight, own_root, moments, MU, gamma)
                     tensors = {"weight": weight.to(dtype)}
                     if not is_dense(rank, s.shape, form):
                         f = output_moment(s, statistics, whitening, self.device)

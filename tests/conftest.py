@@ -33,7 +33,7 @@ HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embed
 CONFIGS = {
     "llama": LlamaConfig(**SHARED, **HEADS, tie_word_embeddings=True),
     "mistral": MistralConfig(**SHARED, **HEADS, sliding_window=8, head_dim=24),
-    "qwen2": Qwen2Config(**SHARED, **HEADS),  # biases on q, k, v, and no adapter: the generic one
+    "qwen2": Qwen2Config(**SHARED, **HEADS),  # biases on q, k, v
 }
 
 IDS = torch.arange(40).view(2, 20)

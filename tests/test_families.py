@@ -11,13 +11,18 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
+    MixtralConfig,
     OPTConfig,
     Phi3Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
+    StableLmConfig,
 )
 
 import hisvd
 from hisvd.calibration_cache import read_cache
+from hisvd.component.experts import separate_experts
 from hisvd.component.families import adapter_for
 from hisvd.component.low_rank import factor_tensors, swap_linears
 from hisvd.utils.model_utils import open_checkpoint
@@ -25,6 +30,7 @@ from hisvd.utils.streaming import decoder_layers
 
 ROPE = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 OPT = {"vocab_size": 300, "hidden_size": 64, "ffn_dim": 160, "num_hidden_layers": 4, "num_attention_heads": 4}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 TINY = {"initializer_range": 0.1}
 CONFIGS = {
     "llama3": LlamaConfig(
@@ -38,6 +44,12 @@ CONFIGS = {
     "opt-350m": OPTConfig(
         **OPT, word_embed_proj_dim=32, init_std=0.1, max_position_embeddings=128, do_layer_norm_before=False
     ),
+    "mixtral": MixtralConfig(**SHARED, **HEADS, **TINY, num_local_experts=4, num_experts_per_tok=2),
+    "qwen2_moe": Qwen2MoeConfig(
+        **SHARED, **HEADS, **TINY, **EXPERTS, shared_expert_intermediate_size=96, norm_topk_prob=True
+    ),
+    "qwen3_moe": Qwen3MoeConfig(**SHARED, **HEADS, **TINY, **EXPERTS, mlp_only_layers=[1]),
+    "generic (stablelm)": StableLmConfig(**SHARED, **HEADS, **TINY),
     "gpt2": GPT2Config(vocab_size=300, n_embd=64, n_layer=4, n_head=4, n_positions=128, **TINY),
 }
 
@@ -45,9 +57,11 @@ CONFIGS = {
 @pytest.fixture(scope="module", params=CONFIGS)
 def chain(request, tokenizer, tmp_path_factory):
     """(family, model folder of several shards, cache, folder compressed to 0.6)."""
-    root = tmp_path_factory.mktemp(request.param)
+    root = tmp_path_factory.mktemp("family")
     model = build_model(CONFIGS[request.param], root / "one", tokenizer)
-    AutoModelForCausalLM.from_pretrained(model).save_pretrained(root / "model", max_shard_size="100KB")
+    whole = AutoModelForCausalLM.from_pretrained(model)
+    # GPT-2 is published as saved from the base model: names without "transformer."
+    (whole.base_model if request.param == "gpt2" else whole).save_pretrained(root / "model", max_shard_size="100KB")
     tokenizer.save_pretrained(root / "model")
     assert len(list((root / "model").glob("*.safetensors"))) > 2
     assert run("calibrate", *calibrate_arguments(root / "model", root)).code == 0
@@ -61,12 +75,13 @@ def chain(request, tokenizer, tmp_path_factory):
 def test_the_familys_own_adapter_names_all_linears(chain):
     family, folder, cache, _ = chain
     model = AutoModelForCausalLM.from_pretrained(folder)
+    separate_experts(model)
     adapter = adapter_for(model)
-    assert adapter.family in family and adapter.inputs
-    found = {s.type for s in read_cache(cache).sublayers}
-    for layer in decoder_layers(model, adapter):
+    assert adapter.family in family and bool(adapter.inputs) != family.startswith("generic")
+    for index, layer in enumerate(decoder_layers(model, adapter)):
         two_dimensional = {name.removesuffix(".weight") for name, p in layer.named_parameters() if p.dim() == 2}
-        assert two_dimensional == found
+        routers = {name for name in two_dimensional if name.endswith((".gate", "_expert_gate"))}
+        assert two_dimensional - routers == {s.type for s in read_cache(cache).sublayers_of(index)}
 
 
 def test_budget_is_met_in_the_saved_file(chain):
@@ -113,6 +128,7 @@ def test_full_rank_factors_reproduce_the_logits(chain, form):
     model, checkpoint = hisvd.load(folder), open_checkpoint(str(folder))
     with torch.no_grad():
         before = model(IDS).logits
+        separate_experts(model)
         for s in read_cache(cache).sublayers:
             stored = checkpoint.stored_name(f"{s.name}.weight")
             u, sigma, vh = torch.linalg.svd(checkpoint.read([stored])[stored].double(), full_matrices=False)

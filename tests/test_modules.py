@@ -56,5 +56,5 @@ def test_families_and_the_generic_fallback(model_folders):
     assert families == {
         "llama": ("llama", "model.layers"),
         "mistral": ("mistral", "model.layers"),
-        "qwen2": ("generic (qwen2)", "model.layers"),
+        "qwen2": ("qwen2", "model.layers"),
     }

@@ -155,6 +155,8 @@ def linear_numbers(model: PreTrainedModel) -> tuple[int, int]:
             size = math.prod(linear_shape(module))
             dense += size if module not in factors else 0
             stored += size // 2 if isinstance(module, INT6SparseLinear) else size
+        fused = sum(p.numel() for p in module.parameters(recurse=False) if p.dim() == 3)  # experts, not separated
+        stored, dense = stored + fused, dense + fused
     return stored, dense
 
 

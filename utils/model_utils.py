@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from hisvd.component.conv1d import as_linears, conv1d_weights
+from hisvd.component.experts import separate_experts
 from hisvd.errors import HiSVDError
 from hisvd.utils import distributed
 
@@ -89,10 +90,11 @@ class Checkpoint:
     def stored_name(self, name: str) -> str:
         """The checkpoint's name for the parameter `name` of the causal language model.
 
-        Checkpoints saved from a base model (GPT-2, OPT) leave out the first component of the name.
+        Checkpoints saved from a base model (GPT-2, OPT) leave out the first component of the name; Mixtral's have the
+        name that the experts' block had in older versions of transformers.
         """
-        short = name.partition(".")[2]
-        return short if name not in self.files and short in self.files else name
+        others = (name.partition(".")[2], name.replace(".mlp.", ".block_sparse_moe."))
+        return next((n for n in (name, *others) if n in self.files), name)
 
     def count_numbers(self) -> int:
         """Numbers in all tensors of the checkpoint."""
@@ -222,9 +224,10 @@ def open_checkpoint(model_path: str) -> Checkpoint:
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The causal language model with its parameters on the meta device and its buffers computed, in eval mode.
 
-    GPT-2's Conv1D modules are nn.Linear ones in it.
+    GPT-2's Conv1D modules are nn.Linear ones in it, and experts have linears of their own.
     """
     model = _meta_model(config)
+    separate_experts(model)
     as_linears(model)
     return model.eval()
 

@@ -126,7 +126,7 @@ class ModelWriter:
         codes = {name.removesuffix(".packed_weight") for name in stored if name.endswith(".packed_weight")}
         if codes:
             report["int6"] = int6_figures(codes, stored)
-            modules = modules | {name: {"form": "int6"} for name in codes}
+            modules = modules | {name: {"form": "int6"} for name in self._module_names(checkpoint, codes)}
         self._write_side_files(checkpoint, modules, report, weight_map)
         (self.folder / PLAN).unlink()
         for activations in self.folder.glob("*.bin"):
@@ -139,6 +139,16 @@ class ModelWriter:
             self.folder.rename(self.output)
             sync_file(self.output.parent)
         return report
+
+    def _module_names(self, checkpoint: Checkpoint, codes: set[str]) -> list[str]:
+        """The names inside the model of linears, or factors of them, that are stored under the names `codes`."""
+        linears = [row["name"] for row in self.plan["sublayers"]]
+        by_stored = {checkpoint.stored_name(f"{name}.weight").removesuffix(".weight"): name for name in linears}
+        names = []
+        for code in codes:
+            parent, _, factor = code.rpartition(".")
+            names.append(by_stored[code] if code in by_stored else f"{by_stored[parent]}.{factor}")
+        return names
 
     def _write_side_files(
         self, checkpoint: Checkpoint, modules: dict[str, dict], report: dict, weight_map: dict[str, str]

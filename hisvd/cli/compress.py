@@ -8,12 +8,13 @@ import click
 
 from hisvd.calibration_cache import CalibrationCache, check_same_model, open_finished_cache
 from hisvd.cli.common import device_option, program, say, table
+from hisvd.component.experts import kind_of
 from hisvd.compression import compress, plan_ranks
 from hisvd.errors import HiSVDError
 from hisvd.int6_gate import export_within
 from hisvd.rank_metrics import RANK_METHODS
 from hisvd.refinement import MODULATIONS
-from hisvd.shape_utils import is_dense, stored_numbers
+from hisvd.shape_utils import Sublayer, is_dense, stored_numbers
 from hisvd.sparse_int6 import COLUMNS
 from hisvd.utils import distributed
 from hisvd.utils.files import check_writable_file, write_json
@@ -257,12 +258,20 @@ def plan_report(cache: CalibrationCache, target: float, ranks: list[int], settin
 
 
 def rank_table(cache: CalibrationCache, ranks: list[int], form: str) -> str:
-    """Ranks as a table: a row a decoder layer, a column a sublayer type."""
-    types = list(dict.fromkeys(s.type for s in cache.sublayers))
-    cells: dict[tuple[int, str], str] = {}
+    """Ranks as a table: a row a decoder layer, a column a sublayer type; of experts the smallest and the largest."""
+    types = list(dict.fromkeys(kind_of(s.type) for s in cache.sublayers))
+    found: dict[tuple[int, str], list[Sublayer]] = {}
+    rank_in = {}
     for s, r in zip(cache.sublayers, ranks, strict=True):
-        cells[s.layer, s.type] = "dense" if is_dense(r, s.shape, form) else str(r)
-    rows = [[i, *(cells.get((i, t), "") for t in types)] for i in range(cache.num_layers)]
+        found.setdefault((s.layer, kind_of(s.type)), []).append(s)
+        rank_in[s.name] = r
+
+    def cell(members: list[Sublayer]) -> str:
+        ends = sorted(members, key=lambda s: rank_in[s.name])
+        texts = ["dense" if is_dense(rank_in[s.name], s.shape, form) else str(rank_in[s.name]) for s in ends]
+        return "–".join(dict.fromkeys([*texts[:1], *texts[-1:]]))
+
+    rows = [[i, *(cell(found.get((i, t), [])) for t in types)] for i in range(cache.num_layers)]
     return table(["layer", *(t.rpartition(".")[2] for t in types)], rows)
 
 

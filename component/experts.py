@@ -1,0 +1,70 @@
+"""Mixtures of experts: transformers keeps the experts' weights of a layer in two tensors; here each has its linears."""
+
+import re
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+# Families whose experts are y = down(act(gate x) * up x), by model type: the linears' names in their checkpoints.
+LINEARS_OF_EXPERTS = {
+    "mixtral": ("w1", "w3", "w2"),
+    "qwen2_moe": ("gate_proj", "up_proj", "down_proj"),
+    "qwen3_moe": ("gate_proj", "up_proj", "down_proj"),
+}
+
+
+class SeparateExperts(nn.ModuleDict):
+    """What the family's fused experts compute, with an nn.Linear for each matrix, so that each can be swapped.
+
+    Member "3" holds the linears of expert 3 by name. Called by the family's own block, behind its router.
+    """
+
+    def __init__(self, fused: nn.Module, names: tuple[str, str, str]) -> None:
+        """Take the weights of `fused`: gate_up_proj (experts, 2 inner, hidden) and down_proj (experts, hidden, inner).
+
+        `names` are those of the gate, up and down linears.
+        """
+        super().__init__()
+        self.names, self.act_fn, self.num_experts = names, fused.act_fn, len(fused.down_proj)
+        for index, (gate_up, down) in enumerate(zip(fused.gate_up_proj, fused.down_proj, strict=True)):
+            matrices = (*gate_up.chunk(2), down)
+            self[str(index)] = nn.ModuleDict({n: _linear(w) for n, w in zip(names, matrices, strict=True)})
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Map (tokens, hidden) to the same shape; the router gave experts and weights (tokens, experts a token)."""
+        result = torch.zeros_like(hidden_states)
+        for index in top_k_index.unique().tolist():
+            gate, up, down = (self[str(index)][name] for name in self.names)
+            token, choice = torch.where(top_k_index == index)
+            x = hidden_states[token]
+            y = down(self.act_fn(gate(x)) * up(x)) * top_k_weights[token, choice, None]
+            result = result.index_add(0, token, y.to(result.dtype))
+        return result
+
+
+def _linear(weight: torch.Tensor) -> nn.Linear:
+    with torch.device("meta"):
+        linear = nn.Linear(*weight.shape[::-1], bias=False)
+    linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+    return linear
+
+
+def separate_experts(model: PreTrainedModel) -> None:
+    """Put SeparateExperts in the place of every fused experts module of `model`, if it is of a family with such."""
+    names = LINEARS_OF_EXPERTS.get(model.config.model_type)
+    fused = [n for n, m in model.named_modules() if getattr(m, "gate_up_proj", None) is not None and m.act_fn]
+    for path in fused if names else ():
+        model.set_submodule(path, SeparateExperts(model.get_submodule(path), names))
+
+
+def kind_of(path: str) -> str:
+    """`path` with a star for the number of an expert: the same for all experts' linears of one kind."""
+    return re.sub(r"\bexperts\.\d+\.", "experts.*.", path)
+
+
+def is_routed(path: str) -> bool:
+    """Whether a linear (or a group of them) belongs to an expert, so that only some tokens reach it."""
+    return kind_of(path) != path

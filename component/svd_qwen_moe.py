@@ -1,0 +1,16 @@
+"""Qwen 2 and 3 with experts in all or some layers; in Qwen 2 one expert beside them sees every token."""
+
+from dataclasses import replace
+
+from hisvd.component import svd_llama
+
+EXPERTS = {
+    "experts.*.in": ("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj"),
+    "experts.*.mid": ("mlp.experts.*.down_proj",),
+}
+SHARED = {
+    "shared_in": ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
+    "shared_mid": ("mlp.shared_expert.down_proj",),
+}
+QWEN2_MOE = replace(svd_llama.ADAPTER, family="qwen2_moe", stream=("self_attn.o_proj",), experts=SHARED | EXPERTS)
+QWEN3_MOE = replace(svd_llama.ADAPTER, family="qwen3_moe", stream=("self_attn.o_proj",), experts=EXPERTS)
