@@ -88,6 +88,7 @@ def compress(
     export: str,
     int6_mode: str,
     device: torch.device,
+    activation_budget: float,
 ) -> None:
     """Write the factored shards of every target, layer by layer; shards from an interrupted run are kept.
 
@@ -111,7 +112,8 @@ def compress(
         folders = {target: writer.folder for target, writer in writers.items()}
         in_step = max(done) <= start + 1  # else the files hold hidden states of several layers
         dtype = getattr(torch, cache.identity["dtype"].removeprefix("torch."))
-        sequential = SequentialUpdate(checkpoint, cache, folders, start if in_step else 0, device, dtype)
+        first_layer = start if in_step else 0
+        sequential = SequentialUpdate(checkpoint, cache, folders, first_layer, device, dtype, activation_budget)
         start = sequential.first_layer
     first, processes = distributed.rank() == 0, distributed.size()
     indices = range(start, cache.num_layers)

@@ -104,6 +104,7 @@ class SequentialUpdate:
         first_layer: int,
         device: torch.device,
         dtype: torch.dtype,
+        activation_budget: float = 0,
     ) -> None:
         """Bring the streams of all targets in `folders` to `first_layer`, or to layer 0 if their files are gone.
 
@@ -112,7 +113,8 @@ class SequentialUpdate:
         """
         self.checkpoint, self.cache, self.device = checkpoint, cache, device
         tokens = distributed.share(cache.read_tokens())
-        self.streamed = StreamedModel(checkpoint, default_batch_size(tokens.shape[1]), device, dtype)
+        batch_size = default_batch_size(tokens.shape[1])
+        self.streamed = StreamedModel(checkpoint, batch_size, device, dtype, activation_budget)
         self.adapter = self.streamed.adapter
 
         def stream_files(path: Path) -> list[ActivationFile]:

@@ -24,11 +24,15 @@ Arguments = tuple[tuple, dict[str, Any]]  # what a decoder layer receives beside
 
 
 class ActivationFile:
-    """Hidden states (sequences, seqlen, hidden) in a flat file, read and written a batch at a time."""
+    """Hidden states (sequences, seqlen, hidden) in a flat file, read and written a batch at a time.
 
-    def __init__(self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-        self.path, self.shape, self.dtype = path, shape, dtype
+    The file is there for a run that goes on after a kill; with `in_memory` what was written is read from memory.
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype, in_memory: bool = False) -> None:
+        self.path, self.shape, self.dtype, self.in_memory = path, shape, dtype, in_memory
         self.bytes_per_sequence = shape[1] * shape[2] * dtype.itemsize
+        self.batches: list[torch.Tensor] = []
 
     def is_whole(self) -> bool:
         """Whether the file is there with all its bytes."""
@@ -37,21 +41,26 @@ class ActivationFile:
     def write(self, batches: Iterator[torch.Tensor], head: "ActivationFile | None" = None) -> None:
         """Write consecutive batches (b, seqlen, hidden) and fsync; `head` receives the first sequences too."""
         with ExitStack() as stack:
-            file = stack.enter_context(open(self.path, "wb"))
-            head_file = stack.enter_context(open(head.path, "wb")) if head else None
-            missing = head.shape[0] if head else 0
+            missing = {self: self.shape[0], **({head: head.shape[0]} if head else {})}
+            files = {target: stack.enter_context(open(target.path, "wb")) for target in missing}
+            for target in missing:
+                target.batches.clear()
             for batch in batches:
-                data = batch.detach().to("cpu", self.dtype).contiguous().view(torch.uint8).numpy()
-                file.write(data.data)
-                if head_file and missing > 0:
-                    head_file.write(data[:missing].data)
-                    missing -= len(data)
-        sync_file(self.path)
-        if head:
-            sync_file(head.path)
+                stored = batch.detach().to("cpu", self.dtype).contiguous()
+                for target in missing:
+                    part = stored[: missing[target]]
+                    missing[target] -= len(part)
+                    files[target].write(part.view(torch.uint8).numpy().data)
+                    if target.in_memory and len(part):
+                        target.batches.append(part)
+        for target in missing:
+            sync_file(target.path)
 
     def read(self, batch_size: int, device: torch.device) -> Iterator[torch.Tensor]:
-        """Yield consecutive batches (b, seqlen, hidden) on `device`."""
+        """Yield consecutive batches (b, seqlen, hidden) on `device`; from memory, batches as they were written."""
+        if self.batches:
+            yield from (batch.to(device, copy=True) for batch in self.batches)
+            return
         with open(self.path, "rb") as file:
             while data := bytearray(file.read(batch_size * self.bytes_per_sequence)):
                 yield torch.frombuffer(data, dtype=self.dtype).view(-1, *self.shape[1:]).to(device)
@@ -77,16 +86,26 @@ def decoder_layers(model: PreTrainedModel, adapter: Adapter) -> nn.ModuleList:
 class StreamedModel:
     """A causal language model of which one decoder layer at a time is in memory; `skeleton` holds all else.
 
-    Batches have `batch_size` sequences and live on `device` in `dtype`.
+    Batches have `batch_size` sequences and live on `device` in `dtype`. Its activation files, in the order in which
+    they are asked for, are held in memory, too, as long as they take no more than `activation_budget` bytes.
     """
 
-    def __init__(self, checkpoint: Checkpoint, batch_size: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        batch_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        activation_budget: float = 0,
+    ) -> None:
         """Load what lies outside the decoder layers: embeddings, final norm, head.
 
         Raises:
             HiSVDError: a weight is missing or not finite.
         """
         self.checkpoint, self.batch_size, self.device, self.dtype = checkpoint, batch_size, device, dtype
+        self._memory_left = activation_budget
+        self._files: dict[Path, ActivationFile] = {}
         self.skeleton = empty_model(checkpoint.config)
         self.adapter = adapter_for(self.skeleton)
         names = {
@@ -130,9 +149,13 @@ class StreamedModel:
         return layer.to(self.device)
 
     def file(self, path: Path, tokens: torch.Tensor, side_by_side: int = 1) -> ActivationFile:
-        """A file for so many hidden states of every one of `tokens` (sequences, seqlen)."""
-        width = side_by_side * self.checkpoint.config.get_text_config().hidden_size
-        return ActivationFile(path, (*tokens.shape, width), self.dtype)
+        """The file at `path` for so many hidden states of every one of `tokens` (sequences, seqlen)."""
+        if path not in self._files:
+            width = side_by_side * self.checkpoint.config.get_text_config().hidden_size
+            size = tokens.numel() * width * self.dtype.itemsize
+            self._files[path] = ActivationFile(path, (*tokens.shape, width), self.dtype, size <= self._memory_left)
+            self._memory_left -= size if size <= self._memory_left else 0
+        return self._files[path]
 
     def read(self, file: ActivationFile) -> Iterator[torch.Tensor]:
         """Consecutive batches of a file."""

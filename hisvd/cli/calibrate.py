@@ -5,7 +5,7 @@ import torch
 
 from hisvd.calibration import Calibration, open_or_create_cache
 from hisvd.calibration_cache import cache_folder
-from hisvd.cli.common import data_dir_option, device_option, dtype_option, program, say
+from hisvd.cli.common import activation_budget_option, data_dir_option, device_option, dtype_option, program, say
 from hisvd.errors import HiSVDError
 from hisvd.utils import distributed
 from hisvd.utils.data_utils import (
@@ -52,6 +52,7 @@ from hisvd.utils.streaming import StreamedModel
 )
 @click.option("--batch_size", type=click.IntRange(1), help="Sequences a forward  [default: about 4096 tokens]")
 @click.option("--output_dir", default="calibration_cache", show_default=True, help="Where caches are kept.")
+@activation_budget_option
 @device_option
 @dtype_option
 @program
@@ -68,6 +69,7 @@ def main(
     grad_nsamples: int,
     batch_size: int | None,
     output_dir: str,
+    activation_budget_gb: float,
     device: str,
     dtype: str,
 ) -> None:
@@ -104,7 +106,8 @@ def main(
     if cache.complete:
         say(f"{folder} is complete already: nothing to do.")
     else:
-        streamed = StreamedModel(checkpoint, batch_size or default_batch_size(seqlen), torch_device, torch_dtype)
+        batch_size = batch_size or default_batch_size(seqlen)
+        streamed = StreamedModel(checkpoint, batch_size, torch_device, torch_dtype, 1e9 * activation_budget_gb)
         Calibration(streamed, tokens, cache).run()
     distributed.wait()
     if distributed.rank() == 0:

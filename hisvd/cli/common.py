@@ -58,6 +58,17 @@ def dtype_option(function: Callable) -> Callable:
     )(function)
 
 
+def activation_budget_option(function: Callable) -> Callable:
+    """--activation_budget_gb."""
+    return click.option(
+        "--activation_budget_gb",
+        type=click.FloatRange(0),
+        default=0.0,
+        show_default=True,
+        help="Hidden states up to this size are read from memory; past it, from the files that hold them in any case.",
+    )(function)
+
+
 def data_dir_option(function: Callable) -> Callable:
     """--data_dir."""
     return click.option(

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from hisvd.calibration_cache import CalibrationCache, check_same_model, open_finished_cache
-from hisvd.cli.common import device_option, program, say, table
+from hisvd.cli.common import activation_budget_option, device_option, program, say, table
 from hisvd.component.experts import kind_of
 from hisvd.compression import compress, plan_ranks
 from hisvd.errors import HiSVDError
@@ -28,6 +28,7 @@ NOT_SETTINGS = (
     "plan_only",
     "save_model",
     "json_path",
+    "activation_budget_gb",
     "device",
 )
 # Settings that do not bear on the ranks.
@@ -136,6 +137,7 @@ def parse_targets(text: str) -> list[float]:
 @click.option("--plan_only", is_flag=True, help="Print the rank table from the cache alone and stop.")
 @click.option("--save_model", help="X.pt, or a folder.  [required unless --plan_only]")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the figures to this file.")
+@activation_budget_option
 @device_option
 @click.pass_context
 @program
@@ -198,6 +200,7 @@ def main(context: click.Context, **options: object) -> None:
         export="none" if gated else settings["export"],
         int6_mode=settings["int6_mode"],
         device=device,
+        activation_budget=1e9 * options["activation_budget_gb"],
     )
     if distributed.rank() > 0:
         return  # the first process puts the shards together
