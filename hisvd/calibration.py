@@ -174,7 +174,8 @@ class Calibration:
         if not cache.gradients or not distributed.everywhere(files[todo % 2].is_whole()):
             cache.gradients.clear()
             top = streamed.read(self._kept(cache.num_layers))
-            files[cache.num_layers % 2].write(gradients_at_top(streamed, top, tokens, draws))
+            with streamed.outside_weights():
+                files[cache.num_layers % 2].write(gradients_at_top(streamed, top, tokens, draws))
         for done in _progress("gradients of layers", len(cache.gradients), cache.num_layers):
             index = cache.num_layers - 1 - done
             layer, name = streamed.layer(index), streamed.layer_name(index)
@@ -218,16 +219,16 @@ def layer_statistics(
     tensors: dict[str, torch.Tensor] = {}
     sublayers = []
     for group, paths in moments.groups.items():
-        moment = moments.moments.pop(group) / moments.tokens[group]  # frees the largest tensors as early as possible
-        tensors[f"{group}.eigenvalues"], tensors[f"{group}.eigenvectors"] = torch.linalg.eigh(moment)
+        moment = moments.moments.pop(group).div_(moments.tokens[group])  # popped: the largest tensors go early
+        tensors[f"{group}.eigenvalues"], tensors[f"{group}.eigenvectors"] = map(_stored, torch.linalg.eigh(moment))
         root = cholesky_root(moment, H_DAMPING)
         for path in paths:
             weight = layer.get_submodule(path).weight
             sublayers.append(Sublayer(f"{layer_name}.{path}", index, path, group, *weight.shape))
-            tensors[f"{path}.singular_values"] = singular_values(weight)
-            tensors[f"{path}.whitened_singular_values"] = singular_values(whitened(weight, root))
-            tensors[f"{path}.Vh"] = left_singular_vectors(weight.T)[:, :NUM_LEADING_VECTORS].T
-    return {name: t.float().cpu() for name, t in tensors.items()}, sublayers
+            tensors[f"{path}.singular_values"] = _stored(singular_values(weight))
+            tensors[f"{path}.whitened_singular_values"] = _stored(singular_values(whitened(weight, root)))
+            tensors[f"{path}.Vh"] = _stored(left_singular_vectors(weight.T, NUM_LEADING_VECTORS).T)
+    return tensors, sublayers
 
 
 def gradient_statistics(
@@ -244,11 +245,15 @@ def gradient_statistics(
     for members in cache.groups_of(index):
         root = input_root(members[0], forward, "input", next(layer.parameters()).device)
         for path in (s.type for s in members):
-            eigenvalues, eigenvectors = torch.linalg.eigh(moments.moments.pop(path) / moments.tokens)
-            tensors[f"{path}.F_eigenvalues"], tensors[f"{path}.F_eigenvectors"] = eigenvalues, eigenvectors
-            a = whitened(layer.get_submodule(path).weight, root, damped(eigenvalues, eigenvectors, F_DAMPING))
-            tensors[f"{path}.two_sided_singular_values"] = singular_values(a)
-    return {name: t.float().cpu() for name, t in tensors.items()}
+            f = torch.linalg.eigh(moments.moments.pop(path).div_(moments.tokens))
+            tensors[f"{path}.F_eigenvalues"], tensors[f"{path}.F_eigenvectors"] = map(_stored, f)
+            a = whitened(layer.get_submodule(path).weight, root, damped(*f, F_DAMPING))
+            tensors[f"{path}.two_sided_singular_values"] = _stored(singular_values(a))
+    return tensors
+
+
+def _stored(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float().cpu().contiguous()
 
 
 def open_or_create_cache(folder: Path, identity: dict, options: dict, num_layers: int) -> CalibrationCache:

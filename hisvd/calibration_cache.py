@@ -50,6 +50,11 @@ class CalibrationCache:
         return self.identity["grad_nsamples"] > 0
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What the calibration's forward passes computed in."""
+        return getattr(torch, self.identity["dtype"].removeprefix("torch."))
+
+    @property
     def complete(self) -> bool:
         """Whether every layer is there, of both passes."""
         return len(self.layers) == self.num_layers and len(self.gradients) == self.num_layers * self.has_gradients
@@ -147,6 +152,14 @@ class CalibrationCache:
             HiSVDError: a file is missing, truncated or edited.
         """
         return {k: t for entry in self._files_of(index) for k, t in self._read_checked(entry).items()}
+
+    def read_backward(self, index: int) -> dict[str, torch.Tensor]:
+        """The gradient pass's tensors of one layer, checked; none if there was no such pass.
+
+        Raises:
+            HiSVDError: the file is missing, truncated or edited.
+        """
+        return {k: t for entry in self._files_of(index)[1:] for k, t in self._read_checked(entry).items()}
 
     def read_forward(self, index: int) -> dict[str, torch.Tensor]:
         """The forward pass's tensors of one layer, checked; what the gradient pass builds on.

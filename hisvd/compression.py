@@ -111,9 +111,8 @@ def compress(
     if update == "sequential" and changes and start < cache.num_layers:
         folders = {target: writer.folder for target, writer in writers.items()}
         in_step = max(done) <= start + 1  # else the files hold hidden states of several layers
-        dtype = getattr(torch, cache.identity["dtype"].removeprefix("torch."))
         first_layer = start if in_step else 0
-        sequential = SequentialUpdate(checkpoint, cache, folders, first_layer, device, dtype, activation_budget)
+        sequential = SequentialUpdate(checkpoint, cache, folders, first_layer, device, activation_budget)
         start = sequential.first_layer
     first, processes = distributed.rank() == 0, distributed.size()
     indices = range(start, cache.num_layers)

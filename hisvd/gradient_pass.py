@@ -22,8 +22,8 @@ def gradients_at_top(
     """Gradients (b, seqlen, 2 hidden) of summed next-token losses with respect to the last layer's outputs.
 
     `hidden` yields those outputs for consecutive batches of `tokens`; `draws` (sequences, seqlen − 1) holds numbers
-    drawn from [0, 1). The first half is for the text's own tokens, the second for tokens drawn from the model's
-    predictions: F is then the mean of the empirical Fisher matrix and of a
+    drawn from [0, 1). To be consumed inside `streamed.outside_weights`. The first half is for the text's own tokens,
+    the second for tokens drawn from the model's predictions: F is then the mean of the empirical Fisher matrix and of a
     sample of the exact one, which errs less than either. Norm and head treat tokens one by one, and run on few at a
     time, as logits are large.
     """

@@ -167,9 +167,8 @@ class HeldOutText:
         """
         self.codes, self.cache = codes, codes.cache
         self.tokens = self.cache.read_held_out()
-        dtype = getattr(torch, self.cache.identity["dtype"].removeprefix("torch."))
         batch_size = default_batch_size(self.tokens.shape[1])
-        self.streamed = StreamedModel(codes.checkpoint, batch_size, codes.device, dtype)
+        self.streamed = StreamedModel(codes.checkpoint, batch_size, codes.device, self.cache.dtype)
         names = ("embedded", "held_out_0", "held_out_1")
         files = [self.streamed.file(codes.writer.folder / f"{name}.bin", self.tokens) for name in names]
         self.embedded, *self.hidden = files
@@ -185,8 +184,9 @@ class HeldOutText:
             target.write(streamed.outputs(layer, index, source, self.arguments[index]))
             source = target
         at_once, total = tokens_at_once(streamed.skeleton), 0.0
-        for states, ids in zip(streamed.read(source), self.tokens.split(streamed.batch_size), strict=True):
-            total += summed_loss(states, ids.to(states.device), streamed.logits, at_once)
+        with streamed.outside_weights():
+            for states, ids in zip(streamed.read(source), self.tokens.split(streamed.batch_size), strict=True):
+                total += summed_loss(states, ids.to(states.device), streamed.logits, at_once)
         return math.exp(total / self.tokens[:, 1:].numel())
 
     def _layer(self, index: int, tensors: Entries) -> nn.Module:

@@ -9,7 +9,6 @@ linears that write into the residual stream also make good a part γ of the erro
 Source of the first term: the asymmetric calibration of GPTAQ, arXiv 2504.02692; MPIFA, arXiv 2501.19090, mixes by μ.
 """
 
-import itertools
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
@@ -103,7 +102,6 @@ class SequentialUpdate:
         folders: dict[float, Path],
         first_layer: int,
         device: torch.device,
-        dtype: torch.dtype,
         activation_budget: float = 0,
     ) -> None:
         """Bring the streams of all targets in `folders` to `first_layer`, or to layer 0 if their files are gone.
@@ -114,7 +112,7 @@ class SequentialUpdate:
         self.checkpoint, self.cache, self.device = checkpoint, cache, device
         tokens = distributed.share(cache.read_tokens())
         batch_size = default_batch_size(tokens.shape[1])
-        self.streamed = StreamedModel(checkpoint, batch_size, device, dtype, activation_budget)
+        self.streamed = StreamedModel(checkpoint, batch_size, device, cache.dtype, activation_budget)
         self.adapter = self.streamed.adapter
 
         def stream_files(path: Path) -> list[ActivationFile]:
@@ -152,36 +150,42 @@ class SequentialUpdate:
         """
         original = self.streamed.layer(index)
         layers = {target: self.streamed.layer(index) for target in self.compressed}
-        statistics = self.cache.read_layer(index)
+        routed = any(is_routed(s.type) for s in self.cache.sublayers_of(index))
+        statistics = self.cache.read_layer(index) if routed else self.cache.read_backward(index)
         for members in self.cache.groups_of(index):
             if is_routed(members[0].type):
                 own = input_moment(members[0], statistics, self.device)
                 measured = dict.fromkeys(layers, UpdateMoments(own))
             else:
                 measured = self._measure(index, original, layers, members)
-            for target, moments in measured.items():
-                own_root = cholesky_root(moments.own, RIDGE)
-                root = cholesky_root(moments.own, H_DAMPING) if whitening != "none" else None
+            for target, layer in layers.items():
+                weights = self._updated(layer, members, measured[target])
+                own = measured.pop(target).own
+                root = cholesky_root(own, H_DAMPING) if whitening != "none" else None
                 for s in members:
-                    linear, rank = layers[target].get_submodule(s.type), ranks[target][s.name]
+                    weight, rank = weights.pop(s.type), ranks[target][s.name]
                     dtype = stored[self.checkpoint.stored_name(f"{s.name}.weight")].dtype
-                    gamma = GAMMA if s.type in self.adapter.stream else 0
-                    weight = linear.weight
-                    if moments.lag is not None:
-                        weight = update_target(weight, own_root, moments, MU, gamma)
                     tensors = {"weight": weight.to(dtype)}
                     if not is_dense(rank, s.shape, form):
                         f = output_moment(s, statistics, whitening, self.device)
                         factors = low_rank_factors(weight, left_singular_vectors(whitened(weight, root, f)), rank, f)
                         tensors = factor_tensors(*factors, "dense" if export == "dense" else form, dtype, root)
                     if export == "int6":
-                        tensors = int6_entries(tensors, moments.own if int6_mode == "calibrated" else None)
-                    swap_linears(layers[target], modules_of(s.type, tensors))
-                    layers[target].get_submodule(s.type).load_state_dict(tensors, strict=False)
+                        tensors = int6_entries(tensors, own if int6_mode == "calibrated" else None)
+                    swap_linears(layer, modules_of(s.type, tensors))
+                    layer.get_submodule(s.type).load_state_dict(tensors, strict=False)
                     yield target, s, tensors
         self._advance(index, original, self.original)
         for target, files in self.compressed.items():
             self._advance(index, layers[target], files)
+
+    def _updated(self, layer: nn.Module, members: list[Sublayer], moments: UpdateMoments) -> dict[str, torch.Tensor]:
+        """The weights that the factors of `members`, which share an input, are to come close to, by type."""
+        weights = {s.type: layer.get_submodule(s.type).weight for s in members}
+        if moments.lag is None:
+            return weights
+        root, writers = cholesky_root(moments.own, RIDGE), self.adapter.stream
+        return {t: update_target(w, root, moments, MU, GAMMA if t in writers else 0) for t, w in weights.items()}
 
     def _measure(
         self, index: int, original: nn.Module, layers: dict[float, nn.Module], group: list[Sublayer]
@@ -197,11 +201,14 @@ class SequentialUpdate:
             for (target, layer), hidden_c in zip(layers.items(), compressed, strict=True):
                 x_c, stream_c = input_and_stream(layer, path, writers, hidden_c, arguments)
                 left = [x_c, x - x_c] + [stream - stream_c] * any(s.type in writers for s in group)
-                totals = sums.get(target, itertools.repeat(0.0))
-                sums[target] = [total + (a.T @ x_c).double() for total, a in zip(totals, left, strict=False)]
+                if target not in sums:
+                    sums[target] = [x.new_zeros(a.shape[1], x.shape[1], dtype=torch.float64) for a in left]
+                for total, a in zip(sums[target], left, strict=True):
+                    total += a.T @ x_c
         tokens = int(distributed.total(torch.tensor(tokens)))
         return {
-            target: UpdateMoments(*(distributed.total(m) / tokens for m in moments)) for target, moments in sums.items()
+            target: UpdateMoments(*(distributed.total(m).div_(tokens) for m in moments))
+            for target, moments in sums.items()
         }
 
     def _all_files(self) -> list[list[ActivationFile]]:

@@ -34,12 +34,13 @@ def cholesky_root(moment: torch.Tensor, damping: float) -> torch.Tensor:
 
     Eigenvalues that rounding left below zero count as zero.
     """
-    moment = moment.double()
-    shift = (damping * moment.diagonal().mean()).clamp_min(torch.finfo(torch.float64).tiny)
-    root, failed = torch.linalg.cholesky_ex(moment + shift * torch.eye(len(moment), device=moment.device))
+    shifted = moment.to(torch.float64, copy=True)
+    shift = (damping * shifted.diagonal().mean()).clamp_min(torch.finfo(torch.float64).tiny)
+    shifted.diagonal().add_(shift)
+    root, failed = torch.linalg.cholesky_ex(shifted)
     if not failed:
         return root
-    eigenvalues, eigenvectors = torch.linalg.eigh(moment)
+    eigenvalues, eigenvectors = torch.linalg.eigh(moment.double())
     return torch.linalg.qr((eigenvectors * (eigenvalues.clamp_min(0) + shift).sqrt()).T).R.T
 
 
@@ -66,16 +67,17 @@ def singular_values(matrix: torch.Tensor) -> torch.Tensor:
     return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0).sqrt()
 
 
-def left_singular_vectors(matrix: torch.Tensor) -> torch.Tensor:
+def left_singular_vectors(matrix: torch.Tensor, count: int | None = None) -> torch.Tensor:
     """U of shape (m, min(m, n)) in float64, columns by falling singular value, exactly orthonormal.
 
-    From the eigenvectors of the smaller Gram matrix. Where that is AᵀA = V Σ² Vᵀ, the columns of A V are
-    orthogonal already; QR scales them and completes the basis where singular values vanish.
+    With `count` its first columns alone. From the eigenvectors of the smaller Gram matrix. Where that is
+    AᵀA = V Σ² Vᵀ, the columns of A V are orthogonal already; QR scales them and completes the basis where singular
+    values vanish.
     """
     matrix = matrix.double()
     if matrix.shape[0] <= matrix.shape[1]:
-        return torch.linalg.eigh(matrix @ matrix.T).eigenvectors.flip(1)
-    right = torch.linalg.eigh(matrix.T @ matrix).eigenvectors.flip(1)
+        return torch.linalg.eigh(matrix @ matrix.T).eigenvectors.flip(1)[:, :count]
+    right = torch.linalg.eigh(matrix.T @ matrix).eigenvectors.flip(1)[:, :count]
     return torch.linalg.qr(matrix @ right).Q
 
 

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,21 @@ def make_folder(path: Path) -> Path:
     except OSError as error:
         raise HiSVDError(f"Cannot write to {path}: {error.strerror}; choose another output path.") from None
     return path
+
+
+def check_disk(folders: Sequence[Path], needed: float, purpose: str) -> None:
+    """Make sure that a run that fills `folders` with `needed` bytes, those that are there counted, finds the room.
+
+    Raises:
+        HiSVDError: the disk has too little left.
+    """
+    missing = needed - sum(path.stat().st_size for f in folders for path in f.glob("*") if path.is_file())
+    free = shutil.disk_usage(folders[0]).free
+    if missing > free:
+        raise HiSVDError(
+            f"{purpose} needs {missing / 1e9:.1f} GB on the disk of {folders[0]}, which has {free / 1e9:.1f} GB left; "
+            "free some, or write to another disk."
+        )
 
 
 def check_writable_file(path: Path) -> Path:

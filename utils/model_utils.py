@@ -6,7 +6,7 @@ import math
 import os
 import struct
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +33,7 @@ from hisvd.utils import distributed
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 PT_FORMAT = "hisvd-pt-1"
 PT_FILE_PREFIX = "file:"
 # Entries of config.json that say nothing about what the model computes.
@@ -149,8 +150,8 @@ def _safetensors_header(path: Path) -> tuple[int, dict]:
         return 8 + length, json.loads(file.read(length))
 
 
-def local_folder(model_path: str) -> Path:
-    """The local folder for a path or a Hub id (then downloaded into the Hugging Face cache).
+def local_folder(model_path: str, patterns: Sequence[str] = HUB_FILES) -> Path:
+    """The local folder for a path or a Hub id (then its files are downloaded into the Hugging Face cache).
 
     Raises:
         HiSVDError: no such folder, an empty folder, or the Hub is out of reach.
@@ -167,8 +168,7 @@ def local_folder(model_path: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-        return Path(snapshot_download(model_path, allow_patterns=patterns))
+        return Path(snapshot_download(model_path, allow_patterns=list(patterns)))
     except Exception as error:  # the hub client raises dozens of types; all mean "could not be fetched"
         raise HiSVDError(
             f"'{model_path}' is no local folder and could not be fetched from the Hugging Face Hub "

@@ -23,6 +23,7 @@ from hisvd.utils.model_utils import (
 
 REPORT = "hisvd.json"
 PLAN = "plan.json"
+MAX_SHARD_BYTES = 5 * 10**9
 # Numbers that an entry of these dtypes stands for: permutations and metadata are none, a byte of INT6 is 4/3 values.
 NUMBERS_AN_ENTRY = {"I32": 0, "U8": 4 / 3}
 # What a model folder holds beside config and weights.
@@ -56,6 +57,7 @@ def is_pt(path: Path) -> bool:
 class ModelWriter:
     """Writes one compressed model: shard k for decoder layer k, the last one for everything else.
 
+    A shard past MAX_SHARD_BYTES goes into several files; the one without a number at its end is written last.
     Shards go to the folder OUT.partial beside the output; `finish` turns it into the output. An interrupted
     run's partial folder is continued if it was made by the same plan.
     """
@@ -86,7 +88,7 @@ class ModelWriter:
         return self.folder / f"model-{index + 1:05d}-of-{self.num_shards:05d}.safetensors"
 
     def has_shard(self, index: int) -> bool:
-        """Whether shard `index` is written; files appear whole or not at all."""
+        """Whether shard `index` is written; it appears whole or not at all."""
         return self._shard(index).is_file()
 
     def shards_done(self) -> int:
@@ -94,12 +96,21 @@ class ModelWriter:
         return next(i for i in range(self.num_shards) if i == self.num_shards - 1 or not self.has_shard(i))
 
     def write_shard(self, index: int, tensors: dict[str, torch.Tensor]) -> None:
-        """Write shard `index`."""
-        write_tensors(self._shard(index), self._turned(tensors))
+        """Write shard `index`, in place of one that is there."""
+        first, *others = split_by_bytes(self._turned(tensors), MAX_SHARD_BYTES)
+        paths = [self._shard(index).with_suffix(f".{number}.safetensors") for number in range(2, len(others) + 2)]
+        for path, part in zip(paths, others, strict=True):
+            write_tensors(path, part)
+        write_tensors(self._shard(index), first)
+        for path in set(self._files_of(index)) - {self._shard(index), *paths}:
+            path.unlink()
 
     def read_shard(self, index: int) -> dict[str, torch.Tensor]:
         """The tensors of shard `index`."""
-        return self._turned(load_file(self._shard(index)))
+        return self._turned({k: t for path in self._files_of(index) for k, t in load_file(path).items()})
+
+    def _files_of(self, index: int) -> list[Path]:
+        return sorted(self.folder.glob(f"{self._shard(index).stem}*.safetensors"))
 
     def _turned(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: tensor.T.contiguous() if name in self.transposed else tensor for name, tensor in tensors.items()}
@@ -110,18 +121,19 @@ class ModelWriter:
         `modules` is the table for config.json (empty: a plain model). Returns the report.
         """
         weight_map, stored = {}, {}
-        for index in range(self.num_shards):
-            with open_safetensors(self._shard(index)) as shard:
+        files = [path for index in range(self.num_shards) for path in self._files_of(index)]
+        for path in files:
+            with open_safetensors(path) as shard:
                 for name in shard.keys():  # noqa: SIM118 (not a dict)
                     tensor = shard.get_slice(name)
-                    weight_map[name] = self._shard(index).name
+                    weight_map[name] = path.name
                     stored[name] = (tensor.get_dtype(), _product(tensor.get_shape()))
         report = dict(self.plan)
         report["model_numbers_after"] = sum(
             round(size * NUMBERS_AN_ENTRY.get(dtype, 1)) for dtype, size in stored.values()
         )
         report["model_kept"] = report["model_numbers_after"] / report["model_numbers_before"]
-        report["weight_bytes_after"] = sum(self._shard(index).stat().st_size for index in range(self.num_shards))
+        report["weight_bytes_after"] = sum(path.stat().st_size for path in files)
         report["bits_per_number"] = 8 * report["weight_bytes_after"] / report["model_numbers_before"]
         codes = {name.removesuffix(".packed_weight") for name in stored if name.endswith(".packed_weight")}
         if codes:
@@ -180,6 +192,19 @@ class ModelWriter:
             with open_safetensors(self.folder / name) as shard:
                 content |= {key: shard.get_tensor(key) for key in shard.keys()}  # noqa: SIM118 (not a dict)
         return content
+
+
+def split_by_bytes(tensors: dict[str, torch.Tensor], limit: int) -> list[dict[str, torch.Tensor]]:
+    """`tensors` in order, in parts of at most `limit` bytes; a tensor that is larger has a part of its own."""
+    parts: list[dict[str, torch.Tensor]] = [{}]
+    left = limit
+    for name, tensor in tensors.items():
+        if parts[-1] and tensor.nbytes > left:
+            parts.append({})
+            left = limit
+        parts[-1][name] = tensor
+        left -= tensor.nbytes
+    return parts
 
 
 def int6_figures(codes: set[str], stored: dict[str, tuple[str, int]]) -> dict:

@@ -84,7 +84,7 @@ def decoder_layers(model: PreTrainedModel, adapter: Adapter) -> nn.ModuleList:
 
 
 class StreamedModel:
-    """A causal language model of which one decoder layer at a time is in memory; `skeleton` holds all else.
+    """A causal language model of which one decoder layer at a time is in memory, or what lies outside of them.
 
     Batches have `batch_size` sequences and live on `device` in `dtype`. Its activation files, in the order in which
     they are asked for, are held in memory, too, as long as they take no more than `activation_budget` bytes.
@@ -98,30 +98,40 @@ class StreamedModel:
         dtype: torch.dtype,
         activation_budget: float = 0,
     ) -> None:
-        """Load what lies outside the decoder layers: embeddings, final norm, head.
-
-        Raises:
-            HiSVDError: a weight is missing or not finite.
-        """
+        """Build the model without weights."""
         self.checkpoint, self.batch_size, self.device, self.dtype = checkpoint, batch_size, device, dtype
         self._memory_left = activation_budget
         self._files: dict[Path, ActivationFile] = {}
         self.skeleton = empty_model(checkpoint.config)
         self.adapter = adapter_for(self.skeleton)
-        names = {
-            name: checkpoint.stored_name(name)
-            for name, _ in self.skeleton.named_parameters()
-            if not name.startswith(f"{self.adapter.layers}.")
-        }
-        ties = getattr(self.skeleton, "all_tied_weights_keys", {})
-        tied = {name for name in ties if names.get(name) not in checkpoint.files}
-        self._load_weights(self.skeleton, {k: v for k, v in names.items() if k not in tied})
-        self.skeleton.tie_weights()
         inside = set(self._layers().modules())
         for module in self.skeleton.modules():
             if module not in inside:
                 for key, buffer in module.named_buffers(recurse=False):
                     module._buffers[key] = buffer.to(device)
+
+    @contextmanager
+    def outside_weights(self) -> Iterator[None]:
+        """Inside: what lies outside the decoder layers has its weights: embeddings, final norm, head.
+
+        Raises:
+            HiSVDError: a weight is missing or not finite.
+        """
+        names = {
+            name: self.checkpoint.stored_name(name)
+            for name, _ in self.skeleton.named_parameters()
+            if not name.startswith(f"{self.adapter.layers}.")
+        }
+        ties = getattr(self.skeleton, "all_tied_weights_keys", {})
+        tied = {name for name in ties if names.get(name) not in self.checkpoint.files}
+        self._load_weights(self.skeleton, {k: v for k, v in names.items() if k not in tied})
+        self.skeleton.tie_weights()
+        try:
+            yield
+        finally:
+            meta = {name: self.skeleton.get_parameter(name).to("meta") for name in names}
+            self.skeleton.load_state_dict(meta, strict=False, assign=True)
+            self.skeleton.tie_weights()
 
     def _layers(self) -> nn.ModuleList:
         return decoder_layers(self.skeleton, self.adapter)
@@ -185,7 +195,8 @@ class StreamedModel:
             return forward
 
         def batches() -> Iterator[torch.Tensor]:
-            with replaced_forwards({layer: noting(index) for index, layer in enumerate(layers)}):
+            forwards = {layer: noting(index) for index, layer in enumerate(layers)}
+            with self.outside_weights(), replaced_forwards(forwards):
                 for batch in tokens.split(self.batch_size):
                     self.skeleton.base_model(input_ids=batch.to(self.device), use_cache=False)
                     yield first.pop()
@@ -220,8 +231,8 @@ class StreamedModel:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits (tokens, vocabulary) of what the last decoder layer gave, (tokens, hidden), differentiable.
 
-        The model's own forward runs behind decoder layers that are passed over, so that final norm, head and logit
-        scaling are the family's.
+        To be called inside `outside_weights`. The model's own forward runs behind decoder layers that are passed over,
+        so that final norm, head and logit scaling are the family's.
         """
         layers = self._layers()
         passed_over = dict.fromkeys(layers, lambda hidden, *args, **kwargs: hidden)

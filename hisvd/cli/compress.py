@@ -1,25 +1,25 @@
 """compress.py: model + calibration cache + budget → compressed model."""
 
 import math
-from importlib.metadata import version
 from pathlib import Path
 
 import click
 
 from hisvd.calibration_cache import CalibrationCache, check_same_model, open_finished_cache
-from hisvd.cli.common import activation_budget_option, device_option, program, say, table
-from hisvd.component.experts import kind_of
+from hisvd.cli.common import activation_budget_option, device_option, program, say
+from hisvd.cli.compress_report import int6_summary, plan_report, rank_table, size_summary, summary, write_reports
 from hisvd.compression import compress, plan_ranks
 from hisvd.errors import HiSVDError
+from hisvd.estimates import stream_bytes
 from hisvd.int6_gate import export_within
 from hisvd.rank_metrics import RANK_METHODS
 from hisvd.refinement import MODULATIONS
-from hisvd.shape_utils import Sublayer, is_dense, stored_numbers
+from hisvd.shape_utils import is_dense
 from hisvd.sparse_int6 import COLUMNS
 from hisvd.utils import distributed
-from hisvd.utils.files import check_writable_file, write_json
-from hisvd.utils.model_utils import open_checkpoint, resolve_device
-from hisvd.utils.save_utils import ModelWriter, output_path
+from hisvd.utils.files import check_disk
+from hisvd.utils.model_utils import Checkpoint, open_checkpoint, resolve_device
+from hisvd.utils.save_utils import ModelWriter, is_pt, output_path
 
 NOT_SETTINGS = (
     "model_path",
@@ -189,6 +189,10 @@ def main(context: click.Context, **options: object) -> None:
         with distributed.first_alone():
             writers[target] = ModelWriter(output, report, cache.num_layers + 1, checkpoint.transposed)
     gated = settings["export"] == "int6" and settings["quality_gate_delta"] is not None
+    if distributed.rank() == 0:
+        folders = [writer.folder for writer in writers.values()]
+        check_disk(folders, needed_bytes(checkpoint, cache, settings, writers[targets[0]].output, len(targets)), "This")
+    distributed.wait()
     compress(
         checkpoint,
         cache,
@@ -219,6 +223,19 @@ def main(context: click.Context, **options: object) -> None:
     write_reports(options["json_path"], reports)
 
 
+def needed_bytes(
+    checkpoint: Checkpoint, cache: CalibrationCache, settings: dict, output: Path, num_targets: int
+) -> int:
+    """Bytes on disk of all targets: their weights (a .pt file is made beside its shards), hidden states, INT6 codes."""
+    models = num_targets + is_pt(output)
+    streams = 0
+    if settings["update"] == "sequential":
+        tokens = cache.identity["nsamples"] * cache.identity["seqlen"]
+        streams = stream_bytes(checkpoint.config.get_text_config().hidden_size, tokens, cache.dtype, num_targets)
+    codes = settings["export"] == "int6"
+    return int(checkpoint.count_bytes() * (models + 0.25 * codes * num_targets)) + streams
+
+
 def factored_modules(cache: CalibrationCache, ranks: list[int], form: str) -> dict[str, dict]:
     """The table of factored modules for config.json."""
     return {
@@ -226,98 +243,6 @@ def factored_modules(cache: CalibrationCache, ranks: list[int], form: str) -> di
         for s, r in zip(cache.sublayers, ranks, strict=True)
         if not is_dense(r, s.shape, form)
     }
-
-
-def plan_report(cache: CalibrationCache, target: float, ranks: list[int], settings: dict) -> dict:
-    """Everything that is decided before the first matrix is factored, as it is saved in hisvd.json."""
-    form = settings["factors"]
-    rows = [
-        {
-            "name": s.name,
-            "shape": list(s.shape),
-            "form": "dense" if is_dense(r, s.shape, form) else form,
-            "rank": r,
-            "numbers": stored_numbers(r, s.shape, form),
-        }
-        for s, r in zip(cache.sublayers, ranks, strict=True)
-    ]
-    before = sum(s.size for s in cache.sublayers)
-    planned = sum(row["numbers"] for row in rows)
-    after = before if settings["export"] == "dense" else planned
-    return {
-        "format_version": 1,
-        "hisvd_version": version("hisvd"),
-        "source_model": str(cache.options.get("model_path")),
-        "source_fingerprint": cache.identity["model"],
-        "target_compression": target,
-        "settings": settings,
-        "calibration": {**cache.options, **cache.identity},
-        "linear_numbers_before": before,
-        "linear_numbers_planned": planned,
-        "linear_numbers_after": after,
-        "linear_kept": after / before,
-        "sublayers": rows,
-    }
-
-
-def rank_table(cache: CalibrationCache, ranks: list[int], form: str) -> str:
-    """Ranks as a table: a row a decoder layer, a column a sublayer type; of experts the smallest and the largest."""
-    types = list(dict.fromkeys(kind_of(s.type) for s in cache.sublayers))
-    found: dict[tuple[int, str], list[Sublayer]] = {}
-    rank_in = {}
-    for s, r in zip(cache.sublayers, ranks, strict=True):
-        found.setdefault((s.layer, kind_of(s.type)), []).append(s)
-        rank_in[s.name] = r
-
-    def cell(members: list[Sublayer]) -> str:
-        ends = sorted(members, key=lambda s: rank_in[s.name])
-        texts = ["dense" if is_dense(rank_in[s.name], s.shape, form) else str(rank_in[s.name]) for s in ends]
-        return "–".join(dict.fromkeys([*texts[:1], *texts[-1:]]))
-
-    rows = [[i, *(cell(found.get((i, t), [])) for t in types)] for i in range(cache.num_layers)]
-    return table(["layer", *(t.rpartition(".")[2] for t in types)], rows)
-
-
-def summary(report: dict) -> str:
-    """One line about the linear weights."""
-    before, after = report["linear_numbers_before"], report["linear_numbers_after"]
-    how = ", ".join(report["settings"][key] for key in ("allocation", "whitening", "factors"))
-    line = f"Target {report['target_compression']:g} ({how}): {after:,} of {before:,} linear numbers kept"
-    line += f" ({after / before:.3%})"
-    if report["linear_numbers_planned"] != after:
-        line += f"; multiplied back from {report['linear_numbers_planned']:,} factored ones (--export dense)"
-    return line
-
-
-def size_summary(report: dict) -> str:
-    """One line about the whole model."""
-    return (
-        f"Whole model: {report['model_numbers_after']:,} of {report['model_numbers_before']:,} numbers "
-        f"({report['model_kept']:.1%}), {report['weight_bytes_after']:,} of {report['weight_bytes_before']:,} bytes "
-        f"({report['bits_per_number']:.2f} bits a number of the original)"
-    )
-
-
-def int6_summary(report: dict) -> str:
-    """What the INT6 export stored, and what the quality gate said."""
-    figures, gate = report.get("int6"), report.get("quality_gate")
-    lines = ["INT6: no weight was exported."]
-    if figures:
-        bits = figures["total_bits_per_weight"]
-        lines = [f"INT6 ({figures['user_alias']}): {figures['weights']} weights, {bits:.3f} bits a weight"]
-    if gate:
-        lines.append(
-            f"Quality gate {gate['delta']:g}: {len(gate['exported'])} of "
-            f"{len(gate['exported']) + len(gate['not_exported'])} linears exported, perplexity on held-out text "
-            f"{gate['perplexity_before']:.2f} → {gate['perplexity_after']:.2f} ({gate['tokens']} tokens)"
-        )
-    return "\n".join(lines)
-
-
-def write_reports(path: Path | None, reports: list[dict]) -> None:
-    """Write the figures as JSON, if a path was given."""
-    if path:
-        write_json(check_writable_file(path), reports)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,228 @@
+"""What a run will need, from the model's config alone: memory, disk and arithmetic of each stage.
+
+Memory counts what is alive at the worst moment of a stage, on one device: BASE for Python and its libraries, all that
+lies outside the decoder layers, one layer (compress.py: one for the original and one a target), its second moments in
+float64, and the largest temporaries of a decomposition. n is the width of an input, m that of an output.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from hisvd.component.families import adapter_for
+from hisvd.utils.data_utils import TOKENS_A_BATCH
+from hisvd.utils.eval_utils import LOGITS_AT_ONCE
+from hisvd.utils.streaming import decoder_layers
+
+BASE = 0.55 * 2**30  # bytes: torch, transformers, tokenizer, text
+FLOPS_OF_EIGH = 9  # times n³, with eigenvectors
+FLOPS_OF_EIGVALSH = 4 / 3
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Shapes of one decoder layer: `inputs` lists (n, [m of every linear that reads it])."""
+
+    inputs: list[tuple[int, list[int]]]
+    numbers: int
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """(m, n) of all linears."""
+        return [(m, n) for n, outputs in self.inputs for m in outputs]
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Shapes of a model: its decoder layers, hidden width, vocabulary, and numbers outside the layers."""
+
+    layers: list[Layer]
+    hidden: int
+    vocabulary: int
+    outside: int
+
+    @property
+    def numbers(self) -> int:
+        """Numbers in all tensors."""
+        return self.outside + sum(layer.numbers for layer in self.layers)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the chain: bytes of memory and of disk, floating-point operations by precision."""
+
+    name: str
+    memory: float
+    disk: float
+    flops: float  # in the compute dtype
+    flops_of_decompositions: float  # in float64
+
+
+def shapes_of(model: PreTrainedModel) -> Shapes:
+    """The shapes of a model made by empty_model.
+
+    Raises:
+        HiSVDError: the family cannot be compressed.
+    """
+    adapter = adapter_for(model)
+    layers = []
+    for layer in decoder_layers(model, adapter):
+        groups = adapter.groups(layer) or {path: (path,) for path in adapter.sublayer_paths(layer)}
+        weights = [[layer.get_submodule(path).weight for path in paths] for paths in groups.values()]
+        inputs = [(group[0].shape[1], [w.shape[0] for w in group]) for group in weights]
+        layers.append(Layer(inputs, sum(p.numel() for p in layer.parameters())))
+    text = model.config.get_text_config()
+    outside = sum(p.numel() for p in model.parameters()) - sum(layer.numbers for layer in layers)
+    return Shapes(layers, text.hidden_size, text.vocab_size, outside)
+
+
+def estimated_stages(
+    shapes: Shapes,
+    *,
+    nsamples: int,
+    grad_nsamples: int,
+    seqlen: int,
+    compute: torch.dtype,
+    stored: torch.dtype,
+    targets: int = 1,
+) -> list[Stage]:
+    """The stages of calibrate.py and of compress.py with its default settings, one process.
+
+    `compute` is the dtype of the forward passes, `stored` that of the checkpoint.
+    """
+    stages = [_forward(shapes, nsamples, grad_nsamples, seqlen, compute)]
+    if grad_nsamples:
+        stages.append(_backward(shapes, nsamples, grad_nsamples, seqlen, compute))
+    return [*stages, _compression(shapes, nsamples, seqlen, compute, stored, targets, grad_nsamples > 0)]
+
+
+def activation_bytes(shapes: Shapes, nsamples: int, grad_nsamples: int, seqlen: int, compute: torch.dtype) -> int:
+    """Bytes of the hidden states that calibrate.py keeps in files: two files of all sequences, which layers read and
+    write in turn, and of those with gradients the inputs of all layers and two files of two gradients each.
+    """
+    count = 2 * nsamples + grad_nsamples * (len(shapes.layers) + 1 + 4)
+    return count * seqlen * shapes.hidden * compute.itemsize
+
+
+def cache_bytes(shapes: Shapes, gradients: bool) -> int:
+    """Bytes of the finished cache: float32 eigenvectors of H (n, n) an input and of F (m, m) a linear, and 64 leading
+    singular vectors and the spectra of each linear."""
+    total = 0
+    for layer in shapes.layers:
+        total += sum(4 * n * n for n, _ in layer.inputs)
+        total += sum(4 * (64 * n + 3 * min(m, n) + gradients * m * m) for m, n in layer.shapes)
+    return total
+
+
+def stream_bytes(hidden: int, tokens: int, compute: torch.dtype, targets: int) -> int:
+    """Bytes of the hidden states that compress.py's update keeps in files: two of the original and two a target."""
+    return 2 * (1 + targets) * tokens * hidden * compute.itemsize
+
+
+def measured_rates(device: torch.device, compute: torch.dtype) -> tuple[float, float]:
+    """Floating-point operations a second of products in `compute` and of eigh in float64, measured now."""
+    a = torch.randn(2048, 2048, device=device).to(compute)
+    b = torch.randn(1024, 1024, device=device, dtype=torch.float64)
+    b = b @ b.T
+    return 2 * 2048**3 / _seconds(lambda: a @ a), FLOPS_OF_EIGH * 1024**3 / _seconds(lambda: torch.linalg.eigh(b))
+
+
+def _seconds(function: Callable[[], object]) -> float:
+    """The faster of two calls behind a first one."""
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        function()
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def _resident(shapes: Shapes, compute: torch.dtype, layers: int = 1) -> float:
+    largest = max(layer.numbers for layer in shapes.layers)
+    return BASE + compute.itemsize * (shapes.outside + layers * largest)
+
+
+def _batch(shapes: Shapes, compute: torch.dtype, graph: bool) -> float:
+    """One batch inside a layer: with autograd all intermediate tensors, else those that the hooks hold."""
+    widths = max(sum(n + (sum(ms) if graph else 0) for n, ms in layer.inputs) for layer in shapes.layers)
+    return TOKENS_A_BATCH * compute.itemsize * (8 * shapes.hidden + (3 if graph else 2) * widths)
+
+
+def _decomposition(m: int, n: int) -> float:
+    """Float64 temporaries for one linear: weight, its whitened form and products, the smaller Gram matrix's eigh."""
+    return 8 * (4 * m * n + 3 * min(m, n) ** 2)
+
+
+def _forward(shapes: Shapes, nsamples: int, grad_nsamples: int, seqlen: int, compute: torch.dtype) -> Stage:
+    tokens, peak, decompositions, moments = nsamples * seqlen, 0.0, 0.0, 0
+    for layer in shapes.layers:
+        sums = sum(8 * n * n for n, _ in layer.inputs)
+        eigenvectors = sum(4 * n * n for n, _ in layer.inputs)
+        for n, outputs in layer.inputs:
+            # The moment is among the sums; eigh adds the vectors and two matrices of workspace, Cholesky two.
+            work = max([24 * n * n, *(16 * n * n + _decomposition(m, n) for m in outputs)])
+            peak = max(peak, sums + max(_batch(shapes, compute, False) + 4 * n * n, eigenvectors + work))
+        decompositions += sum((FLOPS_OF_EIGH + 1 / 3) * n**3 for n, _ in layer.inputs)
+        decompositions += sum(_spectrum_flops(m, n, 2) + FLOPS_OF_EIGH * min(m, n) ** 3 for m, n in layer.shapes)
+        moments += sum(2 * tokens * n * n for n, _ in layer.inputs)
+    flops = 2 * tokens * (shapes.numbers - shapes.outside) + _attention_flops(shapes, nsamples, seqlen) + moments
+    disk = activation_bytes(shapes, nsamples, grad_nsamples, seqlen, compute) + cache_bytes(shapes, False)
+    return Stage("calibrate: inputs", _resident(shapes, compute) + peak, disk, flops, decompositions)
+
+
+def _backward(shapes: Shapes, nsamples: int, grad_nsamples: int, seqlen: int, compute: torch.dtype) -> Stage:
+    tokens, peak, decompositions, moments = grad_nsamples * seqlen, 0.0, 0.0, 0
+    top = 6 * 4 * LOGITS_AT_ONCE + TOKENS_A_BATCH * compute.itemsize * 4 * shapes.hidden
+    for layer in shapes.layers:
+        sums = sum(8 * m * m for m, _ in layer.shapes)
+        read = sum(4 * n * n for n, _ in layer.inputs)
+        largest = max(max(m, n) for m, n in layer.shapes)
+        work = max(24 * m * m + 8 * n * n + _decomposition(m, n) for m, n in layer.shapes)
+        peak = max(peak, sums + max(_batch(shapes, compute, True) + 4 * largest**2, read + work))
+        decompositions += sum(
+            FLOPS_OF_EIGH * m**3 + n**3 / 3 + 2 * m * m * n + _spectrum_flops(m, n, 1) for m, n in layer.shapes
+        )
+        moments += sum(4 * tokens * m * m for m, _ in layer.shapes)
+    forward = 2 * tokens * (shapes.numbers - shapes.outside) + _attention_flops(shapes, grad_nsamples, seqlen)
+    flops = 3 * forward + moments + 12 * tokens * shapes.hidden * shapes.vocabulary
+    disk = activation_bytes(shapes, nsamples, grad_nsamples, seqlen, compute) + cache_bytes(shapes, True)
+    memory = _resident(shapes, compute) + max(peak, top)
+    return Stage("calibrate: gradients", memory, disk, flops, decompositions)
+
+
+def _compression(
+    shapes: Shapes, nsamples: int, seqlen: int, compute: torch.dtype, stored: torch.dtype, targets: int, gradients: bool
+) -> Stage:
+    tokens, peak, decompositions, flops = nsamples * seqlen, 0.0, 0.0, 0.0
+    for layer in shapes.layers:
+        statistics = cache_bytes(Shapes([layer], shapes.hidden, 0, 0), gradients)
+        weights = layer.numbers * stored.itemsize * (1 + targets)
+        for n, outputs in layer.inputs:
+            sums = targets * 8 * (2 * n * n + shapes.hidden * n)
+            work = max(16 * n * n + gradients * 8 * m * m + _decomposition(m, n) for m in outputs)
+            peak = max(peak, statistics + weights + sums + max(work, _batch(shapes, compute, False)))
+            decompositions += targets * n**3
+            flops += 2 * tokens * (1 + targets) * (2 * n * n + layer.numbers / 2)  # half of a layer before the input
+        decompositions += targets * sum(
+            _spectrum_flops(m, n, 1) + FLOPS_OF_EIGH * min(m, n) ** 3 + 4 * gradients * m * m * n
+            for m, n in layer.shapes
+        )
+        flops += 2 * tokens * (1 + targets) * layer.numbers
+    flops += 3 * (1 + targets) * _attention_flops(shapes, nsamples, seqlen)
+    disk = targets * shapes.numbers * stored.itemsize + stream_bytes(shapes.hidden, tokens, compute, targets)
+    return Stage("compress", _resident(shapes, compute, 1 + targets) + peak, disk, flops, decompositions)
+
+
+def _spectrum_flops(m: int, n: int, times: int) -> float:
+    """Products with the roots, the smaller Gram matrix, its eigenvalues."""
+    k = min(m, n)
+    return times * (2 * m * n * k + FLOPS_OF_EIGVALSH * k**3) + 2 * m * n * n
+
+
+def _attention_flops(shapes: Shapes, nsamples: int, seqlen: int) -> float:
+    return 4.0 * nsamples * seqlen**2 * shapes.hidden * len(shapes.layers)
