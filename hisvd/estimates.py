@@ -1,8 +1,9 @@
 """What a run will need, from the model's config alone: memory, disk and arithmetic of each stage.
 
-Memory counts what is alive at the worst moment of a stage, on one device: BASE for Python and its libraries, all that
-lies outside the decoder layers, one layer (compress.py: one for the original and one a target), its second moments in
-float64, and the largest temporaries of a decomposition. n is the width of an input, m that of an output.
+Memory counts what is alive at the worst moment of a stage, on one device: BASE for Python and its libraries, one layer
+(compress.py: one for the original and one a target), its second moments in float64, and the largest temporaries of a
+decomposition; or, while tokens are embedded and logits computed, what lies outside the decoder layers. n is the width
+of an input, m that of an output. Products in float64 count twice, decompositions by themselves.
 """
 
 import time
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from hisvd.calibration import NUM_LEADING_VECTORS
 from hisvd.component.families import adapter_for
 from hisvd.utils.data_utils import TOKENS_A_BATCH
 from hisvd.utils.eval_utils import LOGITS_AT_ONCE
@@ -93,9 +95,10 @@ def estimated_stages(
 
     `compute` is the dtype of the forward passes, `stored` that of the checkpoint.
     """
-    stages = [_forward(shapes, nsamples, grad_nsamples, seqlen, compute)]
+    sizes = (nsamples, grad_nsamples, seqlen, compute, stored)
+    stages = [_forward(shapes, *sizes)]
     if grad_nsamples:
-        stages.append(_backward(shapes, nsamples, grad_nsamples, seqlen, compute))
+        stages.append(_backward(shapes, *sizes))
     return [*stages, _compression(shapes, nsamples, seqlen, compute, stored, targets, grad_nsamples > 0)]
 
 
@@ -108,12 +111,15 @@ def activation_bytes(shapes: Shapes, nsamples: int, grad_nsamples: int, seqlen: 
 
 
 def cache_bytes(shapes: Shapes, gradients: bool) -> int:
-    """Bytes of the finished cache: float32 eigenvectors of H (n, n) an input and of F (m, m) a linear, and 64 leading
-    singular vectors and the spectra of each linear."""
+    """Bytes of the finished cache: float32 eigenvectors of H (n, n) an input and of F (m, m) a linear, and the leading
+    singular vectors and spectra of each linear.
+    """
     total = 0
     for layer in shapes.layers:
         total += sum(4 * n * n for n, _ in layer.inputs)
-        total += sum(4 * (64 * n + 3 * min(m, n) + gradients * m * m) for m, n in layer.shapes)
+        for m, n in layer.shapes:
+            leading = min(NUM_LEADING_VECTORS, m, n)
+            total += 4 * (leading * n + (2 + gradients) * min(m, n) + gradients * m * m)
     return total
 
 
@@ -142,15 +148,17 @@ def _seconds(function: Callable[[], object]) -> float:
     return min(times[1:])
 
 
-def _resident(shapes: Shapes, compute: torch.dtype, layers: int = 1) -> float:
+def _memory(shapes: Shapes, compute: torch.dtype, stored: torch.dtype, in_layer: float, layers: int = 1) -> float:
+    """BASE and the worse of two moments: inside a layer, of which so many copies are held, or outside of the layers."""
     largest = max(layer.numbers for layer in shapes.layers)
-    return BASE + compute.itemsize * (shapes.outside + layers * largest)
+    outside = (compute.itemsize + stored.itemsize) * shapes.outside
+    return BASE + max(compute.itemsize * layers * largest + in_layer, outside)
 
 
 def _batch(shapes: Shapes, compute: torch.dtype, graph: bool) -> float:
-    """One batch inside a layer: with autograd all intermediate tensors, else those that the hooks hold."""
-    widths = max(sum(n + (sum(ms) if graph else 0) for n, ms in layer.inputs) for layer in shapes.layers)
-    return TOKENS_A_BATCH * compute.itemsize * (8 * shapes.hidden + (3 if graph else 2) * widths)
+    """One batch inside a layer: what linears receive, with autograd also what they give and its gradients."""
+    widths = max(sum(n + 2 * graph * sum(ms) for n, ms in layer.inputs) for layer in shapes.layers)
+    return TOKENS_A_BATCH * compute.itemsize * (8 * shapes.hidden + widths)
 
 
 def _decomposition(m: int, n: int) -> float:
@@ -158,8 +166,11 @@ def _decomposition(m: int, n: int) -> float:
     return 8 * (4 * m * n + 3 * min(m, n) ** 2)
 
 
-def _forward(shapes: Shapes, nsamples: int, grad_nsamples: int, seqlen: int, compute: torch.dtype) -> Stage:
-    tokens, peak, decompositions, moments = nsamples * seqlen, 0.0, 0.0, 0
+def _forward(
+    shapes: Shapes, nsamples: int, grad_nsamples: int, seqlen: int, compute: torch.dtype, stored: torch.dtype
+) -> Stage:
+    tokens, peak, decompositions = nsamples * seqlen, 0.0, 0.0
+    flops = 2 * tokens * (shapes.numbers - shapes.outside) + _attention_flops(shapes, nsamples, seqlen)
     for layer in shapes.layers:
         sums = sum(8 * n * n for n, _ in layer.inputs)
         eigenvectors = sum(4 * n * n for n, _ in layer.inputs)
@@ -167,31 +178,32 @@ def _forward(shapes: Shapes, nsamples: int, grad_nsamples: int, seqlen: int, com
             # The moment is among the sums; eigh adds the vectors and two matrices of workspace, Cholesky two.
             work = max([24 * n * n, *(16 * n * n + _decomposition(m, n) for m in outputs)])
             peak = max(peak, sums + max(_batch(shapes, compute, False) + 4 * n * n, eigenvectors + work))
-        decompositions += sum((FLOPS_OF_EIGH + 1 / 3) * n**3 for n, _ in layer.inputs)
-        decompositions += sum(_spectrum_flops(m, n, 2) + FLOPS_OF_EIGH * min(m, n) ** 3 for m, n in layer.shapes)
-        moments += sum(2 * tokens * n * n for n, _ in layer.inputs)
-    flops = 2 * tokens * (shapes.numbers - shapes.outside) + _attention_flops(shapes, nsamples, seqlen) + moments
+        decompositions += sum(FLOPS_OF_EIGH * n**3 for n, _ in layer.inputs)
+        decompositions += sum((2 * FLOPS_OF_EIGVALSH + FLOPS_OF_EIGH) * min(s) ** 3 for s in layer.shapes)
+        flops += sum(2 * tokens * n * n + 2 / 3 * n**3 for n, _ in layer.inputs)
+        flops += sum(2 * (2 * m * n * n + 3 * 2 * m * n * min(m, n)) for m, n in layer.shapes)
     disk = activation_bytes(shapes, nsamples, grad_nsamples, seqlen, compute) + cache_bytes(shapes, False)
-    return Stage("calibrate: inputs", _resident(shapes, compute) + peak, disk, flops, decompositions)
+    return Stage("calibrate: inputs", _memory(shapes, compute, stored, peak), disk, flops, decompositions)
 
 
-def _backward(shapes: Shapes, nsamples: int, grad_nsamples: int, seqlen: int, compute: torch.dtype) -> Stage:
-    tokens, peak, decompositions, moments = grad_nsamples * seqlen, 0.0, 0.0, 0
-    top = 6 * 4 * LOGITS_AT_ONCE + TOKENS_A_BATCH * compute.itemsize * 4 * shapes.hidden
+def _backward(
+    shapes: Shapes, nsamples: int, grad_nsamples: int, seqlen: int, compute: torch.dtype, stored: torch.dtype
+) -> Stage:
+    tokens, peak, decompositions = grad_nsamples * seqlen, 0.0, 0.0
+    top = BASE + 6 * 4 * LOGITS_AT_ONCE + compute.itemsize * (shapes.outside + TOKENS_A_BATCH * 4 * shapes.hidden)
+    forward = 2 * tokens * (shapes.numbers - shapes.outside) + _attention_flops(shapes, grad_nsamples, seqlen)
+    flops = 3 * forward + 12 * tokens * shapes.hidden * shapes.vocabulary
     for layer in shapes.layers:
         sums = sum(8 * m * m for m, _ in layer.shapes)
         read = sum(4 * n * n for n, _ in layer.inputs)
         largest = max(max(m, n) for m, n in layer.shapes)
         work = max(24 * m * m + 8 * n * n + _decomposition(m, n) for m, n in layer.shapes)
         peak = max(peak, sums + max(_batch(shapes, compute, True) + 4 * largest**2, read + work))
-        decompositions += sum(
-            FLOPS_OF_EIGH * m**3 + n**3 / 3 + 2 * m * m * n + _spectrum_flops(m, n, 1) for m, n in layer.shapes
-        )
-        moments += sum(4 * tokens * m * m for m, _ in layer.shapes)
-    forward = 2 * tokens * (shapes.numbers - shapes.outside) + _attention_flops(shapes, grad_nsamples, seqlen)
-    flops = 3 * forward + moments + 12 * tokens * shapes.hidden * shapes.vocabulary
+        decompositions += sum(FLOPS_OF_EIGH * m**3 + FLOPS_OF_EIGVALSH * min(m, n) ** 3 for m, n in layer.shapes)
+        flops += sum(2 * (2 + 1 / 3) * n**3 for n, _ in layer.inputs) + sum(4 * tokens * m * m for m, _ in layer.shapes)
+        flops += sum(2 * 2 * m * n * (m + n + min(m, n)) for m, n in layer.shapes)
     disk = activation_bytes(shapes, nsamples, grad_nsamples, seqlen, compute) + cache_bytes(shapes, True)
-    memory = _resident(shapes, compute) + max(peak, top)
+    memory = max(top, _memory(shapes, compute, stored, peak))
     return Stage("calibrate: gradients", memory, disk, flops, decompositions)
 
 
@@ -200,28 +212,20 @@ def _compression(
 ) -> Stage:
     tokens, peak, decompositions, flops = nsamples * seqlen, 0.0, 0.0, 0.0
     for layer in shapes.layers:
-        statistics = cache_bytes(Shapes([layer], shapes.hidden, 0, 0), gradients)
+        statistics = gradients * sum(4 * m * m for m, _ in layer.shapes)
         weights = layer.numbers * stored.itemsize * (1 + targets)
         for n, outputs in layer.inputs:
             sums = targets * 8 * (2 * n * n + shapes.hidden * n)
             work = max(16 * n * n + gradients * 8 * m * m + _decomposition(m, n) for m in outputs)
             peak = max(peak, statistics + weights + sums + max(work, _batch(shapes, compute, False)))
-            decompositions += targets * n**3
+            flops += 4 / 3 * targets * n**3
             flops += 2 * tokens * (1 + targets) * (2 * n * n + layer.numbers / 2)  # half of a layer before the input
-        decompositions += targets * sum(
-            _spectrum_flops(m, n, 1) + FLOPS_OF_EIGH * min(m, n) ** 3 + 4 * gradients * m * m * n
-            for m, n in layer.shapes
-        )
-        flops += 2 * tokens * (1 + targets) * layer.numbers
+        decompositions += targets * sum(FLOPS_OF_EIGH * min(s) ** 3 for s in layer.shapes)
+        products = sum(m * n * (3 * n + 3 * gradients * m + 3 * min(m, n)) for m, n in layer.shapes)
+        flops += targets * 2 * 2 * products + 2 * tokens * (1 + targets) * layer.numbers
     flops += 3 * (1 + targets) * _attention_flops(shapes, nsamples, seqlen)
     disk = targets * shapes.numbers * stored.itemsize + stream_bytes(shapes.hidden, tokens, compute, targets)
-    return Stage("compress", _resident(shapes, compute, 1 + targets) + peak, disk, flops, decompositions)
-
-
-def _spectrum_flops(m: int, n: int, times: int) -> float:
-    """Products with the roots, the smaller Gram matrix, its eigenvalues."""
-    k = min(m, n)
-    return times * (2 * m * n * k + FLOPS_OF_EIGVALSH * k**3) + 2 * m * n * n
+    return Stage("compress", _memory(shapes, compute, stored, peak, 1 + targets), disk, flops, decompositions)
 
 
 def _attention_flops(shapes: Shapes, nsamples: int, seqlen: int) -> float:

@@ -1,8 +1,11 @@
 """Several processes on the CPU give what one gives."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -12,11 +15,15 @@ import hisvd
 from hisvd.calibration_cache import read_cache
 
 
-def torchrun(processes, program, *arguments):
-    """Run one of the programs in several processes; the finished process."""
+def launched(processes, program, *arguments):
+    """The command that runs one of the programs in several processes."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [*launcher, ROOT / f"{program}.py", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return [*launcher, ROOT / f"{program}.py", *map(str, arguments)]
+
+
+def torchrun(*arguments):
+    """Run it to its end; the finished process."""
+    return subprocess.run(launched(*arguments), capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +67,26 @@ def test_one_failing_process_stops_all_and_a_rerun_goes_on(model_folders, tmp_pa
     assert too_many.returncode != 0 and "start fewer processes" in too_many.stderr
     assert too_many.stderr.count("Error: --nsamples") == 4  # what follows is torchrun's own
     assert torchrun(2, "calibrate", *arguments).returncode == 0
+
+
+def test_a_killed_process_stops_all_and_a_rerun_goes_on(cache, model_folders, tmp_path):
+    arguments = calibrate_arguments(model_folders["llama"], tmp_path, "llama")
+    folder = tmp_path / "llama_n6_s32_with_hessian"
+    running = subprocess.Popen(launched(2, "calibrate", *arguments), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while not (folder / "layer_000.safetensors").exists():
+        assert running.poll() is None, running.stderr.read()
+        time.sleep(0.002)
+    children = subprocess.run(["pgrep", "-P", str(running.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    assert running.wait(120) != 0
+    done = {f: f.stat().st_mtime_ns for f in folder.glob("*.safetensors")}
+    manifest = json.loads((folder / "manifest.json").read_text())
+    kept = [folder / entry["file"] for entry in manifest["layers"] + manifest["gradients"]]
+    assert len(kept) < 8
+    assert torchrun(2, "calibrate", *arguments).returncode == 0
+    assert all(file.stat().st_mtime_ns == done[file] for file in kept)
+    for file in cache.glob("*.safetensors"):
+        assert (folder / file.name).read_bytes() == file.read_bytes()
 
 
 def test_moments_are_those_of_one_process(cache, caches):
