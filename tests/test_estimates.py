@@ -7,6 +7,7 @@ from collections import namedtuple
 import pytest
 import torch
 from conftest import HEADS, SHARED, calibrate_arguments, expect_sentence, run, saved_tensors
+from safetensors.torch import load_file
 from transformers import LlamaConfig, MixtralConfig
 
 import hisvd
@@ -44,21 +45,16 @@ def test_disk_of_a_calibration_is_what_its_files_take(model_folders, caches, tmp
     shapes = shapes_of(empty_model(checkpoint.config))
     sizes = {"nsamples": 6, "grad_nsamples": 6, "seqlen": 32, "compute": torch.float32}
     assert sum(written.values()) == activation_bytes(shapes, **sizes)
+    eigenvalues = sum(n + sum(ms) for layer in shapes.layers for n, ms in layer.inputs)  # not worth counting
     stored = [file for file in caches["llama"].glob("*.safetensors") if file.name != "tokens.safetensors"]
-    numbers = 4 * sum(t.numel() for file in stored for t in saved_tensors_of(file).values())
-    assert numbers == pytest.approx(cache_bytes(shapes, gradients=True), rel=0.02)
+    numbers = sum(t.numel() for file in stored for t in load_file(file).values())
+    assert 4 * (numbers - eigenvalues) == cache_bytes(shapes, gradients=True)
 
     written.clear()
     where = ["--model_path", model_folders["llama"], "--calib_cache", caches["llama"], "--save_model", tmp_path / "out"]
     assert run("compress", *where, "--target_compression", "0.8,0.6").code == 0
     hidden = sum(written.values()) + sum(6 * 32 * 64 * 4 for _ in range(2))  # a target's first file is a copy
     assert hidden == stream_bytes(64, 6 * 32, torch.float32, 2)
-
-
-def saved_tensors_of(file):
-    from safetensors.torch import load_file
-
-    return load_file(file)
 
 
 def test_a_full_disk_is_told_before_the_start(model_folders, caches, tmp_path, monkeypatch):
@@ -100,7 +96,8 @@ def test_estimates_grow_with_what_they_depend_on():
     one, deeper, longer = peak(), peak(layers=20), peak(nsamples=16)
     for base, deep, long in zip(one, deeper, longer, strict=True):
         assert base.memory == deep.memory == long.memory  # of one layer
-        assert base.disk < deep.disk and base.disk < long.disk and base.flops < long.flops
+        assert base.disk < deep.disk and base.disk < long.disk
+        assert base.flops < long.flops or "gradients" in base.name  # whose number of sequences stayed
         assert deep.flops_of_decompositions == pytest.approx(10 * base.flops_of_decompositions)
     wider, more = peak(intermediate_size=16000), peak(targets=3)
     assert all(a.memory < b.memory for a, b in zip(one, wider, strict=True)) and one[2].memory < more[2].memory
