@@ -12,6 +12,7 @@ from transformers import OPTConfig
 
 LLAMAS = ("llama7b", "llama2_7b", "llama3_8b", "llama13b", "llama_30b")
 NAMES = (*LLAMAS, "mistral_7b", "opt6.7b")
+SOME = ("mistral_7b", "opt6.7b")
 SIZES = {"NSAMPLES": "6", "GRAD_NSAMPLES": "2", "SEQLEN": "32", "DATASET": "python-docs", "DATASETS": "short.txt"}
 
 
@@ -46,15 +47,18 @@ def test_all_families_are_calibrated_compressed_and_evaluated_once(models, tmp_p
         assert [report["target_compression"] for report in reports] == [0.8, 0.6]
         assert "Saved to" in (tmp_path / "logs" / f"compress_{name}.log").read_text()
 
-    calibrated = script(tmp_path, "calibrate_all", models, "cpu")
-    assert calibrated.returncode == 0 and calibrated.stdout.count("nothing to do") == len(NAMES), calibrated
-    evaluated = script(tmp_path, "evaluate_all", models, "cpu")
+    (tmp_path / "some").mkdir()
+    for name in SOME:
+        (tmp_path / "some" / name).symlink_to(models / name)
+    calibrated = script(tmp_path, "calibrate_all", tmp_path / "some", "cpu")
+    assert calibrated.returncode == 0 and calibrated.stdout.count("nothing to do") == len(SOME), calibrated
+    evaluated = script(tmp_path, "evaluate_all", tmp_path / "some", "cpu")
     assert evaluated.returncode == 0, evaluated
-    for name in NAMES:
+    for name in SOME:
         kept = [row["linear_kept"] for row in json.loads((tmp_path / "results" / f"{name}.json").read_text())]
         assert kept[0] == 1 and 0.599 <= kept[2] <= 0.6 < 0.799 <= kept[1] <= 0.8
-    again = script(tmp_path, "evaluate_all", models, "cpu")
-    assert again.returncode == 0 and again.stdout.count("is there") == len(NAMES), again
+    again = script(tmp_path, "evaluate_all", tmp_path / "some", "cpu")
+    assert again.returncode == 0 and again.stdout.count("is there") == len(SOME), again
     again = script(tmp_path, "compress_llama7b", models / "llama7b", "cpu")
     assert again.returncode == 0 and "all there" in again.stdout
 
