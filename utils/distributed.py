@@ -12,9 +12,15 @@ from torch import distributed
 
 
 def join() -> None:
-    """Join the processes that torchrun describes in the environment; without any, stay alone."""
+    """Join the processes that torchrun describes in the environment; without any, stay alone.
+
+    Tensors on GPUs go by nccl if every process of this machine has a GPU of its own.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized():
-        distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        own_gpus = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
+        if own_gpus:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if own_gpus else "gloo")
 
 
 def size() -> int:
@@ -53,14 +59,13 @@ def everywhere(flag: bool) -> bool:
 @contextmanager
 def first_alone() -> Iterator[None]:
     """Inside: process 0 first, the others when it has left."""
-    if size() > 1 and rank() > 0:
-        distributed.barrier()
+    if rank() > 0:
+        wait()
     yield
-    if size() > 1 and rank() == 0:
-        distributed.barrier()
+    if rank() == 0:
+        wait()
 
 
 def wait() -> None:
-    """Until every process has come here."""
-    if size() > 1:
-        distributed.barrier()
+    """Until every process has come here (or to the other side of first_alone)."""
+    total(torch.zeros(1))
