@@ -55,7 +55,7 @@ def _linear(weight: torch.Tensor) -> nn.Linear:
 def separate_experts(model: PreTrainedModel) -> None:
     """Put SeparateExperts in the place of every fused experts module of `model`, if it is of a family with such."""
     names = LINEARS_OF_EXPERTS.get(model.config.model_type)
-    fused = [n for n, m in model.named_modules() if getattr(m, "gate_up_proj", None) is not None and m.act_fn]
+    fused = [n for n, m in model.named_modules() if isinstance(getattr(m, "gate_up_proj", None), nn.Parameter)]
     for path in fused if names else ():
         model.set_submodule(path, SeparateExperts(model.get_submodule(path), names))
 

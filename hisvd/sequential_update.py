@@ -152,6 +152,17 @@ class SequentialUpdate:
         layers = {target: self.streamed.layer(index) for target in self.compressed}
         routed = any(is_routed(s.type) for s in self.cache.sublayers_of(index))
         statistics = self.cache.read_layer(index) if routed else self.cache.read_backward(index)
+
+        def entries(s: Sublayer, weight: torch.Tensor, rank: int, own: torch.Tensor, root: torch.Tensor | None) -> dict:
+            # In a scope of its own: F and the factors, as large as the moments, are gone before the next measurement.
+            dtype = stored[self.checkpoint.stored_name(f"{s.name}.weight")].dtype
+            tensors = {"weight": weight.to(dtype)}
+            if not is_dense(rank, s.shape, form):
+                f = output_moment(s, statistics, whitening, self.device)
+                factors = low_rank_factors(weight, left_singular_vectors(whitened(weight, root, f)), rank, f)
+                tensors = factor_tensors(*factors, "dense" if export == "dense" else form, dtype, root)
+            return int6_entries(tensors, own if int6_mode == "calibrated" else None) if export == "int6" else tensors
+
         for members in self.cache.groups_of(index):
             if is_routed(members[0].type):
                 own = input_moment(members[0], statistics, self.device)
@@ -163,15 +174,7 @@ class SequentialUpdate:
                 own = measured.pop(target).own
                 root = cholesky_root(own, H_DAMPING) if whitening != "none" else None
                 for s in members:
-                    weight, rank = weights.pop(s.type), ranks[target][s.name]
-                    dtype = stored[self.checkpoint.stored_name(f"{s.name}.weight")].dtype
-                    tensors = {"weight": weight.to(dtype)}
-                    if not is_dense(rank, s.shape, form):
-                        f = output_moment(s, statistics, whitening, self.device)
-                        factors = low_rank_factors(weight, left_singular_vectors(whitened(weight, root, f)), rank, f)
-                        tensors = factor_tensors(*factors, "dense" if export == "dense" else form, dtype, root)
-                    if export == "int6":
-                        tensors = int6_entries(tensors, own if int6_mode == "calibrated" else None)
+                    tensors = entries(s, weights.pop(s.type), ranks[target][s.name], own, root)
                     swap_linears(layer, modules_of(s.type, tensors))
                     layer.get_submodule(s.type).load_state_dict(tensors, strict=False)
                     yield target, s, tensors

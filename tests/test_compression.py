@@ -81,6 +81,7 @@ def test_pivoted_equals_svd_of_the_same_ranks(model_folders, caches, tmp_path):
                 "update": "none",
                 "export": export,
                 "int6_mode": "calibrated",
+                "activation_budget": 0,
             }
             compress(checkpoint, cache, {0.5: ranks}, writers, **settings, device=torch.device("cpu"))
             weights[name] = saved_tensors(writers[0.5].folder)
