@@ -20,7 +20,7 @@ from hisvd.int6_fit import SWEEPS, int6_entries
 from hisvd.shape_utils import Sublayer
 from hisvd.sparse_int6 import COLUMNS
 from hisvd.utils.data_utils import default_batch_size
-from hisvd.utils.eval_utils import summed_loss, tokens_at_once
+from hisvd.utils.eval_utils import streamed_loss
 from hisvd.utils.files import write_json, write_tensors
 from hisvd.utils.model_utils import Checkpoint
 from hisvd.utils.save_utils import ModelWriter
@@ -178,15 +178,11 @@ class HeldOutText:
     @torch.no_grad()
     def perplexity(self, exported: set[str]) -> float:
         """Of the model with the sublayers in `exported` in INT6."""
-        streamed, source = self.streamed, self.embedded
-        for index in range(self.cache.num_layers):
-            layer, target = self._layer(index, self.codes.shard(index, exported)), self.hidden[index % 2]
-            target.write(streamed.outputs(layer, index, source, self.arguments[index]))
-            source = target
-        at_once, total = tokens_at_once(streamed.skeleton), 0.0
-        with streamed.outside_weights():
-            for states, ids in zip(streamed.read(source), self.tokens.split(streamed.batch_size), strict=True):
-                total += summed_loss(states, ids.to(states.device), streamed.logits, at_once)
+
+        def layer_of(index: int) -> nn.Module:
+            return self._layer(index, self.codes.shard(index, exported))
+
+        total = streamed_loss(self.streamed, self.tokens, self.embedded, self.hidden, self.arguments, layer_of)
         return math.exp(total / self.tokens[:, 1:].numel())
 
     def _layer(self, index: int, tensors: Entries) -> nn.Module:

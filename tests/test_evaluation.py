@@ -3,6 +3,7 @@
 import json
 import math
 
+import psutil
 import pytest
 import torch
 from conftest import HEADS, SHARED, build_model, expect_sentence, run
@@ -58,6 +59,24 @@ def test_original_folder_and_pt_in_one_table_with_json(chain, model_folders, tmp
     assert as_file["speed"]["prefill_tokens_per_s"] > 0 and as_file["speed"]["decode_tokens_per_s"] > 0
     for figures in (original, as_folder):
         assert f"{figures['perplexity']['python-docs']['perplexity']:.2f}" in result.output
+
+
+def test_int6_layer_by_layer_and_what_does_not_go_with_it(chain, tmp_path, monkeypatch):
+    folder = chain("llama", "0.8", "out", "--export", "int6", "--quality_gate_delta", "none")
+    options = ["--model_path", folder, "--datasets", "python-docs", "--seqlen", 32, "--nsamples", 3]
+    offload = ["--offload_folder", tmp_path / "offload"]
+    assert run("evaluate", *options, "--json", tmp_path / "whole.json").code == 0
+    assert run("evaluate", *options, *offload, "--json", tmp_path / "streamed.json").code == 0
+    whole, streamed = (json.loads((tmp_path / f"{n}.json").read_text())[0] for n in ("whole", "streamed"))
+    assert streamed["perplexity"]["python-docs"] == pytest.approx(whole["perplexity"]["python-docs"], rel=1e-5)
+    expect_sentence(run("evaluate", *options, *offload, "--speed"), "--speed", "--offload_folder")
+    expect_sentence(run("evaluate", *options[:4], *offload, "--attention_residual"), "--offload_folder")
+    expect_sentence(run("evaluate", "--model_path", chain("llama", "0.8", "m.pt"), *options[2:], *offload), "m.pt")
+
+    memory = psutil.virtual_memory()._replace(available=1000)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    expect_sentence(run("evaluate", *options), str(folder), "GB of memory", "--offload_folder", "--dtype")
+    assert run("evaluate", *options, *offload).code == 0
 
 
 def test_bfloat16_keeps_the_rotary_frequencies_in_float32(chain, monkeypatch):

@@ -110,6 +110,31 @@ def test_compressed_model_is_close_and_generates_with_cache(chain):
     assert torch.equal(cached, plain)
 
 
+def test_perplexity_layer_by_layer_is_that_of_the_whole_model(chain, tmp_path):
+    _, folder, _, out = chain
+    options = [
+        "--model_path",
+        folder,
+        "--model_path",
+        out,
+        "--datasets",
+        "python-docs",
+        "--seqlen",
+        32,
+        "--nsamples",
+        3,
+    ]
+    assert run("evaluate", *options, "--json", tmp_path / "whole.json").code == 0
+    assert run("evaluate", *options, "--json", tmp_path / "a", "--offload_folder", tmp_path / "offload").code == 0
+    assert not list((tmp_path / "offload").iterdir())
+    for whole, streamed in zip(
+        *(json.loads((tmp_path / name).read_text()) for name in ("whole.json", "a")), strict=True
+    ):
+        expected = whole["perplexity"].pop("python-docs")
+        assert streamed["perplexity"].pop("python-docs") == pytest.approx(expected, rel=1e-5)
+        assert streamed == whole
+
+
 @pytest.mark.parametrize("export", ["dense", "int6"])
 def test_exports_load(chain, tmp_path, export):
     _, folder, cache, _ = chain

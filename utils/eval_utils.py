@@ -5,7 +5,8 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -17,11 +18,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from hisvd.component.conv1d import linear_shape
 from hisvd.component.families import adapter_for
-from hisvd.component.int6_linear import INT6SparseLinear
+from hisvd.component.int6_linear import INT6SparseLinear, check_int6_modules
 from hisvd.component.low_rank import LowRankLinear, PivotedLinear
 from hisvd.component.svd_generic import LINEARS
 from hisvd.utils import distributed
-from hisvd.utils.streaming import decoder_layers, replaced_forwards
+from hisvd.utils.streaming import ActivationFile, Arguments, StreamedModel, decoder_layers, replaced_forwards
 
 LOGITS_AT_ONCE = 2**25  # numbers: 128 MiB in float32, whatever the vocabulary
 PROMPT_TOKENS = 32
@@ -35,21 +36,13 @@ def perplexity(model: PreTrainedModel, windows: torch.Tensor, name: str, tokens_
     Every token of a window but its first is scored; several processes share the windows. Returns
     perplexity, nll and the number of scored tokens.
     """
-    total, scored = 0.0, 0
-    mine = distributed.share(windows)
+    total, mine = 0.0, distributed.share(windows)
     batches = mine.split(max(1, tokens_a_batch // windows.shape[1])) if len(mine) else ()
     for batch in tqdm(batches, f"perplexity on {name}", leave=False, disable=distributed.rank() > 0):
         ids = batch.to(model.device)
         hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
         total += summed_loss(hidden, ids, partial(head_logits, model), tokens_at_once(model))
-        scored += ids[:, 1:].numel()
-    total, scored = distributed.total(torch.tensor([total, scored], dtype=torch.float64)).tolist()
-    nll = total / scored
-    return {
-        "perplexity": float(torch.tensor(nll, dtype=torch.float64).exp()),
-        "nll": nll,
-        "tokens_scored": int(scored),
-    }
+    return _figures(total, mine[:, 1:].numel())
 
 
 def summed_loss(
@@ -66,9 +59,69 @@ def summed_loss(
     )
 
 
+def streamed_loss(
+    streamed: StreamedModel,
+    tokens: torch.Tensor,
+    inputs: ActivationFile,
+    others: Sequence[ActivationFile],
+    arguments: list[list[Arguments]],
+    layer_of: Callable[[int], nn.Module],
+) -> float:
+    """Σ of next-token losses in float32 over `tokens` (count, seqlen), with one decoder layer in memory at a time.
+
+    `inputs` and `arguments` are what `streamed.first_inputs` gave, `others` two more files to write to.
+    """
+    for index, layer_arguments in enumerate(arguments):
+        target = others[index % 2]
+        target.write(streamed.outputs(layer_of(index), index, inputs, layer_arguments))
+        inputs = target
+    at_once, batches = tokens_at_once(streamed.skeleton), tokens.split(streamed.batch_size)
+    with torch.no_grad(), streamed.outside_weights():
+        return sum(
+            summed_loss(states, ids.to(states.device), streamed.logits, at_once)
+            for states, ids in zip(streamed.read(inputs), batches, strict=True)
+        )
+
+
+def streamed_perplexity(streamed: StreamedModel, windows: torch.Tensor, name: str, folder: Path) -> dict:
+    """What `perplexity` returns, with one decoder layer in memory at a time; hidden states go through `folder`."""
+    mine, total = distributed.share(windows), 0.0
+
+    def layer_of(index: int) -> nn.Module:
+        layer = streamed.layer(index)
+        check_int6_modules(layer)
+        bar.update()
+        return layer
+
+    layers = streamed.checkpoint.config.get_text_config().num_hidden_layers
+    with tqdm(total=layers, desc=f"perplexity on {name}", leave=False, disable=distributed.rank() > 0) as bar:
+        if len(mine):
+            names = (distributed.own_name(f"{Path(name).name}_{use}") for use in ("embedded", "even", "odd"))
+            embedded, *others = (streamed.file(folder / f"{file}.bin", mine) for file in names)
+            hidden, arguments = streamed.first_inputs(mine)
+            embedded.write(hidden)
+            total = streamed_loss(streamed, mine, embedded, others, arguments, layer_of)
+    return _figures(total, mine[:, 1:].numel())
+
+
+def _figures(total: float, scored: int) -> dict:
+    """Perplexity, nll and the number of scored tokens, of all processes."""
+    total, scored = distributed.total(torch.tensor([total, scored], dtype=torch.float64)).tolist()
+    nll = total / scored
+    return {"perplexity": float(torch.tensor(nll, dtype=torch.float64).exp()), "nll": nll, "tokens_scored": int(scored)}
+
+
 def tokens_at_once(model: PreTrainedModel) -> int:
     """Tokens whose logits are computed at once, so that they take no more than LOGITS_AT_ONCE numbers."""
     return max(1, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
+
+
+@dataclass
+class _HiddenStateAlone(BaseModelOutputWithPast):
+    """A decoder's output; what some families pass on beside the hidden state, as routers' logits, is None."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
 
 
 def head_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
@@ -78,7 +131,7 @@ def head_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     family's logits is applied as it does.
     """
     dummy = torch.zeros(1, hidden.shape[0], dtype=torch.long, device=hidden.device)
-    output = BaseModelOutputWithPast(last_hidden_state=hidden[None])
+    output = _HiddenStateAlone(last_hidden_state=hidden[None])
     with replaced_forwards({model.get_decoder(): lambda *args, **kwargs: output}):
         return model(input_ids=dummy, use_cache=False).logits[0]
 

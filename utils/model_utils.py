@@ -28,6 +28,8 @@ from transformers import (
 
 from hisvd.component.conv1d import as_linears, conv1d_weights
 from hisvd.component.experts import separate_experts
+from hisvd.component.hf_quantizer import METHOD
+from hisvd.component.low_rank import swap_linears
 from hisvd.errors import HiSVDError
 from hisvd.utils import distributed
 
@@ -190,8 +192,8 @@ def read_config(folder: Path) -> PreTrainedConfig:
         raise HiSVDError(f"{folder}/config.json cannot be used: {first_line(error)}") from None
 
 
-def open_checkpoint(model_path: str) -> Checkpoint:
-    """Open a folder or Hub id for lazy reading.
+def open_checkpoint(model_path: str, compressed_too: bool = False) -> Checkpoint:
+    """Open a folder or Hub id for lazy reading; with `compressed_too` our own compressed folders as well.
 
     Raises:
         HiSVDError: nothing there, no safetensors, a shard missing, or a model that is quantized already.
@@ -199,7 +201,7 @@ def open_checkpoint(model_path: str) -> Checkpoint:
     folder = local_folder(model_path)
     config = read_config(folder)
     method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
-    if method:
+    if method and not (compressed_too and method == METHOD):
         raise HiSVDError(
             f"{folder} is already compressed or quantized ('{method}'); start from the original checkpoint."
         )
@@ -224,11 +226,13 @@ def open_checkpoint(model_path: str) -> Checkpoint:
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The causal language model with its parameters on the meta device and its buffers computed, in eval mode.
 
-    GPT-2's Conv1D modules are nn.Linear ones in it, and experts have linears of their own.
+    GPT-2's Conv1D modules are nn.Linear ones in it, and experts have linears of their own. That of a compressed model
+    has its factored modules.
     """
     model = _meta_model(config)
     separate_experts(model)
     as_linears(model)
+    swap_linears(model, (getattr(config, "quantization_config", None) or {}).get("modules", {}))
     return model.eval()
 
 

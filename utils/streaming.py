@@ -139,7 +139,11 @@ class StreamedModel:
     def _load_weights(self, module: nn.Module, names: dict[str, str]) -> None:
         """Fill meta parameters of `module` in place; `names` maps each to its tensor in the checkpoint."""
         tensors = self.checkpoint.read(names.values())
-        weights = {name: tensors[stored].to(self.device, self.dtype) for name, stored in names.items()}
+        weights = {
+            # Permutations and INT6 codes are integers.
+            name: tensors[stored].to(self.device, self.dtype if tensors[stored].is_floating_point() else None)
+            for name, stored in names.items()
+        }
         module.load_state_dict(weights, strict=False, assign=True)
         module.requires_grad_(False)
 
@@ -154,8 +158,9 @@ class StreamedModel:
             HiSVDError: a weight is missing or not finite.
         """
         layer, prefix = copy.deepcopy(self._layers()[index]), self.layer_name(index)
-        names = {name: self.checkpoint.stored_name(f"{prefix}.{name}") for name, _ in layer.named_parameters()}
-        self._load_weights(layer, names)
+        names = {name: self.checkpoint.stored_name(f"{prefix}.{name}") for name in layer.state_dict()}
+        computed = {name for name, _ in layer.named_buffers() if names.get(name) not in self.checkpoint.files}
+        self._load_weights(layer, {k: v for k, v in names.items() if k not in computed})
         return layer.to(self.device)
 
     def file(self, path: Path, tokens: torch.Tensor, side_by_side: int = 1) -> ActivationFile:

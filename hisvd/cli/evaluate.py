@@ -1,26 +1,38 @@
 """evaluate.py: perplexity, speed and memory of original and compressed models, and the attention-residual study."""
 
+import tempfile
 from pathlib import Path
 
 import click
+import psutil
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hisvd.cli.attention_study import STUDY_SEQLEN, check_plot, draw_studies, numbers, study_model, study_tables
 from hisvd.cli.common import data_dir_option, device_option, dtype_option, program, say, table
 from hisvd.errors import HiSVDError
 from hisvd.utils import distributed
-from hisvd.utils.data_utils import EVALUATION_SPLIT, evaluation_windows, load_text, tokenize
+from hisvd.utils.data_utils import EVALUATION_SPLIT, default_batch_size, evaluation_windows, load_text, tokenize
 from hisvd.utils.eval_utils import (
     linear_numbers,
     peak_memory,
     perplexity,
     reset_peak_memory,
     speed,
+    streamed_perplexity,
     weight_file_bytes,
 )
-from hisvd.utils.files import check_writable_file, write_json
-from hisvd.utils.model_utils import load, local_folder, resolve_device, resolve_dtype, tokenizer_of
+from hisvd.utils.files import check_writable_file, make_folder, write_json
+from hisvd.utils.model_utils import (
+    load,
+    local_folder,
+    open_checkpoint,
+    read_config,
+    resolve_device,
+    resolve_dtype,
+    tokenizer_of,
+)
+from hisvd.utils.streaming import StreamedModel
 
 DEFAULT_SEQLEN = 2048
 
@@ -37,6 +49,11 @@ DEFAULT_SEQLEN = 2048
 @data_dir_option
 @click.option("--seqlen", type=click.IntRange(2), help="Tokens a window  [default: 2048, or the model's limit]")
 @click.option("--nsamples", type=click.IntRange(1), help="Only the first N windows of each data set.")
+@click.option(
+    "--offload_folder",
+    type=click.Path(path_type=Path),
+    help="Perplexity with one decoder layer in memory at a time; hidden states lie in this folder meanwhile.",
+)
 @click.option("--speed", "with_speed", is_flag=True, help="Also measure prefill and decode tokens/s and peak memory.")
 @click.option(
     "--attention_residual",
@@ -62,6 +79,7 @@ def main(
     data_dir: str,
     seqlen: int | None,
     nsamples: int | None,
+    offload_folder: Path | None,
     with_speed: bool,
     attention_residual: bool,
     layers: str | None,
@@ -74,13 +92,16 @@ def main(
     dtype: str,
 ) -> None:
     """Print one table of perplexities (and speeds) of one or more models, or study their attention."""
-    other = (
-        ("nsamples", "with_speed") if attention_residual else ("layers", "ranks", "n_blocks", "calib_blocks", "plot")
-    )
+    study_only, not_for_study = ("layers", "ranks", "n_blocks", "calib_blocks", "plot"), ("nsamples", "with_speed")
+    other = (*not_for_study, "offload_folder") if attention_residual else study_only
     for option in context.command.params:
         if option.name in other and context.get_parameter_source(option.name).name == "COMMANDLINE":
             rule = "does not go with" if attention_residual else "needs"
             raise HiSVDError(f"{option.opts[0]} {rule} --attention_residual.")
+    if offload_folder and with_speed:
+        raise HiSVDError("--speed needs the whole model in memory, so it does not go with --offload_folder.")
+    if offload_folder:
+        make_folder(offload_folder)
     if json_path:
         check_writable_file(json_path)
     if plot:
@@ -103,31 +124,72 @@ def main(
             draw_studies(results, plot)
         return
     for model_path in model_paths:
-        results.append(evaluate_model(model_path, texts, seqlen, nsamples, with_speed, device, dtype))
+        figures = evaluate_model(model_path, texts, seqlen, nsamples, offload_folder, with_speed, device, dtype)
+        results.append(figures)
         if json_path and distributed.rank() == 0:
             write_json(json_path, results)
     say(result_table(results))
 
 
 def opened(
-    model_path: str, texts: dict[str, str], seqlen: int | None, default: int, device: str, dtype: str
-) -> tuple[PreTrainedModel, dict[str, torch.Tensor], int]:
+    model_path: str,
+    texts: dict[str, str],
+    seqlen: int | None,
+    default: int,
+    device: str,
+    dtype: str,
+    layer_by_layer: bool = False,
+) -> tuple[PreTrainedModel | StreamedModel, dict[str, torch.Tensor], int]:
     """The model, the token ids of every text, and the tokens a window.
 
     Raises:
-        HiSVDError: the model cannot be loaded, or `seqlen` exceeds its positions.
+        HiSVDError: the model cannot be loaded or is too large for the memory, or `seqlen` exceeds its positions.
     """
     torch_device = resolve_device(device)
     reset_peak_memory(torch_device)
     tokenizer = tokenizer_of(model_path)
     ids = {name: tokenize(text, tokenizer) for name, text in texts.items()}
+    if layer_by_layer:
+        checkpoint = open_checkpoint(model_path, compressed_too=True)
+        length = window_length(checkpoint.config, model_path, seqlen, default)
+        compute = resolve_dtype(dtype, torch_device, checkpoint.config.dtype or torch.bfloat16)
+        return StreamedModel(checkpoint, default_batch_size(length), torch_device, compute), ids, length
+    check_memory(model_path, resolve_dtype(dtype, torch_device, None))
     # Not load().to(dtype): that would round the rotary frequencies, which from_pretrained keeps in float32.
     model = load(model_path, resolve_dtype(dtype, torch_device, None), torch_device)
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or DEFAULT_SEQLEN
+    return model, ids, window_length(model.config, model_path, seqlen, default)
+
+
+def check_memory(model_path: str, dtype: torch.dtype | None) -> None:
+    """Refuse a model folder whose weights, in `dtype` (None: as stored), exceed the memory that is free.
+
+    Raises:
+        HiSVDError: they do.
+    """
+    if Path(model_path).is_file():
+        return
+    folder = local_folder(model_path)
+    stored = read_config(folder).dtype or torch.float32
+    needed = weight_file_bytes(folder) * (dtype or stored).itemsize / stored.itemsize
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise HiSVDError(
+            f"{model_path} takes {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free; use "
+            "--offload_folder DIR (perplexity alone, one layer in memory), or --dtype bfloat16."
+        )
+
+
+def window_length(config: PreTrainedConfig, model_path: str, seqlen: int | None, default: int) -> int:
+    """Tokens a window: `seqlen` or the default, as far as the model has positions.
+
+    Raises:
+        HiSVDError: `seqlen` exceeds them.
+    """
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or DEFAULT_SEQLEN
     length = seqlen or min(default, limit)
     if length > limit:
         raise HiSVDError(f"--seqlen {length} exceeds the {limit} positions of {model_path}; choose at most {limit}.")
-    return model, ids, length
+    return length
 
 
 def evaluate_model(
@@ -135,14 +197,15 @@ def evaluate_model(
     texts: dict[str, str],
     seqlen: int | None,
     nsamples: int | None,
+    offload_folder: Path | None,
     with_speed: bool,
     device: str,
     dtype: str,
 ) -> dict:
     """All figures of one model."""
-    model, ids, length = opened(model_path, texts, seqlen, DEFAULT_SEQLEN, device, dtype)
+    model, ids, length = opened(model_path, texts, seqlen, DEFAULT_SEQLEN, device, dtype, bool(offload_folder))
     windows = {name: evaluation_windows(t, length, nsamples, name) for name, t in ids.items()}
-    stored, dense = linear_numbers(model)
+    stored, dense = linear_numbers(model.skeleton if offload_folder else model)
     path = Path(model_path)
     result = {
         "model": model_path,
@@ -153,8 +216,12 @@ def evaluate_model(
         "seqlen": length,
         "device": str(model.device),
         "dtype": str(model.dtype),
-        "perplexity": {name: perplexity(model, w, name) for name, w in windows.items()},
     }
+    if offload_folder:
+        with tempfile.TemporaryDirectory(dir=offload_folder) as folder:
+            result["perplexity"] = {n: streamed_perplexity(model, w, n, Path(folder)) for n, w in windows.items()}
+    else:
+        result["perplexity"] = {name: perplexity(model, w, name) for name, w in windows.items()}
     if with_speed:
         result["speed"] = speed(model, next(iter(windows.values()))[0])
         result["speed"]["peak_memory_bytes"] = peak_memory(model.device)
