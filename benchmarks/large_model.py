@@ -20,6 +20,13 @@ from hisvd.utils.files import write_json
 from hisvd.utils.model_utils import Checkpoint, empty_model, open_checkpoint, resolve_device, resolve_dtype
 
 SHAPES = {
+    "smollm2-360m": {
+        "hidden_size": 960,
+        "intermediate_size": 2560,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 15,
+        "num_key_value_heads": 5,
+    },
     "tinyllama": {
         "hidden_size": 2048,
         "intermediate_size": 5632,
@@ -70,9 +77,10 @@ def main(
         used = {"calibrate": measured("calibrate.py", *where, *sizes, *cache)}
         goal = ["--calib_cache", folder / f"m_n{nsamples}_s{seqlen}_with_hessian", "--save_model", result]
         used["compress"] = measured("compress.py", *where, *goal, "--target_compression", 0.8, "--update", update)
-        text = ["--datasets", "python-docs", *sizes, "--dtype", "bfloat16", "--device", device]
+        text = ["--datasets", "python-docs", *sizes, "--device", device]
         for row, path in (("evaluate original", model), ("evaluate compressed", result)):
-            used[row] = measured("evaluate.py", "--model_path", path, *text)
+            used[f"{row}, bfloat16"] = measured("evaluate.py", "--model_path", path, *text, "--dtype", "bfloat16")
+            used[f"{row}, offloaded"] = measured("evaluate.py", "--model_path", path, *text, "--offload_folder", folder)
         checkpoint = open_checkpoint(str(model))
         report(used, estimates(checkpoint, nsamples, seqlen, device), checkpoint.count_bytes(), json_path)
 
@@ -82,7 +90,7 @@ def estimates(checkpoint: Checkpoint, nsamples: int, seqlen: int, device: str) -
     shapes, stored = shapes_of(empty_model(checkpoint.config)), checkpoint.config.dtype
     compute = resolve_dtype("auto", resolve_device(device), stored or torch.bfloat16)
     sizes = {"nsamples": nsamples, "grad_nsamples": nsamples, "seqlen": seqlen}
-    forward, backward, compression = estimated_stages(shapes, **sizes, compute=compute, stored=stored)
+    forward, backward, compression, _ = estimated_stages(shapes, **sizes, compute=compute, stored=stored)
     return {"calibrate": max(forward.memory, backward.memory), "compress": compression.memory}
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from hisvd.calibration_cache import MANIFEST, CalibrationCache, input_root, read_cache
+from hisvd.calibration_cache import MANIFEST, CalibrationCache, input_moment, read_cache
 from hisvd.component.adapter import Adapter
 from hisvd.errors import HiSVDError
 from hisvd.gradient_pass import OutputGradientMoments, gradients_at_top, input_gradients
@@ -243,7 +243,7 @@ def gradient_statistics(
     tensors: dict[str, torch.Tensor] = {}
     forward = cache.read_forward(index)
     for members in cache.groups_of(index):
-        root = input_root(members[0], forward, "input", next(layer.parameters()).device)
+        root = cholesky_root(input_moment(members[0], forward, next(layer.parameters()).device), H_DAMPING)
         for path in (s.type for s in members):
             f = torch.linalg.eigh(moments.moments.pop(path).div_(moments.tokens))
             tensors[f"{path}.F_eigenvalues"], tensors[f"{path}.F_eigenvectors"] = map(_stored, f)

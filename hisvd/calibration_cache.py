@@ -18,7 +18,7 @@ from hisvd.shape_utils import Sublayer
 from hisvd.utils.data_utils import token_fingerprint
 from hisvd.utils.files import sha256_of_file, sha256_of_tensor, write_json, write_tensors
 from hisvd.utils.model_utils import open_safetensors
-from hisvd.whitening_svd import F_DAMPING, H_DAMPING, SecondMoment, cholesky_root, damped
+from hisvd.whitening_svd import F_DAMPING, SecondMoment, damped
 
 FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
@@ -203,13 +203,6 @@ class CalibrationCache:
                 return {k: file.get_tensor(k).clone() for k in file.keys() if k.endswith(ending)}  # noqa: SIM118
         except SafetensorError:
             raise _damaged(path) from None
-
-
-def input_root(
-    sublayer: Sublayer, statistics: dict[str, torch.Tensor], whitening: str, device: torch.device
-) -> torch.Tensor | None:
-    """The Cholesky root of the damped H at a sublayer's input; None for whitening `none`."""
-    return None if whitening == "none" else cholesky_root(input_moment(sublayer, statistics, device), H_DAMPING)
 
 
 def input_moment(sublayer: Sublayer, statistics: dict[str, torch.Tensor], device: torch.device) -> torch.Tensor:

@@ -5,7 +5,7 @@ from collections.abc import Hashable, Iterator, Sequence
 import torch
 from tqdm import tqdm
 
-from hisvd.calibration_cache import LEADING_VECTORS, SPECTRA, CalibrationCache, input_moment, input_root, output_moment
+from hisvd.calibration_cache import LEADING_VECTORS, SPECTRA, CalibrationCache, input_moment, output_moment
 from hisvd.clustering import layer_clusters
 from hisvd.component.experts import kind_of
 from hisvd.component.low_rank import factor_tensors
@@ -18,7 +18,7 @@ from hisvd.shape_utils import FactorForm, Sublayer, is_dense
 from hisvd.utils import distributed
 from hisvd.utils.model_utils import Checkpoint
 from hisvd.utils.save_utils import ModelWriter
-from hisvd.whitening_svd import left_singular_vectors, low_rank_factors, whitened
+from hisvd.whitening_svd import H_DAMPING, cholesky_root, left_singular_vectors, low_rank_factors, whitened
 
 
 def plan_ranks(
@@ -158,9 +158,9 @@ def factor_layer(
     statistics = cache.read_layer(index)
     for members in cache.groups_of(index):
         factored = any(not is_dense(plan[s.name], s.shape, form) for plan in ranks.values() for s in members)
-        root = input_root(members[0], statistics, whitening, device) if factored else None
-        fitted = export == "int6" and int6_mode == "calibrated"
-        moment = input_moment(members[0], statistics, device) if fitted else None
+        fitted, weighed = export == "int6" and int6_mode == "calibrated", factored and whitening != "none"
+        moment = input_moment(members[0], statistics, device) if fitted or weighed else None
+        root = cholesky_root(moment, H_DAMPING) if weighed else None
         for s in members:
             weight = original[checkpoint.stored_name(f"{s.name}.weight")].to(device)
             f = basis = None
@@ -173,7 +173,7 @@ def factor_layer(
                     factors = low_rank_factors(weight, basis, rank, f)
                     tensors = factor_tensors(*factors, "dense" if export == "dense" else form, weight.dtype, root)
                 if export == "int6":
-                    tensors = int6_entries(tensors, moment)
+                    tensors = int6_entries(tensors, moment if fitted else None)
                 if tensors.get("weight") is not weight:
                     yield target, s, tensors
 

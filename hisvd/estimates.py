@@ -20,6 +20,7 @@ from hisvd.utils.eval_utils import LOGITS_AT_ONCE
 from hisvd.utils.streaming import decoder_layers
 
 BASE = 0.55 * 2**30  # bytes: torch, transformers, tokenizer, text
+EVALUATED_TOKENS = 341_469  # WikiText-2's test split by Llama 2's tokenizer
 FLOPS_OF_EIGH = 9  # times n³, with eigenvectors
 FLOPS_OF_EIGVALSH = 4 / 3
 
@@ -91,7 +92,8 @@ def estimated_stages(
     stored: torch.dtype,
     targets: int = 1,
 ) -> list[Stage]:
-    """The stages of calibrate.py and of compress.py with its default settings, one process.
+    """The stages of calibrate.py, of compress.py with its default settings, and of evaluate.py layer by layer on
+    WikiText-2's test split; one process.
 
     `compute` is the dtype of the forward passes, `stored` that of the checkpoint.
     """
@@ -99,7 +101,8 @@ def estimated_stages(
     stages = [_forward(shapes, *sizes)]
     if grad_nsamples:
         stages.append(_backward(shapes, *sizes))
-    return [*stages, _compression(shapes, nsamples, seqlen, compute, stored, targets, grad_nsamples > 0)]
+    compression = _compression(shapes, nsamples, seqlen, compute, stored, targets, grad_nsamples > 0)
+    return [*stages, compression, _evaluation(shapes, seqlen, compute, stored)]
 
 
 def activation_bytes(shapes: Shapes, nsamples: int, grad_nsamples: int, seqlen: int, compute: torch.dtype) -> int:
@@ -217,15 +220,25 @@ def _compression(
         for n, outputs in layer.inputs:
             sums = targets * 8 * (2 * n * n + shapes.hidden * n)
             work = max(16 * n * n + gradients * 8 * m * m + _decomposition(m, n) for m in outputs)
-            peak = max(peak, statistics + weights + sums + max(work, _batch(shapes, compute, False)))
+            batch = _batch(shapes, compute, False) + 4 * n * (3 * TOKENS_A_BATCH + n)  # x, x', x − x', a product
+            peak = max(peak, statistics + weights + sums + max(work, batch))
             flops += 4 / 3 * targets * n**3
-            flops += 2 * tokens * (1 + targets) * (2 * n * n + layer.numbers / 2)  # half of a layer before the input
+            flops += 2 * tokens * (targets * 2 * n * n + (1 + targets) * layer.numbers / 2)  # half a layer before it
         decompositions += targets * sum(FLOPS_OF_EIGH * min(s) ** 3 for s in layer.shapes)
         products = sum(m * n * (3 * n + 3 * gradients * m + 3 * min(m, n)) for m, n in layer.shapes)
         flops += targets * 2 * 2 * products + 2 * tokens * (1 + targets) * layer.numbers
     flops += 3 * (1 + targets) * _attention_flops(shapes, nsamples, seqlen)
     disk = targets * shapes.numbers * stored.itemsize + stream_bytes(shapes.hidden, tokens, compute, targets)
     return Stage("compress", _memory(shapes, compute, stored, peak, 1 + targets), disk, flops, decompositions)
+
+
+def _evaluation(shapes: Shapes, seqlen: int, compute: torch.dtype, stored: torch.dtype) -> Stage:
+    top = BASE + 3 * 4 * LOGITS_AT_ONCE + compute.itemsize * shapes.outside
+    memory = max(top, _memory(shapes, compute, stored, _batch(shapes, compute, False)))
+    flops = 2 * EVALUATED_TOKENS * (shapes.numbers - shapes.outside + shapes.hidden * shapes.vocabulary)
+    flops += _attention_flops(shapes, EVALUATED_TOKENS // seqlen, seqlen)
+    disk = 3 * EVALUATED_TOKENS * shapes.hidden * compute.itemsize
+    return Stage("evaluate --offload_folder", memory, disk, flops, 0.0)
 
 
 def _attention_flops(shapes: Shapes, nsamples: int, seqlen: int) -> float:

@@ -74,10 +74,12 @@ def test_dry_run_needs_a_config_alone(tmp_path):
     assert result.code == 0, result
     assert not (tmp_path / "cache").exists()
     figures = json.loads((tmp_path / "dry.json").read_text())
-    assert [stage["stage"] for stage in figures["stages"]] == ["calibrate: inputs", "calibrate: gradients", "compress"]
+    names = ["calibrate: inputs", "calibrate: gradients", "compress", "evaluate --offload_folder"]
+    assert [stage["stage"] for stage in figures["stages"]] == names
     for stage in figures["stages"]:
         assert stage["stage"] in result.output
-        assert 2 * 11008**2 * 8 < stage["memory_bytes"] < 16 * 2**30  # a machine of 24 GiB has room for a 7B model
+        assert 2**30 < stage["memory_bytes"] < 16 * 2**30  # a machine of 24 GiB has room for a 7B model
+        assert "evaluate" in stage["stage"] or stage["memory_bytes"] > 2 * 11008**2 * 8
         assert (
             f"{stage['memory_bytes'] / 2**30:.1f}" in result.output
             and f"{stage['disk_bytes'] / 1e9:.1f}" in result.output
@@ -90,7 +92,7 @@ def test_estimates_grow_with_what_they_depend_on():
     def peak(layers=2, nsamples=8, targets=1, **shape):
         config = LlamaConfig(**{**SHARED, **HEADS, **shape, "num_hidden_layers": layers})
         sizes = {"nsamples": nsamples, "grad_nsamples": 4, "seqlen": 32, "compute": torch.float32}
-        return estimated_stages(shapes_of(empty_model(config)), **sizes, stored=torch.float32, targets=targets)
+        return estimated_stages(shapes_of(empty_model(config)), **sizes, stored=torch.float32, targets=targets)[:3]
 
     one, deeper, longer = peak(), peak(layers=20), peak(nsamples=16)
     for base, deep, long in zip(one, deeper, longer, strict=True):

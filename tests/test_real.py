@@ -10,7 +10,7 @@ from conftest import ROOT, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hisvd
-from hisvd.calibration_cache import input_moment, input_root, output_moment, read_cache
+from hisvd.calibration_cache import input_moment, output_moment, read_cache
 from hisvd.component.low_rank import factor_tensors, swap_linears
 from hisvd.int6_fit import int6_tensors
 from hisvd.pivoting import pack_pivoted
@@ -18,9 +18,10 @@ from hisvd.sparse_int6 import dequantize
 from hisvd.utils.data_utils import EVALUATION_SPLIT, evaluation_windows, load_text, tokenize
 from hisvd.utils.eval_utils import perplexity
 from hisvd.utils.model_utils import open_checkpoint
-from hisvd.whitening_svd import left_singular_vectors, low_rank_factors, whitened
+from hisvd.whitening_svd import H_DAMPING, cholesky_root, left_singular_vectors, low_rank_factors, whitened
 
 MODEL = Path(os.environ.get("HISVD_TEST_MODEL", ROOT / "models" / "smollm2-135m"))
+CPU = torch.device("cpu")
 pytestmark = [
     pytest.mark.real,
     pytest.mark.skipif(not MODEL.is_dir(), reason="run scripts/fetch_smollm2.sh to fetch the model"),
@@ -96,7 +97,8 @@ def test_packing_loses_nothing_on_real_weights(cache):
         tensors = statistics.read_layer(index)
         for s in (s for s in sublayers if s.layer == index):
             weight = checkpoint.read([f"{s.name}.weight"])[f"{s.name}.weight"]
-            root, f = (read(s, tensors, "two_sided", torch.device("cpu")) for read in (input_root, output_moment))
+            root = cholesky_root(input_moment(s, tensors, CPU), H_DAMPING)
+            f = output_moment(s, tensors, "two_sided", CPU)
             basis = left_singular_vectors(whitened(weight, root, f))
             left, right = low_rank_factors(weight, basis, s.full_rank // 2, f)
             base, coefficients, permutation = (
@@ -115,7 +117,7 @@ def test_calibrated_int6_codes_err_half_as_much_as_the_plain_rule(cache):
     tensors, checkpoint = read_cache(cache).read_layer(14), open_checkpoint(str(MODEL))
     for s in read_cache(cache).sublayers_of(14):
         weight = checkpoint.read([f"{s.name}.weight"])[f"{s.name}.weight"]
-        moment = input_moment(s, tensors, torch.device("cpu"))
+        moment = input_moment(s, tensors, CPU)
         errors = {}
         for mode, code in (("plain", int6_tensors(weight)), ("calibrated", int6_tensors(weight, moment))):
             error = weight.double() - dequantize(**code, in_features=s.in_features, dtype=torch.float64)
@@ -136,7 +138,8 @@ def test_both_forms_of_the_same_ranks_have_the_same_perplexity_in_bfloat16(cache
         tensors = statistics.read_layer(index)
         for s in (s for s in statistics.sublayers_of(index) if s.name in ranks):
             weight = checkpoint.read([f"{s.name}.weight"])[f"{s.name}.weight"]
-            root, f = (read(s, tensors, "two_sided", torch.device("cpu")) for read in (input_root, output_moment))
+            root = cholesky_root(input_moment(s, tensors, CPU), H_DAMPING)
+            f = output_moment(s, tensors, "two_sided", CPU)
             factors = low_rank_factors(weight, left_singular_vectors(whitened(weight, root, f)), ranks[s.name], f)
             svd.get_submodule(s.name).load_state_dict(factor_tensors(*factors, "svd", torch.bfloat16, root))
     figures = {name: perplexity(m, windows, name)["perplexity"] for name, m in (("pivoted", pivoted), ("svd", svd))}
