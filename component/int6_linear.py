@@ -90,8 +90,8 @@ class INT6SparseLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, format={self.user_alias}"
 
 
-def check_int6_modules(model: nn.Module) -> None:
-    """Refuse a model with a damaged INT6 weight.
+def check_int6_modules(model: nn.Module, prefix: str = "") -> None:
+    """Refuse a model, or a part of one whose modules' names start with `prefix`, with a damaged INT6 weight.
 
     Raises:
         HiSVDError: a wrong size or dtype, or values that the format does not allow; the module is named.
@@ -102,7 +102,7 @@ def check_int6_modules(model: nn.Module) -> None:
             try:
                 check_packed(module.packed_weight, module.metadata, module.scales, shape)
             except HiSVDError as error:
-                raise HiSVDError(f"{name}.{error}") from None
+                raise HiSVDError(f"{prefix}{name}.{error}") from None
 
 
 def product_of_few(

@@ -144,7 +144,8 @@ def test_damaged_int6_folder_is_refused(chain, tmp_path):
     with pytest.raises(hisvd.HiSVDError, match=r"q_proj\.metadata"):
         hisvd.load(folder)
     where = ["--datasets", "python-docs", "--seqlen", 32, "--nsamples", 2]
-    expect_sentence(run("evaluate", "--model_path", folder, *where), "q_proj.metadata")
+    for options in ([], ["--offload_folder", tmp_path / "offload"]):
+        expect_sentence(run("evaluate", "--model_path", folder, *where, *options), name)
 
 
 @pytest.mark.parametrize("delta", ["-1", "nan", "inf", "much"])

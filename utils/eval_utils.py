@@ -89,7 +89,7 @@ def streamed_perplexity(streamed: StreamedModel, windows: torch.Tensor, name: st
 
     def layer_of(index: int) -> nn.Module:
         layer = streamed.layer(index)
-        check_int6_modules(layer)
+        check_int6_modules(layer, f"{streamed.layer_name(index)}.")
         bar.update()
         return layer
 
