@@ -4,10 +4,14 @@
     python benchmarks/large_model.py --tokenizer … --shape llama-7b --nsamples 32 --seqlen 2048 --device cuda
 
 calibrate.py with gradients of all sequences, compress.py to 0.8, evaluate.py of both models. `--layers` builds fewer
-layers than the shape has: memory does not depend on their number, time and disk do.
+layers than the shape has: memory does not depend on their number, time and disk do. With `--work_dir` a run that was
+killed goes on with the first program whose figures are not in the JSON file.
 """
 
+import json
+import shutil
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import click
@@ -16,7 +20,7 @@ from common import Usage, measured, random_llama
 
 from hisvd.cli.common import table
 from hisvd.estimates import estimated_stages, shapes_of
-from hisvd.utils.files import write_json
+from hisvd.utils.files import check_writable_file, make_folder, write_json
 from hisvd.utils.model_utils import Checkpoint, empty_model, open_checkpoint, resolve_device, resolve_dtype
 
 SHAPES = {
@@ -67,44 +71,67 @@ def main(
     json_path: Path,
 ) -> None:
     """Build the checkpoint, run the three programs, print what each took."""
-    with tempfile.TemporaryDirectory(dir=work_dir) as name:
-        folder = Path(name)
-        model, result = folder / "model", folder / "out"
-        random_llama(model, tokenizer, **SHAPES[shape] | ({"num_hidden_layers": layers} if layers else {}))
-        where = ["--model_path", model, "--device", device]
-        sizes = ["--nsamples", nsamples, "--seqlen", seqlen]
-        cache = ["--model_name", "m", "--output_dir", folder, "--dataset", dataset, "--grad_nsamples", nsamples]
-        used = {"calibrate": measured("calibrate.py", *where, *sizes, *cache)}
-        goal = ["--calib_cache", folder / f"m_n{nsamples}_s{seqlen}_with_hessian", "--save_model", result]
-        used["compress"] = measured("compress.py", *where, *goal, "--target_compression", 0.8, "--update", update)
-        text = ["--datasets", "python-docs", *sizes, "--device", device]
-        for row, path in (("evaluate original", model), ("evaluate compressed", result)):
-            used[f"{row}, bfloat16"] = measured("evaluate.py", "--model_path", path, *text, "--dtype", "bfloat16")
-            used[f"{row}, offloaded"] = measured("evaluate.py", "--model_path", path, *text, "--offload_folder", folder)
+    with ExitStack() as stack:
+        folder = make_folder(work_dir or Path(stack.enter_context(tempfile.TemporaryDirectory())))
+        model, cache, result = folder / "model", folder / f"m_n{nsamples}_s{seqlen}_with_hessian", folder / "out"
+        if not model.exists():
+            random_llama(model, tokenizer, **SHAPES[shape] | ({"num_hidden_layers": layers} if layers else {}))
+        where, sizes = ["--model_path", model, "--device", device], ["--nsamples", nsamples, "--seqlen", seqlen]
+        made = ["--model_name", "m", "--output_dir", folder, "--dataset", dataset, "--grad_nsamples", nsamples]
+        goal = ["--calib_cache", cache, "--save_model", result, "--target_compression", 0.8, "--update", update]
+        programs = {"calibrate": ("calibrate.py", *where, *sizes, *made), "compress": ("compress.py", *where, *goal)}
+        for row, path in (("original", model), ("compressed", result)):
+            text = ["--datasets", "python-docs", *sizes, "--device", device]
+            evaluate = ("evaluate.py", "--model_path", path, *text)
+            programs[f"evaluate {row}, bfloat16"] = (*evaluate, "--dtype", "bfloat16")
+            programs[f"evaluate {row}, offloaded"] = (*evaluate, "--offload_folder", folder)
+        makes = {"calibrate": [cache], "compress": [result, result.with_name("out.partial")]}
+        used = run_missing(programs, makes, json_path, resume=bool(work_dir))
         checkpoint = open_checkpoint(str(model))
-        report(used, estimates(checkpoint, nsamples, seqlen, device), checkpoint.count_bytes(), json_path)
+        click.echo(f"checkpoint: {checkpoint.count_bytes() / 2**30:.2f} GiB")
+        click.echo(report(used, estimates(checkpoint, nsamples, seqlen, device)))
+
+
+def run_missing(
+    programs: dict[str, tuple], makes: dict[str, list[Path]], json_path: Path, resume: bool
+) -> dict[str, Usage]:
+    """Run the programs and note in the JSON file what each took; with `resume` those that it lists are not run again.
+
+    What a killed one has left of the folders it `makes` goes first: a program is measured from its start.
+    """
+    used = {}
+    if resume and json_path.exists():
+        used = {name: Usage(**usage) for name, usage in json.loads(json_path.read_text()).items()}
+    check_writable_file(json_path)
+    for name, arguments in programs.items():
+        if name not in used:
+            for left in makes.get(name, []):
+                shutil.rmtree(left, ignore_errors=True)
+            used[name] = measured(*arguments)
+            write_json(json_path, {n: vars(usage) for n, usage in used.items()})
+    return used
 
 
 def estimates(checkpoint: Checkpoint, nsamples: int, seqlen: int, device: str) -> dict[str, float]:
-    """Estimated bytes of memory of calibrate.py and compress.py."""
+    """Estimated bytes of memory of the programs, one decoder layer at a time."""
     shapes, stored = shapes_of(empty_model(checkpoint.config)), checkpoint.config.dtype
     compute = resolve_dtype("auto", resolve_device(device), stored or torch.bfloat16)
     sizes = {"nsamples": nsamples, "grad_nsamples": nsamples, "seqlen": seqlen}
-    forward, backward, compression, _ = estimated_stages(shapes, **sizes, compute=compute, stored=stored)
-    return {"calibrate": max(forward.memory, backward.memory), "compress": compression.memory}
+    forward, backward, compression, evaluation = estimated_stages(shapes, **sizes, compute=compute, stored=stored)
+    return {
+        "calibrate": max(forward.memory, backward.memory),
+        "compress": compression.memory,
+        "evaluate original, offloaded": evaluation.memory,
+    }
 
 
-def report(used: dict[str, Usage], estimated: dict[str, float], checkpoint_bytes: int, json_path: Path) -> None:
-    """Print and save the table."""
+def report(used: dict[str, Usage], estimated: dict[str, float]) -> str:
+    """The table."""
     rows = []
     for name, usage in used.items():
         guess = f"{estimated[name] / 2**30:.2f}" if name in estimated else ""
         rows.append([name, f"{usage.seconds:.0f}", f"{usage.resident / 2**30:.2f}", guess, f"{usage.gpu / 2**30:.2f}"])
-    click.echo(f"checkpoint: {checkpoint_bytes / 2**30:.2f} GiB")
-    click.echo(table(["program", "seconds", "peak RSS, GiB", "estimated, GiB", "peak GPU, GiB"], rows))
-    json_path.parent.mkdir(parents=True, exist_ok=True)
-    figures = {name: vars(usage) | {"estimated": estimated.get(name)} for name, usage in used.items()}
-    write_json(json_path, {"checkpoint_bytes": checkpoint_bytes, **figures})
+    return table(["program", "seconds", "peak RSS, GiB", "estimated, GiB", "peak GPU, GiB"], rows)
 
 
 if __name__ == "__main__":

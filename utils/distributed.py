@@ -23,6 +23,12 @@ def join() -> None:
         distributed.init_process_group("cpu:gloo,cuda:nccl" if own_gpus else "gloo")
 
 
+def leave() -> None:
+    """Part from the other processes; an interpreter that ends with them still joined may abort."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
 def size() -> int:
     """The number of processes."""
     return distributed.get_world_size() if distributed.is_initialized() else 1

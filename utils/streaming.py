@@ -18,6 +18,7 @@ from hisvd.component.adapter import Adapter
 from hisvd.component.families import adapter_for
 from hisvd.errors import HiSVDError
 from hisvd.utils.files import sync_file
+from hisvd.utils.memory import release_freed_memory
 from hisvd.utils.model_utils import Checkpoint, empty_model
 
 Arguments = tuple[tuple, dict[str, Any]]  # what a decoder layer receives beside the hidden states
@@ -55,6 +56,7 @@ class ActivationFile:
                         target.batches.append(part)
         for target in missing:
             sync_file(target.path)
+        release_freed_memory()
 
     def read(self, batch_size: int, device: torch.device) -> Iterator[torch.Tensor]:
         """Yield consecutive batches (b, seqlen, hidden) on `device`; from memory, batches as they were written."""
@@ -157,6 +159,7 @@ class StreamedModel:
         Raises:
             HiSVDError: a weight is missing or not finite.
         """
+        release_freed_memory()
         layer, prefix = copy.deepcopy(self._layers()[index]), self.layer_name(index)
         names = {name: self.checkpoint.stored_name(f"{prefix}.{name}") for name in layer.state_dict()}
         computed = {name for name, _ in layer.named_buffers() if names.get(name) not in self.checkpoint.files}

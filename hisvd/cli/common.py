@@ -33,6 +33,8 @@ def program(function: Callable) -> Callable:
         except KeyboardInterrupt:
             click.echo("Interrupted; run the same command again to go on where it stopped.", err=True)
             sys.exit(130)
+        finally:
+            distributed.leave()
 
     return wrapper
 
