@@ -215,9 +215,9 @@ def _compression(
 ) -> Stage:
     tokens, peak, decompositions, flops = nsamples * seqlen, 0.0, 0.0, 0.0
     for layer in shapes.layers:
-        statistics = gradients * sum(4 * m * m for m, _ in layer.shapes)
         weights = layer.numbers * stored.itemsize * (1 + targets)
-        for n, outputs in layer.inputs:
+        for index, (n, outputs) in enumerate(layer.inputs):
+            statistics = gradients * sum(4 * m * m for _, later in layer.inputs[index:] for m in later)
             sums = targets * 8 * (2 * n * n + shapes.hidden * n)
             work = max(16 * n * n + gradients * 8 * m * m + _decomposition(m, n) for m in outputs)
             batch = _batch(shapes, compute, False) + 4 * n * (3 * TOKENS_A_BATCH + n)  # x, x', x − x', a product

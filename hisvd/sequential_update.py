@@ -53,7 +53,9 @@ def update_target(
     change = mu * (weight.double() @ moments.lag)
     if gamma:
         change += gamma * moments.stream
-    return weight.double() + torch.cholesky_solve(change.T, own_root).T
+    # Not cholesky_solve: that copies the root.
+    change = torch.linalg.solve_triangular(own_root.T, change, upper=True, left=False)
+    return weight.double() + torch.linalg.solve_triangular(own_root, change, upper=False, left=False)
 
 
 class _Reached(Exception):
@@ -178,6 +180,8 @@ class SequentialUpdate:
                     swap_linears(layer, modules_of(s.type, tensors))
                     layer.get_submodule(s.type).load_state_dict(tensors, strict=False)
                     yield target, s, tensors
+            for s in members:
+                statistics.pop(f"{s.type}.F_eigenvectors", None)  # large, and no later group needs them
         self._advance(index, original, self.original)
         for target, files in self.compressed.items():
             self._advance(index, layers[target], files)
