@@ -39,7 +39,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def compressed(cache, tmp_path_factory):
-    """Models at 0.8 by default settings, at 0.8 and 0.6 without the update."""
+    """Models at 0.8 by default settings, at 0.8 and 0.6 without the update, at 0.8 without more of the steps."""
     root = tmp_path_factory.mktemp("compressed")
 
     def make(name, targets, *options):
@@ -49,6 +49,8 @@ def compressed(cache, tmp_path_factory):
 
     make("default", "0.8")
     make("one_shot", "0.8,0.6", "--update", "none")
+    make("uniform", "0.8", "--update", "none", "--allocation", "uniform")
+    make("plain", "0.8", "--update", "none", "--allocation", "uniform", "--whitening", "none")
     return root
 
 
@@ -58,12 +60,12 @@ def windows():
     return evaluation_windows(ids, 256, 24, "python-docs")
 
 
-def test_quality_falls_with_the_budget_and_the_update_helps(compressed, windows):
-    names = ("default", "one_shot_80p", "one_shot_60p")
+def test_quality_falls_with_the_budget_and_every_stage_helps(compressed, windows):
+    names = ("default", "one_shot_80p", "one_shot_60p", "uniform", "plain")
     paths = {"dense": MODEL} | {name: compressed / name for name in names}
     ppl = {k: perplexity(hisvd.load(p, torch.float32), windows, k)["perplexity"] for k, p in paths.items()}
     assert ppl["dense"] < ppl["one_shot_80p"] < ppl["one_shot_60p"], ppl
-    assert ppl["default"] < ppl["one_shot_80p"], ppl
+    assert ppl["default"] < ppl["one_shot_80p"] < ppl["uniform"] < ppl["plain"] / 100, ppl
     assert ppl["dense"] < ppl["default"] < 2.5 * ppl["dense"], ppl
 
 
