@@ -10,7 +10,10 @@ from conftest import build_model, calibrate_arguments, run, start
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
+from hisvd.calibration import InputMoments
 from hisvd.calibration_cache import SPECTRA, read_cache
+from hisvd.component.adapter import Adapter
+from hisvd.errors import HiSVDError
 from hisvd.gradient_pass import drawn_labels
 from hisvd.utils.data_utils import CALIBRATION_SPLIT, calibration_windows, load_text, split_held_out, tokenize
 
@@ -128,6 +131,39 @@ def test_spectra_and_leading_vectors_belong_to_the_weights(model_folders, caches
         torch.testing.assert_close(tensors[f"{s.type}.singular_values"].double(), sigma, rtol=1e-5, atol=1e-5)
         overlap = (tensors[f"{s.type}.Vh"].double() @ vh[: len(tensors[f"{s.type}.Vh"])].T).abs()
         torch.testing.assert_close(overlap.diagonal(), torch.ones(len(overlap)).double(), rtol=1e-3, atol=1e-3)
+
+
+class ThreeReaders(torch.nn.Module):
+    """q and k receive one tensor, v a copy of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (torch.nn.Linear(5, size) for size in (3, 4, 2))
+
+    def forward(self, x):
+        return self.q(x), self.k(x), self.v(x.clone())
+
+
+def test_linears_share_a_moment_if_they_receive_the_very_same_tensor():
+    layer, x = ThreeReaders(), torch.randn(2, 7, 5)
+    moments = InputMoments(layer, "layer 0", Adapter("generic", "layers", {}))
+    for _ in range(2):
+        layer(x)
+        moments.add_batch()
+    moments.finish()
+    assert moments.groups == {"q": ["q", "k"], "v": ["v"]}
+    rows = x.flatten(0, 1).double()
+    for name, moment in moments.moments.items():
+        torch.testing.assert_close(moment / moments.tokens[name], rows.T @ rows / len(rows), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("inputs", [{"in": ("q", "k", "v")}, {"in": ("q",), "other": ("k", "v")}])
+def test_an_adapter_that_groups_by_name_what_receives_other_tensors_is_refused(inputs):
+    layer = ThreeReaders()
+    moments = InputMoments(layer, "layer 0", Adapter("family", "layers", inputs))
+    layer(torch.randn(2, 7, 5))
+    with pytest.raises(HiSVDError, match=r"layer 0 .*\['q', 'k'\].* 'family' adapter does not say"):
+        moments.add_batch()
 
 
 @pytest.fixture(scope="module")
