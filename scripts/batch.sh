@@ -4,6 +4,11 @@
 # results/NAME.json; each step's output goes to logs/STEP_NAME.log. Environment variables change the sizes.
 set -euo pipefail
 
+if [ -z "${1:-}" ]; then
+  echo "Error: no folder is given; usage: $(sed -n 's/^#   //p' "$0")" >&2
+  exit 2
+fi
+
 PYTHON="${PYTHON:-python}"
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 NSAMPLES="${NSAMPLES:-256}"          # calibration sequences

@@ -2,6 +2,5 @@
 # Llama 13B: calibrate where that is missing, then keep 80 to 40 % in one run. What is done is skipped.
 #   bash scripts/compress_llama13b.sh MODEL_DIR [DEVICE]
 source "$(dirname "${BASH_SOURCE[0]}")/batch.sh"
-model_dir="${1:?usage: compress_llama13b.sh MODEL_DIR [DEVICE]}"
-calibrate_model llama13b "$model_dir" "${2:-auto}"
-compress_model llama13b "$model_dir" "${2:-auto}"
+calibrate_model llama13b "$1" "${2:-auto}"
+compress_model llama13b "$1" "${2:-auto}"

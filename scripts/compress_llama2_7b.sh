@@ -2,6 +2,5 @@
 # Llama 2 7B: calibrate where that is missing, then keep 80 to 40 % in one run. What is done is skipped.
 #   bash scripts/compress_llama2_7b.sh MODEL_DIR [DEVICE]
 source "$(dirname "${BASH_SOURCE[0]}")/batch.sh"
-model_dir="${1:?usage: compress_llama2_7b.sh MODEL_DIR [DEVICE]}"
-calibrate_model llama2_7b "$model_dir" "${2:-auto}"
-compress_model llama2_7b "$model_dir" "${2:-auto}"
+calibrate_model llama2_7b "$1" "${2:-auto}"
+compress_model llama2_7b "$1" "${2:-auto}"

@@ -2,4 +2,4 @@
 # Evaluate every model of MODELS_DIR that has one of the names in batch.sh, and its compressed forms.
 #   bash scripts/evaluate_all.sh MODELS_DIR [DEVICE]
 source "$(dirname "${BASH_SOURCE[0]}")/batch.sh"
-each_model evaluate_model "${1:?usage: evaluate_all.sh MODELS_DIR [DEVICE]}" "${2:-auto}"
+each_model evaluate_model "$1" "${2:-auto}"

@@ -67,6 +67,8 @@ def test_first_error_stops_a_script(models, tmp_path):
     failed = script(tmp_path, "compress_llama7b", tmp_path / "missing", "cpu")
     assert failed.returncode == 2 and "missing" in failed.stdout and "Traceback" not in failed.stdout
     assert not (tmp_path / "logs" / "compress_llama7b.log").exists()
-    assert script(tmp_path, "compress_llama7b").returncode != 0
+    for name in (*(f"compress_{name}" for name in NAMES), "calibrate_all", "evaluate_all"):
+        bare = script(tmp_path, name)
+        assert bare.returncode == 2 and f"usage: bash scripts/{name}.sh MODEL" in bare.stderr
     none = script(tmp_path, "evaluate_all", tmp_path, "cpu")
     assert none.returncode == 2 and "holds none of the folders" in none.stderr
