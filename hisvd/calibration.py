@@ -102,7 +102,7 @@ class InputMoments:
         self.moments = {group: distributed.total(moment) for group, moment in self.moments.items()}
         self.tokens = {group: int(distributed.total(torch.tensor(count))) for group, count in self.tokens.items()}
         rare = pool_rare(self.moments, self.tokens)
-        if rare and distributed.rank() == 0:
+        if rare and distributed.is_first():
             names = ", ".join(rare)
             tqdm.write(f"{self.layer_name}: too few tokens reach {names}; all experts' moments stand in.", sys.stderr)
         for group, count in self.tokens.items():
@@ -143,7 +143,7 @@ class Calibration:
             cache.layers.clear()
             batches = len(tokens.split(streamed.batch_size))
             files[0].write(
-                tqdm(hidden, "embedding", batches, leave=False, disable=distributed.rank() > 0), self._kept(0)
+                tqdm(hidden, "embedding", batches, leave=False, disable=not distributed.is_first()), self._kept(0)
             )
         elif len(cache.layers) < cache.num_layers:
             for _ in hidden:  # only the layers' arguments are missing
@@ -154,7 +154,7 @@ class Calibration:
             outputs = streamed.outputs(layer, index, files[index % 2], arguments[index], moments.add_batch)
             files[(index + 1) % 2].write(outputs, self._kept(index + 1))
             moments.finish()
-            if distributed.rank() == 0:
+            if distributed.is_first():
                 cache.add_layer(*layer_statistics(layer, name, index, moments))
             self._wait_for_the_first()
 
@@ -183,14 +183,14 @@ class Calibration:
             inputs, above = (streamed.read(file) for file in (self._kept(index), files[(index + 1) % 2]))
             files[index % 2].write(input_gradients(layer, name, moments, inputs, arguments[index], above))
             moments.finish()
-            if distributed.rank() == 0:
+            if distributed.is_first():
                 cache.add_gradients(gradient_statistics(layer, cache, index, moments))
             self._wait_for_the_first()
 
     def _wait_for_the_first(self) -> None:
         """The first process has written a layer: the others learn of it."""
         distributed.wait()
-        if distributed.rank() > 0:
+        if not distributed.is_first():
             self.cache.refresh()
 
     def _activations(self, name: str, tokens: torch.Tensor, side_by_side: int = 1) -> ActivationFile:
@@ -204,7 +204,7 @@ class Calibration:
 
 
 def _progress(title: str, done: int, total: int) -> Iterable[int]:
-    return tqdm(range(done, total), title, total, initial=done, disable=distributed.rank() > 0)
+    return tqdm(range(done, total), title, total, initial=done, disable=not distributed.is_first())
 
 
 def layer_statistics(
@@ -213,8 +213,8 @@ def layer_statistics(
     """The cache tensors of one layer (float32, CPU) and its sublayers in order.
 
     Per input group: `{group}.eigenvalues` (n,) and `{group}.eigenvectors` (n, n) of H = E[x xᵀ], undamped.
-    Per sublayer: `{type}.singular_values` of W and `{type}.whitened_singular_values` of W H^{1/2}, both
-    (min(m, n),), largest first, and `{type}.Vh`, the leading right singular vectors of W as rows.
+    Per sublayer: `{path}.singular_values` of W and `{path}.whitened_singular_values` of W H^{1/2}, both
+    (min(m, n),), largest first, and `{path}.Vh`, the leading right singular vectors of W as rows.
     """
     tensors: dict[str, torch.Tensor] = {}
     sublayers = []
@@ -236,15 +236,15 @@ def gradient_statistics(
 ) -> dict[str, torch.Tensor]:
     """The gradient pass's cache tensors of one layer (float32, CPU).
 
-    Per sublayer: `{type}.F_eigenvalues` (m,) and `{type}.F_eigenvectors` (m, m) of F = E[g gᵀ], undamped (a mean over
+    Per sublayer: `{path}.F_eigenvalues` (m,) and `{path}.F_eigenvectors` (m, m) of F = E[g gᵀ], undamped (a mean over
     all tokens, so that F of an expert is small where few tokens reach it), and
-    `{type}.two_sided_singular_values` of F^{1/2} W H^{1/2}.
+    `{path}.two_sided_singular_values` of F^{1/2} W H^{1/2}.
     """
     tensors: dict[str, torch.Tensor] = {}
     forward = cache.read_forward(index)
     for members in cache.groups_of(index):
         root = cholesky_root(input_moment(members[0], forward, next(layer.parameters()).device), H_DAMPING)
-        for path in (s.type for s in members):
+        for path in (s.path for s in members):
             f = torch.linalg.eigh(moments.moments.pop(path).div_(moments.tokens))
             tensors[f"{path}.F_eigenvalues"], tensors[f"{path}.F_eigenvectors"] = map(_stored, f)
             a = whitened(layer.get_submodule(path).weight, root, damped(*f, F_DAMPING))

@@ -62,11 +62,11 @@ class CalibrationCache:
     @property
     def sublayers(self) -> list[Sublayer]:
         """All sublayers of the model, layer by layer."""
-        return [Sublayer(**s) for layer in self.layers for s in layer["sublayers"]]
+        return [s for index in range(len(self.layers)) for s in self.sublayers_of(index)]
 
     def sublayers_of(self, index: int) -> list[Sublayer]:
         """The sublayers of one decoder layer."""
-        return [Sublayer(**s) for s in self.layers[index]["sublayers"]]
+        return [_sublayer(record) for record in self.layers[index]["sublayers"]]
 
     def groups_of(self, index: int) -> list[list[Sublayer]]:
         """The sublayers of one decoder layer, those that share an input together."""
@@ -75,7 +75,7 @@ class CalibrationCache:
     def add_layer(self, tensors: dict[str, torch.Tensor], sublayers: list[Sublayer]) -> None:
         """Write the forward pass's next layer, then the manifest that lists it."""
         entry = self._write(f"layer_{len(self.layers):03d}.safetensors", tensors)
-        self.layers.append({**entry, "sublayers": [asdict(s) for s in sublayers]})
+        self.layers.append({**entry, "sublayers": [_record(s) for s in sublayers]})
         self.write_manifest()
 
     def add_gradients(self, tensors: dict[str, torch.Tensor]) -> None:
@@ -205,6 +205,15 @@ class CalibrationCache:
             raise _damaged(path) from None
 
 
+def _record(sublayer: Sublayer) -> dict:
+    """A sublayer's entry in the manifest, where its path is called `type`."""
+    return {"type" if key == "path" else key: value for key, value in asdict(sublayer).items()}
+
+
+def _sublayer(record: dict) -> Sublayer:
+    return Sublayer(**{"path" if key == "type" else key: value for key, value in record.items()})
+
+
 def input_moment(sublayer: Sublayer, statistics: dict[str, torch.Tensor], device: torch.device) -> torch.Tensor:
     """H = E[x xᵀ] (n, n) at a sublayer's input, undamped, float64."""
     eigenvalues, eigenvectors = _eigenpairs(statistics, f"{sublayer.input_group}.", device)
@@ -216,7 +225,7 @@ def output_moment(
 ) -> SecondMoment | None:
     """The damped F at a sublayer's output for whitening `two_sided`, else None."""
     return (
-        damped(*_eigenpairs(statistics, f"{sublayer.type}.F_", device), F_DAMPING) if whitening == "two_sided" else None
+        damped(*_eigenpairs(statistics, f"{sublayer.path}.F_", device), F_DAMPING) if whitening == "two_sided" else None
     )
 
 

@@ -47,7 +47,7 @@ def plan_ranks(
     spectra = [cache.read_small(index, SPECTRA) for index in range(cache.num_layers)]
 
     def spectra_of(kind: str) -> list[torch.Tensor]:
-        return [spectra[s.layer][f"{s.type}.{kind}"] for s in sublayers]
+        return [spectra[s.layer][f"{s.path}.{kind}"] for s in sublayers]
 
     if allocation == "loss":
         sigmas = spectra_of("two_sided_singular_values" if cache.has_gradients else "whitened_singular_values")
@@ -70,10 +70,10 @@ def plan_ranks(
 def sublayer_clusters(cache: CalibrationCache, cluster_by: str) -> list[Hashable]:
     """The Stage 2 cluster of every sublayer: its `type`, or its type within a run of similar layers (`type_depth`)."""
     if cluster_by == "type":
-        return [kind_of(s.type) for s in cache.sublayers]
+        return [kind_of(s.path) for s in cache.sublayers]
     vectors = [cache.read_small(index, LEADING_VECTORS) for index in range(cache.num_layers)]
     depth = layer_clusters(vectors)
-    return [(kind_of(s.type), depth[s.layer]) for s in cache.sublayers]
+    return [(kind_of(s.path), depth[s.layer]) for s in cache.sublayers]
 
 
 def compress(
@@ -114,10 +114,10 @@ def compress(
         first_layer = start if in_step else 0
         sequential = SequentialUpdate(checkpoint, cache, folders, first_layer, device, activation_budget)
         start = sequential.first_layer
-    first, processes = distributed.rank() == 0, distributed.size()
+    first, processes = distributed.is_first(), distributed.count()
     indices = range(start, cache.num_layers)
     for index in tqdm(indices, "compressing layers", cache.num_layers, initial=start, disable=not first):
-        mine = index % processes == distributed.rank()
+        mine = index % processes == distributed.index()
         if not sequential and (not mine or all(writer.has_shard(index) for writer in writers.values())):
             continue
         original = checkpoint.read(layer_tensor_names(checkpoint, cache.sublayers_of(index)[0]))
@@ -180,5 +180,5 @@ def factor_layer(
 
 def layer_tensor_names(checkpoint: Checkpoint, first: Sublayer) -> set[str]:
     """Names of all checkpoint tensors of the decoder layer that `first` belongs to."""
-    prefix = checkpoint.stored_name(f"{first.name}.weight").removesuffix(f"{first.type}.weight")
+    prefix = checkpoint.stored_name(f"{first.name}.weight").removesuffix(f"{first.path}.weight")
     return {name for name in checkpoint.files if name.startswith(prefix)}

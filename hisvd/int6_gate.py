@@ -189,6 +189,6 @@ class HeldOutText:
         layer = self.streamed.layer(index)
         for s in self.cache.sublayers_of(index):
             entries = entries_of(self.codes.checkpoint, s, tensors)
-            swap_linears(layer, modules_of(s.type, entries))
-            layer.get_submodule(s.type).load_state_dict(entries, strict=False)
+            swap_linears(layer, modules_of(s.path, entries))
+            layer.get_submodule(s.path).load_state_dict(entries, strict=False)
         return layer

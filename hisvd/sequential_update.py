@@ -152,7 +152,7 @@ class SequentialUpdate:
         """
         original = self.streamed.layer(index)
         layers = {target: self.streamed.layer(index) for target in self.compressed}
-        routed = any(is_routed(s.type) for s in self.cache.sublayers_of(index))
+        routed = any(is_routed(s.path) for s in self.cache.sublayers_of(index))
         statistics = self.cache.read_layer(index) if routed else self.cache.read_backward(index)
 
         def entries(s: Sublayer, weight: torch.Tensor, rank: int, own: torch.Tensor, root: torch.Tensor | None) -> dict:
@@ -166,7 +166,7 @@ class SequentialUpdate:
             return int6_entries(tensors, own if int6_mode == "calibrated" else None) if export == "int6" else tensors
 
         for members in self.cache.groups_of(index):
-            if is_routed(members[0].type):
+            if is_routed(members[0].path):
                 own = input_moment(members[0], statistics, self.device)
                 measured = dict.fromkeys(layers, UpdateMoments(own))
             else:
@@ -176,19 +176,19 @@ class SequentialUpdate:
                 own = measured.pop(target).own
                 root = cholesky_root(own, H_DAMPING) if whitening != "none" else None
                 for s in members:
-                    tensors = entries(s, weights.pop(s.type), ranks[target][s.name], own, root)
-                    swap_linears(layer, modules_of(s.type, tensors))
-                    layer.get_submodule(s.type).load_state_dict(tensors, strict=False)
+                    tensors = entries(s, weights.pop(s.path), ranks[target][s.name], own, root)
+                    swap_linears(layer, modules_of(s.path, tensors))
+                    layer.get_submodule(s.path).load_state_dict(tensors, strict=False)
                     yield target, s, tensors
             for s in members:
-                statistics.pop(f"{s.type}.F_eigenvectors", None)  # large, and no later group needs them
+                statistics.pop(f"{s.path}.F_eigenvectors", None)  # large, and no later group needs them
         self._advance(index, original, self.original)
         for target, files in self.compressed.items():
             self._advance(index, layers[target], files)
 
     def _updated(self, layer: nn.Module, members: list[Sublayer], moments: UpdateMoments) -> dict[str, torch.Tensor]:
         """The weights that the factors of `members`, which share an input, are to come close to, by type."""
-        weights = {s.type: layer.get_submodule(s.type).weight for s in members}
+        weights = {s.path: layer.get_submodule(s.path).weight for s in members}
         if moments.lag is None:
             return weights
         root, writers = cholesky_root(moments.own, RIDGE), self.adapter.stream
@@ -198,7 +198,7 @@ class SequentialUpdate:
         self, index: int, original: nn.Module, layers: dict[float, nn.Module], group: list[Sublayer]
     ) -> dict[float, UpdateMoments]:
         """The moments at the input that `group` shares in layer `index`, behind linears with their new weights."""
-        path, writers = group[0].type, self.adapter.stream
+        path, writers = group[0].path, self.adapter.stream
         sums: dict[float, list[torch.Tensor]] = {}
         streams = [self.streamed.read(files[index % 2]) for files in self._all_files()]
         tokens = 0
@@ -207,7 +207,7 @@ class SequentialUpdate:
             tokens += len(x)
             for (target, layer), hidden_c in zip(layers.items(), compressed, strict=True):
                 x_c, stream_c = input_and_stream(layer, path, writers, hidden_c, arguments)
-                left = [x_c, x - x_c] + [stream - stream_c] * any(s.type in writers for s in group)
+                left = [x_c, x - x_c] + [stream - stream_c] * any(s.path in writers for s in group)
                 if target not in sums:
                     sums[target] = [x.new_zeros(a.shape[1], x.shape[1], dtype=torch.float64) for a in left]
                 for total, a in zip(sums[target], left, strict=True):

@@ -11,13 +11,13 @@ FactorForm = Literal["pivoted", "svd"]
 class Sublayer:
     """One linear sublayer of one decoder layer: weight W of shape (out_features, in_features).
 
-    `type` is the module's path inside its decoder layer, `input_group` names the tensor it reads:
+    `path` is the module's path inside its decoder layer, `input_group` names the tensor it reads:
     sublayers of one layer with the same group receive the same input.
     """
 
     name: str
     layer: int
-    type: str
+    path: str
     input_group: str
     out_features: int
     in_features: int

@@ -83,8 +83,8 @@ def gradient_moments_of(model, tokens):
 def gradient_moments_stored(cache, sublayer):
     """F (m, m) of a sublayer in a cache."""
     tensors = cache.read_layer(sublayer.layer)
-    q = tensors[f"{sublayer.type}.F_eigenvectors"].double()
-    return q * tensors[f"{sublayer.type}.F_eigenvalues"].double() @ q.T
+    q = tensors[f"{sublayer.path}.F_eigenvectors"].double()
+    return q * tensors[f"{sublayer.path}.F_eigenvalues"].double() @ q.T
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
@@ -128,8 +128,8 @@ def test_spectra_and_leading_vectors_belong_to_the_weights(model_folders, caches
     for s in cache.sublayers_of(2):
         tensors = cache.read_layer(2)
         _, sigma, vh = torch.linalg.svd(weights[f"{s.name}.weight"].double(), full_matrices=False)
-        torch.testing.assert_close(tensors[f"{s.type}.singular_values"].double(), sigma, rtol=1e-5, atol=1e-5)
-        overlap = (tensors[f"{s.type}.Vh"].double() @ vh[: len(tensors[f"{s.type}.Vh"])].T).abs()
+        torch.testing.assert_close(tensors[f"{s.path}.singular_values"].double(), sigma, rtol=1e-5, atol=1e-5)
+        overlap = (tensors[f"{s.path}.Vh"].double() @ vh[: len(tensors[f"{s.path}.Vh"])].T).abs()
         torch.testing.assert_close(overlap.diagonal(), torch.ones(len(overlap)).double(), rtol=1e-3, atol=1e-3)
 
 

@@ -75,7 +75,7 @@ def test_moments_are_those_of_the_tokens_routed_to_each_expert(starved):
             continue
         statistics = cache.read_layer(s.layer)
         v, eigenvalues = (statistics[f"{s.input_group}.{k}"].double() for k in ("eigenvectors", "eigenvalues"))
-        kind = [n for n in sums if n.startswith(f"model.layers.{s.layer}.") and n.endswith(s.type.rpartition(".")[2])]
+        kind = [n for n in sums if n.startswith(f"model.layers.{s.layer}.") and n.endswith(s.path.rpartition(".")[2])]
         if counts.get(s.name, 0) < s.in_features:
             rare.append(s.input_group)
             expected = sum(sums[n] for n in kind) / sum(counts[n] for n in kind)

@@ -81,7 +81,7 @@ def test_the_familys_own_adapter_names_all_linears(chain):
     for index, layer in enumerate(decoder_layers(model, adapter)):
         two_dimensional = {name.removesuffix(".weight") for name, p in layer.named_parameters() if p.dim() == 2}
         routers = {name for name in two_dimensional if name.endswith((".gate", "_expert_gate"))}
-        assert two_dimensional - routers == {s.type for s in read_cache(cache).sublayers_of(index)}
+        assert two_dimensional - routers == {s.path for s in read_cache(cache).sublayers_of(index)}
 
 
 def test_budget_is_met_in_the_saved_file(chain):

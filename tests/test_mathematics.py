@@ -35,7 +35,7 @@ FORMS = ("pivoted", "svd")
 SHAPES = {"q": (64, 64), "k": (32, 64), "up": (160, 64), "down": (64, 160)}
 SUBLAYERS = [Sublayer(f"{i}.{t}", i, t, t, *shape) for i in range(6) for t, shape in SHAPES.items()]
 
-TYPES = [s.type for s in SUBLAYERS]
+TYPES = [s.path for s in SUBLAYERS]
 
 
 def total(ranks, form):
@@ -212,10 +212,10 @@ def test_modulations_as_defined():
 @pytest.mark.parametrize("modulation", ["logarithmic", "power", "exponential", "linear"])
 def test_stage2_takes_from_the_types_with_redundant_tails(modulation):
     flat = {"q": 0.0, "k": 0.001, "up": 0.02, "down": 0.2}  # decay: the faster, the more redundant the tail
-    spectra = [torch.exp(-flat[s.type] * torch.arange(s.full_rank)) for s in SUBLAYERS]
+    spectra = [torch.exp(-flat[s.path] * torch.arange(s.full_rank)) for s in SUBLAYERS]
     shares = project_shares(uniform_shares(SUBLAYERS, 0.5), SUBLAYERS, 0.5, "pivoted")
     refined = stage2_shares(SUBLAYERS, shares, spectra, TYPES, 0.5, "pivoted", modulation, 0.5, 1.0)
-    change = {s.type: new / old for s, new, old in zip(SUBLAYERS, refined, shares, strict=True)}
+    change = {s.path: new / old for s, new, old in zip(SUBLAYERS, refined, shares, strict=True)}
     assert change["q"] > change["k"] > change["up"] > change["down"]
     unchanged = stage2_shares(SUBLAYERS, shares, spectra, TYPES, 0.5, "pivoted", modulation, 0.0, 1.0)
     assert unchanged == pytest.approx(shares)

@@ -29,29 +29,34 @@ def leave() -> None:
         distributed.destroy_process_group()
 
 
-def size() -> int:
+def count() -> int:
     """The number of processes."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
-def rank() -> int:
+def index() -> int:
     """The number of this process, from 0."""
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
+def is_first() -> bool:
+    """Whether this is the process that prints and writes what all have computed."""
+    return index() == 0
+
+
 def share(tensor: torch.Tensor) -> torch.Tensor:
     """This process's rows of `tensor`: every size-th, so that a share of the first rows is the start of the share."""
-    return tensor[rank() :: size()]
+    return tensor[index() :: count()]
 
 
 def own_name(name: str) -> str:
     """`name` for a file of this process alone."""
-    return f"{name}_{rank()}_of_{size()}" if size() > 1 else name
+    return f"{name}_{index()}_of_{count()}" if count() > 1 else name
 
 
 def total(tensor: torch.Tensor) -> torch.Tensor:
     """The sum of `tensor` over all processes."""
-    if size() > 1:
+    if count() > 1:
         tensor = tensor.contiguous()
         distributed.all_reduce(tensor)
     return tensor
@@ -59,16 +64,16 @@ def total(tensor: torch.Tensor) -> torch.Tensor:
 
 def everywhere(flag: bool) -> bool:
     """Whether `flag` is set in every process."""
-    return int(total(torch.tensor(int(flag)))) == size()
+    return int(total(torch.tensor(int(flag)))) == count()
 
 
 @contextmanager
 def first_alone() -> Iterator[None]:
     """Inside: process 0 first, the others when it has left."""
-    if rank() > 0:
+    if not is_first():
         wait()
     yield
-    if rank() == 0:
+    if is_first():
         wait()
 
 

@@ -38,7 +38,7 @@ def perplexity(model: PreTrainedModel, windows: torch.Tensor, name: str, tokens_
     """
     total, mine = 0.0, distributed.share(windows)
     batches = mine.split(max(1, tokens_a_batch // windows.shape[1])) if len(mine) else ()
-    for batch in tqdm(batches, f"perplexity on {name}", leave=False, disable=distributed.rank() > 0):
+    for batch in tqdm(batches, f"perplexity on {name}", leave=False, disable=not distributed.is_first()):
         ids = batch.to(model.device)
         hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
         total += summed_loss(hidden, ids, partial(head_logits, model), tokens_at_once(model))
@@ -94,7 +94,7 @@ def streamed_perplexity(streamed: StreamedModel, windows: torch.Tensor, name: st
         return layer
 
     layers = streamed.checkpoint.config.get_text_config().num_hidden_layers
-    with tqdm(total=layers, desc=f"perplexity on {name}", leave=False, disable=distributed.rank() > 0) as bar:
+    with tqdm(total=layers, desc=f"perplexity on {name}", leave=False, disable=not distributed.is_first()) as bar:
         if len(mine):
             names = (distributed.own_name(f"{Path(name).name}_{use}") for use in ("embedded", "even", "odd"))
             embedded, *others = (streamed.file(folder / f"{file}.bin", mine) for file in names)

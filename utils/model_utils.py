@@ -249,7 +249,7 @@ def resolve_device(device: str) -> torch.device:
     """
     if device == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
-        if accelerator and distributed.size() > 1:
+        if accelerator and distributed.count() > 1:
             return torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0")))
         return accelerator or torch.device("cpu")
     try:

@@ -116,9 +116,9 @@ def main(
     options = {"model_path": model_path, "dataset": dataset, "sampling": sampling, "seed": seed}
     folder = cache_folder(output_dir, file_safe(model_name), nsamples, seqlen)
     num_layers = checkpoint.config.get_text_config().num_hidden_layers
-    if nsamples < distributed.size() or (gradients and grad_nsamples < distributed.size()):
+    if nsamples < distributed.count() or (gradients and grad_nsamples < distributed.count()):
         raise HiSVDError(
-            f"--nsamples {nsamples} and --grad_nsamples {grad_nsamples} must give each of the {distributed.size()} "
+            f"--nsamples {nsamples} and --grad_nsamples {grad_nsamples} must give each of the {distributed.count()} "
             "processes a sequence; raise them, or start fewer processes."
         )
     with distributed.first_alone():
@@ -129,14 +129,14 @@ def main(
     else:
         batch_size = batch_size or default_batch_size(seqlen)
         streamed = StreamedModel(checkpoint, batch_size, torch_device, torch_dtype, 1e9 * activation_budget_gb)
-        if distributed.rank() == 0:
+        if distributed.is_first():
             shapes = shapes_of(streamed.skeleton)
             needed = cache_bytes(shapes, gradients) + activation_bytes(shapes, **sizes, compute=torch_dtype)
             check_disk([folder], needed, "Calibration")
         distributed.wait()
         Calibration(streamed, tokens, cache).run()
     distributed.wait()
-    if distributed.rank() == 0:
+    if distributed.is_first():
         cache.remove_activations()
     say(f"Calibration of {num_layers} layers on {tokens.numel()} tokens of {dataset}: {folder}")
 

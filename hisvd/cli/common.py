@@ -83,7 +83,7 @@ def data_dir_option(function: Callable) -> Callable:
 
 def say(text: str) -> None:
     """Print, in the first of several processes."""
-    if distributed.rank() == 0:
+    if distributed.is_first():
         click.echo(text)
 
 

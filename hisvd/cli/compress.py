@@ -175,9 +175,9 @@ def main(context: click.Context, **options: object) -> None:
     checkpoint = open_checkpoint(options["model_path"])
     check_same_model(cache, checkpoint.fingerprint(), checkpoint.folder)
 
-    if cache.identity["nsamples"] < distributed.size():
+    if cache.identity["nsamples"] < distributed.count():
         raise HiSVDError(
-            f"{cache.folder} holds {cache.identity['nsamples']} sequences, fewer than the {distributed.size()} "
+            f"{cache.folder} holds {cache.identity['nsamples']} sequences, fewer than the {distributed.count()} "
             "processes; start at most as many."
         )
     writers = {}
@@ -189,7 +189,7 @@ def main(context: click.Context, **options: object) -> None:
         with distributed.first_alone():
             writers[target] = ModelWriter(output, report, cache.num_layers + 1, checkpoint.transposed)
     gated = settings["export"] == "int6" and settings["quality_gate_delta"] is not None
-    if distributed.rank() == 0:
+    if distributed.is_first():
         folders = [writer.folder for writer in writers.values()]
         check_disk(folders, needed_bytes(checkpoint, cache, settings, writers[targets[0]].output, len(targets)), "This")
     distributed.wait()
@@ -206,7 +206,7 @@ def main(context: click.Context, **options: object) -> None:
         device=device,
         activation_budget=1e9 * options["activation_budget_gb"],
     )
-    if distributed.rank() > 0:
+    if not distributed.is_first():
         return  # the first process puts the shards together
     reports = []
     for target, writer in writers.items():

@@ -44,11 +44,11 @@ def plan_report(cache: CalibrationCache, target: float, ranks: list[int], settin
 
 def rank_table(cache: CalibrationCache, ranks: list[int], form: str) -> str:
     """Ranks as a table: a row a decoder layer, a column a sublayer type; of experts the smallest and the largest."""
-    types = list(dict.fromkeys(kind_of(s.type) for s in cache.sublayers))
+    types = list(dict.fromkeys(kind_of(s.path) for s in cache.sublayers))
     found: dict[tuple[int, str], list[Sublayer]] = {}
     rank_in = {}
     for s, r in zip(cache.sublayers, ranks, strict=True):
-        found.setdefault((s.layer, kind_of(s.type)), []).append(s)
+        found.setdefault((s.layer, kind_of(s.path)), []).append(s)
         rank_in[s.name] = r
 
     def cell(members: list[Sublayer]) -> str:

@@ -118,15 +118,15 @@ def main(
             results.append({**where, "attention_residual": studies})
             for name, study in studies.items():
                 say(study_tables(model_path, name, study) + "\n")
-            if json_path and distributed.rank() == 0:
+            if json_path and distributed.is_first():
                 write_json(json_path, results)
-        if plot and distributed.rank() == 0:
+        if plot and distributed.is_first():
             draw_studies(results, plot)
         return
     for model_path in model_paths:
         figures = evaluate_model(model_path, texts, seqlen, nsamples, offload_folder, with_speed, device, dtype)
         results.append(figures)
-        if json_path and distributed.rank() == 0:
+        if json_path and distributed.is_first():
             write_json(json_path, results)
     say(result_table(results))
 
