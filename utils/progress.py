@@ -1,0 +1,27 @@
+"""Progress bars that a caller of the library can switch off; of several processes the first alone shows them."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from tqdm import tqdm
+
+from hisvd.utils import distributed
+
+_shown: ContextVar[bool] = ContextVar("hisvd_progress_shown", default=True)
+
+
+@contextmanager
+def progress_shown(shown: bool) -> Iterator[None]:
+    """Inside: progress bars are shown, or not."""
+    token = _shown.set(shown)
+    try:
+        yield
+    finally:
+        _shown.reset(token)
+
+
+def progress_bar(iterable: Iterable | None, title: str, **options: Any) -> tqdm:
+    """A tqdm bar on standard error with tqdm's own `options`, over `iterable` (None: to be updated by hand)."""
+    return tqdm(iterable, title, disable=not (_shown.get() and distributed.is_first()), **options)
