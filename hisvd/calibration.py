@@ -15,8 +15,10 @@ from hisvd.gradient_pass import OutputGradientMoments, gradients_at_top, input_g
 from hisvd.rare_experts import pool_rare
 from hisvd.shape_utils import Sublayer
 from hisvd.utils import distributed
+from hisvd.utils.activation_files import ActivationFile, ActivationPair
 from hisvd.utils.files import make_folder
-from hisvd.utils.streaming import ActivationFile, StreamedModel
+from hisvd.utils.progress import progress_bar
+from hisvd.utils.streaming import StreamedModel
 from hisvd.whitening_svd import (
     F_DAMPING,
     H_DAMPING,
@@ -135,53 +137,46 @@ class Calibration:
             self.gradient_pass()
 
     def forward_pass(self) -> None:
-        """Moments of the inputs. Layer k reads hidden_{k % 2} and writes the other one."""
+        """Moments of the inputs."""
         streamed, tokens, cache = self.streamed, self.tokens, self.cache
-        files = [self._activations(f"hidden_{parity}", tokens) for parity in ("even", "odd")]
-        hidden, arguments = streamed.first_inputs(tokens)
-        if not cache.layers or not distributed.everywhere(files[len(cache.layers) % 2].is_whole()):
+        hidden = self._pair("hidden", tokens)
+        if not cache.layers or not distributed.everywhere(hidden[len(cache.layers)].is_whole()):
             cache.layers.clear()
-            batches = len(tokens.split(streamed.batch_size))
-            files[0].write(
-                tqdm(hidden, "embedding", batches, leave=False, disable=not distributed.is_first()), self._kept(0)
-            )
+            arguments = streamed.embed(tokens, hidden[0], self._kept(0))
         elif len(cache.layers) < cache.num_layers:
-            for _ in hidden:  # only the layers' arguments are missing
-                pass
+            arguments = streamed.embed(tokens, None)
         for index in _progress("calibrating layers", len(cache.layers), cache.num_layers):
             layer, name = streamed.layer(index), streamed.layer_name(index)
             moments = InputMoments(layer, name, streamed.adapter)
-            outputs = streamed.outputs(layer, index, files[index % 2], arguments[index], moments.add_batch)
-            files[(index + 1) % 2].write(outputs, self._kept(index + 1))
+            outputs = streamed.outputs(layer, index, hidden[index], arguments[index], moments.add_batch)
+            hidden[index + 1].write(outputs, self._kept(index + 1))
             moments.finish()
             if distributed.is_first():
                 cache.add_layer(*layer_statistics(layer, name, index, moments))
             self._wait_for_the_first()
 
     def gradient_pass(self) -> None:
-        """Moments of the output gradients, from the top down. Layer k writes gradient_{k % 2} and reads the other."""
+        """Moments of the output gradients, from the top down."""
         streamed, cache = self.streamed, self.cache
         count = cache.identity["grad_nsamples"]
         # Drawn for all sequences at once: the same whatever the batches and the processes are.
         draws = torch.rand(count, self.tokens.shape[1] - 1, generator=torch.Generator().manual_seed(0))
         draws = distributed.share(draws)
         tokens = self.tokens[: len(draws)]
-        files = [self._activations(f"gradient_{parity}", tokens, 2) for parity in ("even", "odd")]
-        hidden, arguments = streamed.first_inputs(tokens)
-        for _ in hidden:
-            pass
+        gradients = self._pair("gradient", tokens, 2)
+        arguments = streamed.embed(tokens, None)
         todo = cache.num_layers - len(cache.gradients)
-        if not cache.gradients or not distributed.everywhere(files[todo % 2].is_whole()):
+        if not cache.gradients or not distributed.everywhere(gradients[todo].is_whole()):
             cache.gradients.clear()
             top = streamed.read(self._kept(cache.num_layers))
             with streamed.outside_weights():
-                files[cache.num_layers % 2].write(gradients_at_top(streamed, top, tokens, draws))
+                gradients[cache.num_layers].write(gradients_at_top(streamed, top, tokens, draws))
         for done in _progress("gradients of layers", len(cache.gradients), cache.num_layers):
             index = cache.num_layers - 1 - done
             layer, name = streamed.layer(index), streamed.layer_name(index)
             moments = OutputGradientMoments(layer, streamed.adapter.sublayer_paths(layer))
-            inputs, above = (streamed.read(file) for file in (self._kept(index), files[(index + 1) % 2]))
-            files[index % 2].write(input_gradients(layer, name, moments, inputs, arguments[index], above))
+            inputs, above = (streamed.read(file) for file in (self._kept(index), gradients[index + 1]))
+            gradients[index].write(input_gradients(layer, name, moments, inputs, arguments[index], above))
             moments.finish()
             if distributed.is_first():
                 cache.add_gradients(gradient_statistics(layer, cache, index, moments))
@@ -193,18 +188,19 @@ class Calibration:
         if not distributed.is_first():
             self.cache.refresh()
 
-    def _activations(self, name: str, tokens: torch.Tensor, side_by_side: int = 1) -> ActivationFile:
-        return self.streamed.file(self.cache.folder / f"{distributed.own_name(name)}.bin", tokens, side_by_side)
+    def _pair(self, name: str, tokens: torch.Tensor, side_by_side: int = 1) -> ActivationPair:
+        return self.streamed.pair(self.cache.folder / distributed.own_name(name), tokens, side_by_side)
 
     def _kept(self, index: int) -> ActivationFile | None:
         """The inputs of layer `index` that the gradient pass will need."""
         count = self.cache.identity["grad_nsamples"]
         mine = len(distributed.share(torch.empty(count)))
-        return self._activations(f"inputs_{index:03d}", self.tokens[:mine]) if count else None
+        path = self.cache.folder / f"{distributed.own_name(f'inputs_{index:03d}')}.bin"
+        return self.streamed.file(path, self.tokens[:mine]) if count else None
 
 
 def _progress(title: str, done: int, total: int) -> Iterable[int]:
-    return tqdm(range(done, total), title, total, initial=done, disable=not distributed.is_first())
+    return progress_bar(range(done, total), title, total=total, initial=done)
 
 
 def layer_statistics(

@@ -237,7 +237,7 @@ def _evaluation(shapes: Shapes, seqlen: int, compute: torch.dtype, stored: torch
     memory = max(top, _memory(shapes, compute, stored, _batch(shapes, compute, False)))
     flops = 2 * EVALUATED_TOKENS * (shapes.numbers - shapes.outside + shapes.hidden * shapes.vocabulary)
     flops += _attention_flops(shapes, EVALUATED_TOKENS // seqlen, seqlen)
-    disk = 3 * EVALUATED_TOKENS * shapes.hidden * compute.itemsize
+    disk = 2 * EVALUATED_TOKENS * shapes.hidden * compute.itemsize
     return Stage("evaluate --offload_folder", memory, disk, flops, 0.0)
 
 

@@ -169,11 +169,8 @@ class HeldOutText:
         self.tokens = self.cache.read_held_out()
         batch_size = default_batch_size(self.tokens.shape[1])
         self.streamed = StreamedModel(codes.checkpoint, batch_size, codes.device, self.cache.dtype)
-        names = ("embedded", "held_out_0", "held_out_1")
-        files = [self.streamed.file(codes.writer.folder / f"{name}.bin", self.tokens) for name in names]
-        self.embedded, *self.hidden = files
-        inputs, self.arguments = self.streamed.first_inputs(self.tokens)
-        self.embedded.write(inputs)
+        self.hidden = self.streamed.pair(codes.writer.folder / "held_out", self.tokens, keep_first=True)
+        self.arguments = self.streamed.embed(self.tokens, self.hidden[0])
 
     @torch.no_grad()
     def perplexity(self, exported: set[str]) -> float:
@@ -182,7 +179,7 @@ class HeldOutText:
         def layer_of(index: int) -> nn.Module:
             return self._layer(index, self.codes.shard(index, exported))
 
-        total = streamed_loss(self.streamed, self.tokens, self.embedded, self.hidden, self.arguments, layer_of)
+        total = streamed_loss(self.streamed, self.tokens, self.hidden, self.arguments, layer_of)
         return math.exp(total / self.tokens[:, 1:].numel())
 
     def _layer(self, index: int, tensors: Entries) -> nn.Module:

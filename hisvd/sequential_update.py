@@ -24,9 +24,10 @@ from hisvd.component.low_rank import factor_tensors, modules_of, swap_linears
 from hisvd.int6_fit import int6_entries
 from hisvd.shape_utils import FactorForm, Sublayer, is_dense
 from hisvd.utils import distributed
+from hisvd.utils.activation_files import ActivationPair
 from hisvd.utils.data_utils import default_batch_size
 from hisvd.utils.model_utils import Checkpoint
-from hisvd.utils.streaming import ActivationFile, Arguments, StreamedModel
+from hisvd.utils.streaming import Arguments, StreamedModel
 from hisvd.whitening_svd import H_DAMPING, cholesky_root, left_singular_vectors, low_rank_factors, whitened
 
 MU = 0.5  # part of the way to the original outputs
@@ -117,20 +118,15 @@ class SequentialUpdate:
         self.streamed = StreamedModel(checkpoint, batch_size, device, cache.dtype, activation_budget)
         self.adapter = self.streamed.adapter
 
-        def stream_files(path: Path) -> list[ActivationFile]:
-            names = [distributed.own_name(f"{path.name}_{parity}") for parity in (0, 1)]
-            return [self.streamed.file(path.with_name(f"{name}.bin"), tokens) for name in names]
+        def pair(folder: Path, name: str) -> ActivationPair:
+            return self.streamed.pair(folder / distributed.own_name(name), tokens)
 
-        self.original = stream_files(next(iter(folders.values())) / "original")
-        self.compressed = {target: stream_files(folder / "hidden") for target, folder in folders.items()}
-        whole = all(files[first_layer % 2].is_whole() for files in self._all_files())
+        self.original = pair(next(iter(folders.values())), "original")
+        self.compressed = {target: pair(folder, "hidden") for target, folder in folders.items()}
+        whole = all(files[first_layer].is_whole() for files in self._all_files())
         self.first_layer = first_layer if distributed.everywhere(whole) else 0
-        hidden, self.arguments = self.streamed.first_inputs(tokens)
-        if self.first_layer:
-            for _ in hidden:  # only the layers' arguments are missing
-                pass
-        else:
-            self.original[0].write(hidden)
+        self.arguments = self.streamed.embed(tokens, None if self.first_layer else self.original[0])
+        if not self.first_layer:
             for files in self.compressed.values():
                 shutil.copyfile(self.original[0].path, files[0].path)
 
@@ -200,7 +196,7 @@ class SequentialUpdate:
         """The moments at the input that `group` shares in layer `index`, behind linears with their new weights."""
         path, writers = group[0].path, self.adapter.stream
         sums: dict[float, list[torch.Tensor]] = {}
-        streams = [self.streamed.read(files[index % 2]) for files in self._all_files()]
+        streams = [self.streamed.read(files[index]) for files in self._all_files()]
         tokens = 0
         for arguments, hidden, *compressed in zip(self.arguments[index], *streams, strict=True):
             x, stream = input_and_stream(original, path, writers, hidden, arguments)
@@ -218,9 +214,8 @@ class SequentialUpdate:
             for target, moments in sums.items()
         }
 
-    def _all_files(self) -> list[list[ActivationFile]]:
+    def _all_files(self) -> list[ActivationPair]:
         return [self.original, *self.compressed.values()]
 
-    def _advance(self, index: int, layer: nn.Module, files: list[ActivationFile]) -> None:
-        outputs = self.streamed.outputs(layer, index, files[index % 2], self.arguments[index])
-        files[(index + 1) % 2].write(outputs)
+    def _advance(self, index: int, layer: nn.Module, files: ActivationPair) -> None:
+        files[index + 1].write(self.streamed.outputs(layer, index, files[index], self.arguments[index]))

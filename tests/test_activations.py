@@ -4,8 +4,9 @@ import pytest
 import torch
 from conftest import calibrate_arguments, run, saved_tensors
 
+from hisvd.utils.activation_files import ActivationFile
 from hisvd.utils.model_utils import open_checkpoint
-from hisvd.utils.streaming import ActivationFile, StreamedModel
+from hisvd.utils.streaming import StreamedModel
 
 
 def batches_of(hidden, size):

@@ -14,9 +14,9 @@ import hisvd
 from hisvd.calibration_cache import read_cache
 from hisvd.estimates import activation_bytes, cache_bytes, estimated_stages, shapes_of, stream_bytes
 from hisvd.utils import save_utils
+from hisvd.utils.activation_files import ActivationFile
 from hisvd.utils.model_utils import empty_model, open_checkpoint
 from hisvd.utils.save_utils import split_by_bytes
-from hisvd.utils.streaming import ActivationFile
 
 LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
 TB = 10**12

@@ -5,7 +5,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,8 @@ from hisvd.component.int6_linear import INT6SparseLinear, check_int6_modules
 from hisvd.component.low_rank import LowRankLinear, PivotedLinear
 from hisvd.component.svd_generic import LINEARS
 from hisvd.utils import distributed
-from hisvd.utils.streaming import ActivationFile, Arguments, StreamedModel, decoder_layers, replaced_forwards
+from hisvd.utils.activation_files import ActivationPair
+from hisvd.utils.streaming import Arguments, StreamedModel, decoder_layers, replaced_forwards
 
 LOGITS_AT_ONCE = 2**25  # numbers: 128 MiB in float32, whatever the vocabulary
 PROMPT_TOKENS = 32
@@ -62,24 +63,21 @@ def summed_loss(
 def streamed_loss(
     streamed: StreamedModel,
     tokens: torch.Tensor,
-    inputs: ActivationFile,
-    others: Sequence[ActivationFile],
+    hidden: ActivationPair,
     arguments: list[list[Arguments]],
     layer_of: Callable[[int], nn.Module],
 ) -> float:
     """Σ of next-token losses in float32 over `tokens` (count, seqlen), with one decoder layer in memory at a time.
 
-    `inputs` and `arguments` are what `streamed.first_inputs` gave, `others` two more files to write to.
+    `streamed.embed` has filled hidden[0] and given `arguments`.
     """
     for index, layer_arguments in enumerate(arguments):
-        target = others[index % 2]
-        target.write(streamed.outputs(layer_of(index), index, inputs, layer_arguments))
-        inputs = target
+        hidden[index + 1].write(streamed.outputs(layer_of(index), index, hidden[index], layer_arguments))
     at_once, batches = tokens_at_once(streamed.skeleton), tokens.split(streamed.batch_size)
     with torch.no_grad(), streamed.outside_weights():
         return sum(
             summed_loss(states, ids.to(states.device), streamed.logits, at_once)
-            for states, ids in zip(streamed.read(inputs), batches, strict=True)
+            for states, ids in zip(streamed.read(hidden[len(arguments)]), batches, strict=True)
         )
 
 
@@ -96,11 +94,9 @@ def streamed_perplexity(streamed: StreamedModel, windows: torch.Tensor, name: st
     layers = streamed.checkpoint.config.get_text_config().num_hidden_layers
     with tqdm(total=layers, desc=f"perplexity on {name}", leave=False, disable=not distributed.is_first()) as bar:
         if len(mine):
-            names = (distributed.own_name(f"{Path(name).name}_{use}") for use in ("embedded", "even", "odd"))
-            embedded, *others = (streamed.file(folder / f"{file}.bin", mine) for file in names)
-            hidden, arguments = streamed.first_inputs(mine)
-            embedded.write(hidden)
-            total = streamed_loss(streamed, mine, embedded, others, arguments, layer_of)
+            hidden = streamed.pair(folder / distributed.own_name(Path(name).name), mine)
+            arguments = streamed.embed(mine, hidden[0])
+            total = streamed_loss(streamed, mine, hidden, arguments, layer_of)
     return _figures(total, mine[:, 1:].numel())
 
 

@@ -6,7 +6,7 @@ forward uses them.
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,55 +17,12 @@ from transformers import PreTrainedModel
 from hisvd.component.adapter import Adapter
 from hisvd.component.families import adapter_for
 from hisvd.errors import HiSVDError
-from hisvd.utils.files import sync_file
+from hisvd.utils.activation_files import ActivationFile, ActivationPair
 from hisvd.utils.memory import release_freed_memory
 from hisvd.utils.model_utils import Checkpoint, empty_model
+from hisvd.utils.progress import progress_bar
 
 Arguments = tuple[tuple, dict[str, Any]]  # what a decoder layer receives beside the hidden states
-
-
-class ActivationFile:
-    """Hidden states (sequences, seqlen, hidden) in a flat file, read and written a batch at a time.
-
-    The file is there for a run that goes on after a kill; with `in_memory` what was written is read from memory.
-    """
-
-    def __init__(self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype, in_memory: bool = False) -> None:
-        self.path, self.shape, self.dtype, self.in_memory = path, shape, dtype, in_memory
-        self.bytes_per_sequence = shape[1] * shape[2] * dtype.itemsize
-        self.batches: list[torch.Tensor] = []
-
-    def is_whole(self) -> bool:
-        """Whether the file is there with all its bytes."""
-        return self.path.is_file() and self.path.stat().st_size == self.shape[0] * self.bytes_per_sequence
-
-    def write(self, batches: Iterator[torch.Tensor], head: "ActivationFile | None" = None) -> None:
-        """Write consecutive batches (b, seqlen, hidden) and fsync; `head` receives the first sequences too."""
-        with ExitStack() as stack:
-            missing = {self: self.shape[0], **({head: head.shape[0]} if head else {})}
-            files = {target: stack.enter_context(open(target.path, "wb")) for target in missing}
-            for target in missing:
-                target.batches.clear()
-            for batch in batches:
-                stored = batch.detach().to("cpu", self.dtype).contiguous()
-                for target in missing:
-                    part = stored[: missing[target]]
-                    missing[target] -= len(part)
-                    files[target].write(part.view(torch.uint8).numpy().data)
-                    if target.in_memory and len(part):
-                        target.batches.append(part)
-        for target in missing:
-            sync_file(target.path)
-        release_freed_memory()
-
-    def read(self, batch_size: int, device: torch.device) -> Iterator[torch.Tensor]:
-        """Yield consecutive batches (b, seqlen, hidden) on `device`; from memory, batches as they were written."""
-        if self.batches:
-            yield from (batch.to(device, copy=True) for batch in self.batches)
-            return
-        with open(self.path, "rb") as file:
-            while data := bytearray(file.read(batch_size * self.bytes_per_sequence)):
-                yield torch.frombuffer(data, dtype=self.dtype).view(-1, *self.shape[1:]).to(device)
 
 
 @contextmanager
@@ -179,13 +136,21 @@ class StreamedModel:
         """Consecutive batches of a file."""
         return file.read(self.batch_size, self.device)
 
-    @torch.no_grad()
-    def first_inputs(self, tokens: torch.Tensor) -> tuple[Iterator[torch.Tensor], list[list[Arguments]]]:
-        """The first decoder layer's hidden states, batch by batch, and the other arguments of every layer.
+    def pair(self, path: Path, tokens: torch.Tensor, side_by_side: int = 1, keep_first: bool = False) -> ActivationPair:
+        """The pair of files `path`_even.bin and `path`_odd.bin, with `keep_first` `path`_first.bin beside them."""
+        names = ("even", "odd", *(["first"] if keep_first else []))
+        return ActivationPair(*(self.file(path.with_name(f"{path.name}_{n}.bin"), tokens, side_by_side) for n in names))
 
-        Runs the model's own forward with decoder layers that only note what they are called with. The second
-        result, [layer][batch], fills while the first is consumed; equal arguments are kept once, so that masks
-        and position embeddings take the memory of one batch.
+    @torch.no_grad()
+    def embed(
+        self, tokens: torch.Tensor, target: ActivationFile | None, head: ActivationFile | None = None
+    ) -> list[list[Arguments]]:
+        """Write the first decoder layer's hidden states for `tokens`; returns the other arguments of every layer.
+
+        Runs the model's own forward with decoder layers that only note what they are called with. Without a `target`
+        (a run that resumes has its hidden states) nothing is written; `head` receives the first sequences too. The
+        result is [layer][batch]; equal arguments are kept once, so that masks and position embeddings take the memory
+        of one batch.
         """
         layers = self._layers()
         calls: list[list[Arguments]] = [[] for _ in layers]
@@ -202,14 +167,20 @@ class StreamedModel:
 
             return forward
 
-        def batches() -> Iterator[torch.Tensor]:
-            forwards = {layer: noting(index) for index, layer in enumerate(layers)}
-            with self.outside_weights(), replaced_forwards(forwards):
-                for batch in tokens.split(self.batch_size):
-                    self.skeleton.base_model(input_ids=batch.to(self.device), use_cache=False)
-                    yield first.pop()
+        def embedded() -> Iterator[torch.Tensor]:
+            batches = tokens.split(self.batch_size)
+            for batch in progress_bar(batches, "embedding", leave=False):
+                self.skeleton.base_model(input_ids=batch.to(self.device), use_cache=False)
+                yield first.pop()
 
-        return batches(), calls
+        forwards = {layer: noting(index) for index, layer in enumerate(layers)}
+        with self.outside_weights(), replaced_forwards(forwards):
+            if target:
+                target.write(embedded(), head)
+            else:
+                for _ in embedded():
+                    pass
+        return calls
 
     def outputs(
         self,
@@ -219,7 +190,7 @@ class StreamedModel:
         arguments: list[Arguments],
         after_batch: Callable[[], None] = lambda: None,
     ) -> Iterator[torch.Tensor]:
-        """Run all batches through `layer`, number `index`; `after_batch` is called behind each forward.
+        """Run all batches through `layer`, number `index`; `after_batch` is called after each forward.
 
         Raises:
             HiSVDError: an output is not finite; the layer is named.

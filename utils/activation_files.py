@@ -1,0 +1,74 @@
+"""Hidden states on disk: one file per point in the model, or a pair that the layers read and write in turn."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from hisvd.utils.files import sync_file
+from hisvd.utils.memory import release_freed_memory
+
+
+class ActivationFile:
+    """Hidden states (sequences, seqlen, hidden) in a flat file, read and written a batch at a time.
+
+    The file is there for a run that resumes after a kill; with `in_memory` what was written is read from memory.
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype, in_memory: bool = False) -> None:
+        self.path, self.shape, self.dtype, self.in_memory = path, shape, dtype, in_memory
+        self.bytes_per_sequence = shape[1] * shape[2] * dtype.itemsize
+        self.batches: list[torch.Tensor] = []
+
+    def is_whole(self) -> bool:
+        """Whether the file is there with all its bytes."""
+        return self.path.is_file() and self.path.stat().st_size == self.shape[0] * self.bytes_per_sequence
+
+    def write(self, batches: Iterator[torch.Tensor], head: "ActivationFile | None" = None) -> None:
+        """Write consecutive batches (b, seqlen, hidden) and fsync; `head` receives the first sequences too."""
+        with ExitStack() as stack:
+            missing = {self: self.shape[0], **({head: head.shape[0]} if head else {})}
+            files = {target: stack.enter_context(open(target.path, "wb")) for target in missing}
+            for target in missing:
+                target.batches.clear()
+            for batch in batches:
+                stored = batch.detach().to("cpu", self.dtype).contiguous()
+                for target in missing:
+                    part = stored[: missing[target]]
+                    missing[target] -= len(part)
+                    files[target].write(part.view(torch.uint8).numpy().data)
+                    if target.in_memory and len(part):
+                        target.batches.append(part)
+        for target in missing:
+            sync_file(target.path)
+        release_freed_memory()
+
+    def read(self, batch_size: int, device: torch.device) -> Iterator[torch.Tensor]:
+        """Yield consecutive batches (b, seqlen, hidden) on `device`; from memory, batches as they were written."""
+        if self.batches:
+            yield from (batch.to(device, copy=True) for batch in self.batches)
+            return
+        with open(self.path, "rb") as file:
+            while data := bytearray(file.read(batch_size * self.bytes_per_sequence)):
+                yield torch.frombuffer(data, dtype=self.dtype).view(-1, *self.shape[1:]).to(device)
+
+
+@dataclass(frozen=True)
+class ActivationPair:
+    """Two files that take turns: pair[k] holds what decoder layer k reads, and layer k writes pair[k + 1].
+
+    From the top down (gradients) layer k reads pair[k + 1] and writes pair[k]. With `first`, pair[0] is a file of its
+    own, which is still there after the last layer.
+    """
+
+    even: ActivationFile
+    odd: ActivationFile
+    first: ActivationFile | None = None
+
+    def __getitem__(self, index: int) -> ActivationFile:
+        """The file of what layer `index` reads, or the layer below it gives."""
+        if index == 0 and self.first:
+            return self.first
+        return self.odd if index % 2 else self.even
