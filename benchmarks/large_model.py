@@ -18,8 +18,8 @@ import click
 import torch
 from common import Usage, measured, random_llama
 
-from hisvd.cli.common import table
 from hisvd.estimates import estimated_stages, shapes_of
+from hisvd.tables import table
 from hisvd.utils.files import check_writable_file, make_folder, write_json
 from hisvd.utils.model_utils import Checkpoint, empty_model, open_checkpoint, resolve_device, resolve_dtype
 

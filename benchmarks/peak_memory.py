@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 from common import measured, random_llama
 
-from hisvd.cli.common import table
+from hisvd.tables import table
 from hisvd.utils.files import write_json
 
 SHAPE = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 4}

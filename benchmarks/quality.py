@@ -15,7 +15,7 @@ from pathlib import Path
 import click
 from common import calibrated, compressed, file_name, run
 
-from hisvd.cli.common import table
+from hisvd.tables import table
 from hisvd.utils.files import write_json
 
 TARGETS = ["0.9", "0.8", "0.7", "0.6", "0.5", "0.4"]

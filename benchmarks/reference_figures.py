@@ -14,8 +14,8 @@ import click
 import torch
 from common import calibrated, compressed, file_name, run
 
-from hisvd.cli.common import table
 from hisvd.component.families import adapter_for
+from hisvd.tables import table
 from hisvd.utils.data_utils import evaluation_windows, tokenize
 from hisvd.utils.eval_utils import perplexity
 from hisvd.utils.files import write_json

@@ -5,7 +5,19 @@ Importing it registers the quantization method `hisvd` with transformers, so tha
 """
 
 from hisvd.component import hf_quantizer as _registration  # noqa: F401 (imported for its effect)
+from hisvd.compression import CompressedModel, compress
 from hisvd.errors import HiSVDError
+from hisvd.plan import Plan, plan
+from hisvd.settings import CompressionSettings, Resources
 from hisvd.utils.model_utils import load
 
-__all__ = ["HiSVDError", "load"]
+__all__ = [
+    "CompressedModel",
+    "CompressionSettings",
+    "HiSVDError",
+    "Plan",
+    "Resources",
+    "compress",
+    "load",
+    "plan",
+]

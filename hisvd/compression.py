@@ -1,184 +1,182 @@
-"""Plan the ranks from the cache, then factor the model layer by layer into shards."""
+"""Model + calibration cache + budget → compressed models: the targets of one run, layer by layer into shards."""
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-import torch
-from tqdm import tqdm
-
-from hisvd.calibration_cache import LEADING_VECTORS, SPECTRA, CalibrationCache, input_moment, output_moment
-from hisvd.clustering import layer_clusters
-from hisvd.component.experts import kind_of
-from hisvd.component.low_rank import factor_tensors
-from hisvd.int6_fit import int6_entries
-from hisvd.rank_allocation import loss_ranks, project_shares, ranks_from_shares, stage1_shares, uniform_shares
-from hisvd.rank_metrics import rank_of
-from hisvd.refinement import stage2_shares
-from hisvd.sequential_update import SequentialUpdate
-from hisvd.shape_utils import FactorForm, Sublayer, is_dense
+from hisvd.calibration_cache import CalibrationCache, check_same_model
+from hisvd.errors import HiSVDError
+from hisvd.estimates import stream_bytes
+from hisvd.exports import EXPORTS
+from hisvd.factoring import CompressionJob, factor_layer
+from hisvd.int6_gate import export_within
+from hisvd.layer_tensors import layer_tensor_names
+from hisvd.plan import Plan, opened_cache, plan
+from hisvd.report import finished_report, model_card, plan_report
+from hisvd.settings import CompressionSettings, Resources
+from hisvd.updates import UPDATES
 from hisvd.utils import distributed
-from hisvd.utils.model_utils import Checkpoint
-from hisvd.utils.save_utils import ModelWriter
-from hisvd.whitening_svd import H_DAMPING, cholesky_root, left_singular_vectors, low_rank_factors, whitened
+from hisvd.utils.files import check_disk
+from hisvd.utils.model_utils import open_checkpoint, resolve_device
+from hisvd.utils.progress import progress_bar, progress_shown
+from hisvd.utils.save_utils import ModelWriter, is_pt, output_path
 
 
-def plan_ranks(
-    cache: CalibrationCache,
-    targets: Sequence[float],
-    *,
-    form: FactorForm,
-    allocation: str,
-    rank_method: str,
-    alpha: float,
-    modulation: str,
-    lwe_strength: float,
-    tail_redundancy_weight: float,
-    cluster_by: str,
-) -> dict[float, list[int]]:
-    """Ranks of all sublayers (in the order of `cache.sublayers`) for every target, from the cache alone.
+@dataclass(frozen=True)
+class CompressedModel:
+    """A finished output: where it is, the plan that it follows, and the content of its hisvd.json."""
 
-    `allocation` is `uniform`, `hisvd` (Stage 1 refined by Stage 2; lwe_strength 0 leaves Stage 1 alone), or `loss`
-    (least second-order estimate of the loss added, from the two-sided singular values, without gradients the
-    input-whitened ones).
-
-    Raises:
-        HiSVDError: a damaged cache, or a target below rank 1 everywhere.
-    """
-    sublayers = cache.sublayers
-    spectra = [cache.read_small(index, SPECTRA) for index in range(cache.num_layers)]
-
-    def spectra_of(kind: str) -> list[torch.Tensor]:
-        return [spectra[s.layer][f"{s.path}.{kind}"] for s in sublayers]
-
-    if allocation == "loss":
-        sigmas = spectra_of("two_sided_singular_values" if cache.has_gradients else "whitened_singular_values")
-        return {target: loss_ranks(sigmas, sublayers, target, form) for target in targets}
-
-    sigmas, whitened_sigmas = spectra_of("singular_values"), spectra_of("whitened_singular_values")
-    weight_ranks = [rank_of(sigma, s.shape, rank_method) for sigma, s in zip(sigmas, sublayers, strict=True)]
-    clusters = sublayer_clusters(cache, cluster_by)
-    modulate = (modulation, lwe_strength, tail_redundancy_weight)
-
-    def shares_at(target: float) -> list[float]:
-        if allocation == "uniform":
-            return project_shares(uniform_shares(sublayers, target), sublayers, target, form)
-        shares = stage1_shares(sublayers, weight_ranks, target, alpha, form)
-        return stage2_shares(sublayers, shares, whitened_sigmas, clusters, target, form, *modulate)
-
-    return {target: ranks_from_shares(shares_at(target), sublayers, target, form) for target in targets}
-
-
-def sublayer_clusters(cache: CalibrationCache, cluster_by: str) -> list[Hashable]:
-    """The Stage 2 cluster of every sublayer: its `type`, or its type within a run of similar layers (`type_depth`)."""
-    if cluster_by == "type":
-        return [kind_of(s.path) for s in cache.sublayers]
-    vectors = [cache.read_small(index, LEADING_VECTORS) for index in range(cache.num_layers)]
-    depth = layer_clusters(vectors)
-    return [(kind_of(s.path), depth[s.layer]) for s in cache.sublayers]
+    path: Path
+    plan: Plan
+    report: dict
 
 
 def compress(
-    checkpoint: Checkpoint,
-    cache: CalibrationCache,
-    plans: dict[float, list[int]],
-    writers: dict[float, ModelWriter],
-    *,
-    form: FactorForm,
-    whitening: str,
-    update: str,
-    export: str,
-    int6_mode: str,
-    device: torch.device,
-    activation_budget: float,
-) -> None:
-    """Write the factored shards of every target, layer by layer; shards from an interrupted run are kept.
+    model: str | Path,
+    cache: str | Path | CalibrationCache,
+    output: str | Path,
+    targets: float | Sequence[float],
+    settings: CompressionSettings = CompressionSettings(),  # noqa: B008 (frozen)
+    resources: Resources = Resources(),  # noqa: B008
+) -> list[CompressedModel]:
+    """Compress a model to one or several shares of its linear parameters, without training.
 
-    Several processes share the layers, or with `update` "sequential" the tokens.
+    Memory is that of one decoder layer for the original and for each target. A killed run resumes when it is started
+    again with the same arguments; outputs that are finished are left as they are.
 
-    `update` "sequential" fits each layer to what the compressed layers below it deliver, see sequential_update;
-    "none" decomposes each matrix once for all targets. `export` "dense" multiplies the factors back, "int6" stores
-    every linear weight in INT6, fitted to its inputs (`int6_mode` "calibrated") or by the plain rule ("magnitude").
+    Args:
+        model: The folder or Hub id that was calibrated.
+        cache: Its calibration cache, as `hisvd.calibrate` returns it, or the cache's folder.
+        output: A folder to create, or one file `X.pt`. With several targets the name gets the ratio: `OUT_80p`.
+        targets: The shares of the decoder's linear parameters to keep, each in (0, 1].
+        settings: Allocation, factors, update and export.
+        resources: Device, memory for hidden states, progress bars.
+
+    Returns:
+        The finished models in the order of the targets; in processes other than the first of several, none.
 
     Raises:
-        HiSVDError: non-finite weights or activations, or a damaged cache.
+        HiSVDError: a missing, foreign or damaged input, settings that do not fit the cache, an output that exists,
+            too little disk, or weights, activations or factors that are not finite.
+
+    Example:
+        >>> cache = hisvd.calibrate("models/llama-7b", "caches/llama-7b")
+        >>> hisvd.compress("models/llama-7b", cache, "models/llama-7b_80p", 0.8)
     """
-    ranks = {t: dict(zip((s.name for s in cache.sublayers), plan, strict=True)) for t, plan in plans.items()}
-    done = [writer.shards_done() for writer in writers.values()]
+    with progress_shown(resources.progress):
+        job = prepared(model, opened_cache(cache), output, plan(cache, targets, settings), settings, resources)
+        open_job = _unfinished(job)
+        if open_job.writers:
+            factor_layers(open_job)
+        if not distributed.is_first():
+            return []  # the first process puts the shards together
+        return [CompressedModel(w.output, job.plans[t], _finish(job, t, w)) for t, w in job.writers.items()]
+
+
+def prepared(
+    model: str | Path,
+    cache: CalibrationCache,
+    output: str | Path,
+    plans: list[Plan],
+    settings: CompressionSettings,
+    resources: Resources,
+) -> CompressionJob:
+    """The job, with everything checked that can be checked before the work starts.
+
+    Raises:
+        HiSVDError: see `compress`.
+    """
+    settings = settings.resolved(cache)
+    device = resolve_device(resources.device)
+    checkpoint = open_checkpoint(str(model))
+    check_same_model(cache, checkpoint.fingerprint(), checkpoint.folder)
+    if cache.identity["nsamples"] < distributed.count():
+        raise HiSVDError(
+            f"{cache.folder} holds {cache.identity['nsamples']} sequences, fewer than the {distributed.count()} "
+            "processes; start at most as many."
+        )
+    writers = {}
+    sizes = {"model_numbers_before": checkpoint.count_numbers(), "weight_bytes_before": checkpoint.count_bytes()}
+    for p in plans:
+        record = plan_report(cache, p, settings) | sizes
+        path = output_path(str(output), p.target, several=len(plans) > 1)
+        with distributed.first_alone():
+            writers[p.target] = ModelWriter(path, record, cache.num_layers + 1, checkpoint.transposed)
+    budget = 1e9 * resources.activation_budget_gb
+    job = CompressionJob(checkpoint, cache, settings, {p.target: p for p in plans}, writers, device, budget)
+    if distributed.is_first():
+        missing = [w for w in writers.values() if not w.is_finished]
+        if missing:
+            check_disk([folder for w in missing for folder in (w.folder, w.work)], _needed_bytes(job), "This")
+    distributed.wait()
+    return job
+
+
+def _needed_bytes(job: CompressionJob) -> int:
+    """Bytes on disk of all targets: their weights (a .pt file is made beside its shards), hidden states, INT6 codes."""
+    targets, identity = len(job.writers), job.cache.identity
+    models = targets + is_pt(next(iter(job.writers.values())).output)
+    streams = 0
+    if job.settings.update == "sequential":
+        tokens = identity["nsamples"] * identity["seqlen"]
+        hidden = job.checkpoint.config.get_text_config().hidden_size
+        streams = stream_bytes(hidden, tokens, job.cache.dtype, targets)
+    codes = EXPORTS[job.settings.export].encode is not None
+    return int(job.checkpoint.count_bytes() * (models + 0.25 * codes * targets)) + streams
+
+
+def _unfinished(job: CompressionJob) -> CompressionJob:
+    """The job without the targets whose outputs are finished."""
+    writers = {target: writer for target, writer in job.writers.items() if not writer.has_all_shards()}
     distributed.wait()  # until all have looked
-    start, sequential = min(done), None
-    changes = export == "int6" or any(
-        not is_dense(plan[s.name], s.shape, form) for plan in ranks.values() for s in cache.sublayers
+    return CompressionJob(
+        job.checkpoint,
+        job.cache,
+        job.settings,
+        {target: job.plans[target] for target in writers},
+        writers,
+        job.device,
+        job.activation_budget,
     )
-    if update == "sequential" and changes and start < cache.num_layers:
-        folders = {target: writer.folder for target, writer in writers.items()}
-        in_step = max(done) <= start + 1  # else the files hold hidden states of several layers
-        first_layer = start if in_step else 0
-        sequential = SequentialUpdate(checkpoint, cache, folders, first_layer, device, activation_budget)
-        start = sequential.first_layer
-    first, processes = distributed.is_first(), distributed.count()
-    indices = range(start, cache.num_layers)
-    for index in tqdm(indices, "compressing layers", cache.num_layers, initial=start, disable=not first):
-        mine = index % processes == distributed.index()
-        if not sequential and (not mine or all(writer.has_shard(index) for writer in writers.values())):
-            continue
-        original = checkpoint.read(layer_tensor_names(checkpoint, cache.sublayers_of(index)[0]))
-        if sequential:
-            results = sequential.factor_layer(index, ranks, original, form, whitening, export, int6_mode)
-        else:
-            results = factor_layer(
-                checkpoint, cache, index, ranks, original, form, whitening, export, int6_mode, device
-            )
-        shards = {target: dict(original) for target in plans}
-        for target, sublayer, tensors in results:
-            key = checkpoint.stored_name(f"{sublayer.name}.weight")
-            del shards[target][key]
-            shards[target] |= {f"{key.removesuffix('weight')}{name}": t.to("cpu") for name, t in tensors.items()}
-        for target, shard in shards.items():
-            if not writers[target].has_shard(index) and (first or not sequential):
-                writers[target].write_shard(index, shard)
-    inside = {n for i in range(cache.num_layers) for n in layer_tensor_names(checkpoint, cache.sublayers_of(i)[0])}
-    for writer in writers.values():
-        if first and not writer.has_shard(cache.num_layers):
-            writer.write_shard(cache.num_layers, checkpoint.read(set(checkpoint.files) - inside))
+
+
+def factor_layers(job: CompressionJob) -> None:
+    """Write the shards of every target, layer by layer; those from an interrupted run are kept.
+
+    Raises:
+        HiSVDError: non-finite weights, activations or factors, or a damaged cache.
+    """
+    checkpoint, cache, writers = job.checkpoint, job.cache, list(job.writers.values())
+    start = min(writer.shards_done() for writer in writers)
+    distributed.wait()  # until all have looked
+    changes = job.export.encode is not None or job.changes(cache.sublayers)
+    layer_names = [layer_tensor_names(checkpoint, cache.sublayers_of(index)[0]) for index in range(cache.num_layers)]
+    if start < cache.num_layers:
+        # A model that stays as it is needs no tokens.
+        update = UPDATES[job.settings.update if changes else "none"](job, start)
+        layers = range(start, cache.num_layers)
+        for index in progress_bar(layers, "compressing layers", total=cache.num_layers, initial=start):
+            mine = index % distributed.count() == distributed.index()
+            if update.shares_layers and (not mine or all(writer.has_shard(index) for writer in writers)):
+                continue
+            shards = factor_layer(job, update, index, checkpoint.read(layer_names[index]))
+            update.advance(index)  # before the shards: a run that finds them finds the hidden states after them
+            for target, shard in shards.items():
+                if not job.writers[target].has_shard(index) and (distributed.is_first() or update.shares_layers):
+                    job.writers[target].write_shard(index, shard)
+    outside = set(checkpoint.files) - set().union(*layer_names)
+    for writer in writers:
+        if distributed.is_first() and not writer.has_shard(cache.num_layers):
+            writer.write_shard(cache.num_layers, checkpoint.read(outside))
     distributed.wait()
 
 
-def factor_layer(
-    checkpoint: Checkpoint,
-    cache: CalibrationCache,
-    index: int,
-    ranks: dict[float, dict[str, int]],
-    original: dict[str, torch.Tensor],
-    form: FactorForm,
-    whitening: str,
-    export: str,
-    int6_mode: str,
-    device: torch.device,
-) -> Iterator[tuple[float, Sublayer, dict[str, torch.Tensor]]]:
-    """Yield (target, sublayer, state dict entries) for what is factored in layer `index`; one basis a matrix."""
-    statistics = cache.read_layer(index)
-    for members in cache.groups_of(index):
-        factored = any(not is_dense(plan[s.name], s.shape, form) for plan in ranks.values() for s in members)
-        fitted, weighed = export == "int6" and int6_mode == "calibrated", factored and whitening != "none"
-        moment = input_moment(members[0], statistics, device) if fitted or weighed else None
-        root = cholesky_root(moment, H_DAMPING) if weighed else None
-        for s in members:
-            weight = original[checkpoint.stored_name(f"{s.name}.weight")].to(device)
-            f = basis = None
-            for target, plan in ranks.items():
-                tensors, rank = {"weight": weight}, plan[s.name]
-                if not is_dense(rank, s.shape, form):
-                    if basis is None:
-                        f = output_moment(s, statistics, whitening, device)
-                        basis = left_singular_vectors(whitened(weight, root, f))
-                    factors = low_rank_factors(weight, basis, rank, f)
-                    tensors = factor_tensors(*factors, "dense" if export == "dense" else form, weight.dtype, root)
-                if export == "int6":
-                    tensors = int6_entries(tensors, moment if fitted else None)
-                if tensors.get("weight") is not weight:
-                    yield target, s, tensors
-
-
-def layer_tensor_names(checkpoint: Checkpoint, first: Sublayer) -> set[str]:
-    """Names of all checkpoint tensors of the decoder layer that `first` belongs to."""
-    prefix = checkpoint.stored_name(f"{first.name}.weight").removesuffix(f"{first.path}.weight")
-    return {name for name in checkpoint.files if name.startswith(prefix)}
+def _finish(job: CompressionJob, target: float, writer: ModelWriter) -> dict:
+    """Encode what the quality gate allows, put the output together, and return its report."""
+    if not writer.is_complete:
+        gate = export_within(job, writer) if job.settings.gated else None
+        modules = {} if job.export.multiply else job.plans[target].modules(job.cache.sublayers)
+        report, codes = finished_report(writer, gate)
+        modules |= {name: {"form": "int6"} for name in writer.module_names(job.checkpoint, codes)}
+        writer.complete(job.checkpoint, modules, report, model_card(report))
+    return writer.finish()

@@ -12,43 +12,37 @@ import math
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from tqdm import tqdm
 
-from hisvd.calibration_cache import CalibrationCache, input_moment, output_moment
-from hisvd.component.low_rank import dense_weight, modules_of, swap_linears
+from hisvd.calibration_cache import input_moment, output_moment
+from hisvd.component.low_rank import dense_weight
+from hisvd.exports import Entries
+from hisvd.factoring import CompressionJob
 from hisvd.int6_fit import SWEEPS, int6_entries
+from hisvd.layer_tensors import compressed_layer, entries_of, replace_entries
 from hisvd.shape_utils import Sublayer
 from hisvd.sparse_int6 import COLUMNS
 from hisvd.utils.data_utils import default_batch_size
 from hisvd.utils.eval_utils import streamed_loss
 from hisvd.utils.files import write_json, write_tensors
-from hisvd.utils.model_utils import Checkpoint
+from hisvd.utils.progress import progress_bar
 from hisvd.utils.save_utils import ModelWriter
 from hisvd.utils.streaming import StreamedModel
 from hisvd.whitening_svd import H_DAMPING, cholesky_root, whitened
 
-Entries = dict[str, torch.Tensor]  # a linear's state dict entries
 
+def export_within(job: CompressionJob, writer: ModelWriter) -> dict:
+    """Put INT6 codes into the shards of `writer` so that the perplexity rises by at most the settings' fraction.
 
-def export_within(
-    delta: float,
-    checkpoint: Checkpoint,
-    cache: CalibrationCache,
-    writer: ModelWriter,
-    mode: str,
-    device: torch.device,
-) -> dict:
-    """Put INT6 codes into the shards of `writer` so that the perplexity rises by at most `delta` (a fraction).
-
-    Returns what the report says of it: perplexities before and after, and the linears exported and not.
+    Returns what the report says of it: perplexities before and after, and the linears exported and not. A run that
+    was killed after the decision keeps it.
 
     Raises:
         HiSVDError: the cache has no held-out text, or is damaged.
     """
-    codes = Int6Codes(checkpoint, cache, writer, mode, device)
-    text = HeldOutText(codes)
-    decision = writer.folder / "int6_gate.json"
-    if not decision.exists():  # else a killed run was about to put the codes into the shards
+    cache, codes, delta = job.cache, Int6Codes(job, writer), job.settings.quality_gate_delta
+    decision = writer.work / "int6_gate.json"
+    if not decision.exists():
+        text = HeldOutText(codes)
         losses = codes.estimated_losses()
         candidates = [s for s in cache.sublayers if s.in_features >= COLUMNS]
         order = [s.name for s in sorted(candidates, key=lambda s: losses[s.name] / s.size)]
@@ -59,7 +53,6 @@ def export_within(
     report = json.loads(decision.read_text(encoding="utf-8"))
     for index in range(cache.num_layers):
         writer.write_shard(index, codes.shard(index, set(report["exported"])))
-    decision.unlink()
     return report
 
 
@@ -71,7 +64,7 @@ def longest_within(delta: float, order: list[str], expected: int, text: "HeldOut
     before = after = text.perplexity(set())
     fits, too_many = 0, len(order) + 1
     count, step = min(max(expected, 1), len(order)), max(1, expected // 4)
-    with tqdm(desc="quality gate") as bar:
+    with progress_bar(None, "quality gate") as bar:
         while too_many - fits > 1:
             perplexity = text.perplexity(set(order[:count]))
             if perplexity <= (1 + delta) * before:
@@ -94,11 +87,8 @@ def longest_within(delta: float, order: list[str], expected: int, text: "HeldOut
 class Int6Codes:
     """The INT6 codes of the linears in the shards of `writer`, made when first asked for and kept beside them."""
 
-    def __init__(
-        self, checkpoint: Checkpoint, cache: CalibrationCache, writer: ModelWriter, mode: str, device: torch.device
-    ) -> None:
-        """`mode` is "calibrated" or "magnitude"."""
-        self.checkpoint, self.cache, self.writer, self.mode, self.device = checkpoint, cache, writer, mode, device
+    def __init__(self, job: CompressionJob, writer: ModelWriter) -> None:
+        self.job, self.checkpoint, self.cache, self.writer = job, job.checkpoint, job.cache, writer
 
     def estimated_losses(self) -> dict[str, float]:
         """The loss that the code of each linear adds, ½ ‖F^{1/2} (W − Ŵ) H^{1/2}‖², without gradients that without F.
@@ -107,16 +97,16 @@ class Int6Codes:
         """
         losses = {}
         whitening = "two_sided" if self.cache.has_gradients else "input"
-        for index in tqdm(range(self.cache.num_layers), "estimating INT6 losses"):
+        for index in progress_bar(range(self.cache.num_layers), "estimating INT6 losses"):
             statistics, shard = self.cache.read_layer(index), self.writer.read_shard(index)
             for members in self.cache.groups_of(index):
-                moment = input_moment(members[0], statistics, self.device)
+                moment = input_moment(members[0], statistics, self.job.device)
                 root = cholesky_root(moment, H_DAMPING)
                 for s in members:
                     stored = self._stored(s, shard)
                     error = dense_weight(self._coded(stored, moment, sweeps=0), s.in_features)
                     error -= dense_weight(stored, s.in_features)
-                    f = output_moment(s, statistics, whitening, self.device)
+                    f = output_moment(s, statistics, whitening, self.job.device)
                     losses[s.name] = whitened(error, root, f).square().sum().item() / 2
         return losses
 
@@ -126,34 +116,20 @@ class Int6Codes:
         for s in self.cache.sublayers_of(index):
             if s.name not in exported:
                 continue
-            path = self.writer.folder / f"int6_{s.name}.bin"
+            path = self.writer.work / f"int6_{s.name}.safetensors"
             if not path.exists():
                 statistics = statistics or self.cache.read_layer(index)
-                code = self._coded(self._stored(s, tensors), input_moment(s, statistics, self.device), SWEEPS)
+                code = self._coded(self._stored(s, tensors), input_moment(s, statistics, self.job.device), SWEEPS)
                 write_tensors(path, {name: tensor.cpu() for name, tensor in code.items()})
-            prefix = prefix_of(self.checkpoint, s)
-            for name in entries_of(self.checkpoint, s, tensors):
-                del tensors[prefix + name]
-            tensors |= {prefix + name: tensor for name, tensor in load_file(path).items()}
+            replace_entries(self.checkpoint, s, tensors, load_file(path))
         return tensors
 
     def _stored(self, sublayer: Sublayer, shard: Entries) -> Entries:
         entries = entries_of(self.checkpoint, sublayer, shard)
-        return {name: tensor.to(self.device) for name, tensor in entries.items()}
+        return {name: tensor.to(self.job.device) for name, tensor in entries.items()}
 
     def _coded(self, stored: Entries, moment: torch.Tensor, sweeps: int) -> Entries:
-        return int6_entries(stored, moment if self.mode == "calibrated" else None, sweeps)
-
-
-def prefix_of(checkpoint: Checkpoint, sublayer: Sublayer) -> str:
-    """What the names of a sublayer's tensors in a shard start with."""
-    return checkpoint.stored_name(f"{sublayer.name}.weight").removesuffix("weight")
-
-
-def entries_of(checkpoint: Checkpoint, sublayer: Sublayer, tensors: Entries) -> Entries:
-    """The state dict entries of a sublayer, without bias, among the tensors of a layer."""
-    prefix = prefix_of(checkpoint, sublayer)
-    return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix) and k != f"{prefix}bias"}
+        return int6_entries(stored, moment if self.job.settings.int6_mode == "calibrated" else None, sweeps)
 
 
 class HeldOutText:
@@ -168,8 +144,8 @@ class HeldOutText:
         self.codes, self.cache = codes, codes.cache
         self.tokens = self.cache.read_held_out()
         batch_size = default_batch_size(self.tokens.shape[1])
-        self.streamed = StreamedModel(codes.checkpoint, batch_size, codes.device, self.cache.dtype)
-        self.hidden = self.streamed.pair(codes.writer.folder / "held_out", self.tokens, keep_first=True)
+        self.streamed = StreamedModel(codes.checkpoint, batch_size, codes.job.device, self.cache.dtype)
+        self.hidden = self.streamed.pair(codes.writer.work / "held_out", self.tokens, keep_first=True)
         self.arguments = self.streamed.embed(self.tokens, self.hidden[0])
 
     @torch.no_grad()
@@ -177,15 +153,8 @@ class HeldOutText:
         """Of the model with the sublayers in `exported` in INT6."""
 
         def layer_of(index: int) -> nn.Module:
-            return self._layer(index, self.codes.shard(index, exported))
+            tensors = self.codes.shard(index, exported)
+            return compressed_layer(self.streamed, index, self.cache.sublayers_of(index), tensors)
 
         total = streamed_loss(self.streamed, self.tokens, self.hidden, self.arguments, layer_of)
         return math.exp(total / self.tokens[:, 1:].numel())
-
-    def _layer(self, index: int, tensors: Entries) -> nn.Module:
-        layer = self.streamed.layer(index)
-        for s in self.cache.sublayers_of(index):
-            entries = entries_of(self.codes.checkpoint, s, tensors)
-            swap_linears(layer, modules_of(s.path, entries))
-            layer.get_submodule(s.path).load_state_dict(entries, strict=False)
-        return layer

@@ -18,17 +18,18 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from hisvd.calibration_cache import CalibrationCache, input_moment, output_moment
+from hisvd.calibration_cache import input_moment
 from hisvd.component.experts import is_routed
-from hisvd.component.low_rank import factor_tensors, modules_of, swap_linears
-from hisvd.int6_fit import int6_entries
-from hisvd.shape_utils import FactorForm, Sublayer, is_dense
+from hisvd.exports import Entries
+from hisvd.factoring import Case, CompressionJob, Tensors
+from hisvd.layer_tensors import compressed_layer, place_entries, stored_prefix
+from hisvd.shape_utils import Sublayer
 from hisvd.utils import distributed
 from hisvd.utils.activation_files import ActivationPair
 from hisvd.utils.data_utils import default_batch_size
-from hisvd.utils.model_utils import Checkpoint
+from hisvd.utils.progress import progress_bar
 from hisvd.utils.streaming import Arguments, StreamedModel
-from hisvd.whitening_svd import H_DAMPING, cholesky_root, left_singular_vectors, low_rank_factors, whitened
+from hisvd.whitening_svd import cholesky_root
 
 MU = 0.5  # part of the way to the original outputs
 GAMMA = 0.5  # part of the residual stream's error that is made good
@@ -90,118 +91,107 @@ def input_and_stream(
 
 
 class SequentialUpdate:
-    """The calibration tokens on their way through the original layers and, for every target, the compressed ones.
+    """The calibration tokens on their way through the dense layers and, for every target, the compressed ones.
 
     Several processes share the tokens; from the sums of their moments all of them make the same factors.
 
-    Memory: one decoder layer and its moments for the original and for every target, and one batch. Hidden states
-    pass through files in the partial folders of the outputs, so that a killed run goes on at its first missing layer.
+    Memory: one decoder layer and its moments for the dense model and for every target, and one batch. Hidden states
+    pass through files in the partial folders of the outputs. A killed run resumes at its first missing layer; where
+    the files are gone, the tokens first pass through the layers that are finished.
     """
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        cache: CalibrationCache,
-        folders: dict[float, Path],
-        first_layer: int,
-        device: torch.device,
-        activation_budget: float = 0,
-    ) -> None:
-        """Bring the streams of all targets in `folders` to `first_layer`, or to layer 0 if their files are gone.
+    shares_layers = False
+
+    def __init__(self, job: CompressionJob, first_layer: int) -> None:
+        """Bring the streams of all targets to `first_layer`.
 
         Raises:
             HiSVDError: the cache's tokens are damaged, or weights are missing or not finite.
         """
-        self.checkpoint, self.cache, self.device = checkpoint, cache, device
-        tokens = distributed.share(cache.read_tokens())
+        self.job, self.cache, self.device = job, job.cache, job.device
+        tokens = distributed.share(job.cache.read_tokens())
         batch_size = default_batch_size(tokens.shape[1])
-        self.streamed = StreamedModel(checkpoint, batch_size, device, cache.dtype, activation_budget)
+        self.streamed = StreamedModel(job.checkpoint, batch_size, job.device, job.cache.dtype, job.activation_budget)
         self.adapter = self.streamed.adapter
 
         def pair(folder: Path, name: str) -> ActivationPair:
             return self.streamed.pair(folder / distributed.own_name(name), tokens)
 
-        self.original = pair(next(iter(folders.values())), "original")
-        self.compressed = {target: pair(folder, "hidden") for target, folder in folders.items()}
-        whole = all(files[first_layer].is_whole() for files in self._all_files())
-        self.first_layer = first_layer if distributed.everywhere(whole) else 0
-        self.arguments = self.streamed.embed(tokens, None if self.first_layer else self.original[0])
-        if not self.first_layer:
-            for files in self.compressed.values():
-                shutil.copyfile(self.original[0].path, files[0].path)
+        folders = {target: writer.work for target, writer in job.writers.items()}
+        self.dense_stream = pair(next(iter(folders.values())), "original")
+        self.streams = {target: pair(folder, "hidden") for target, folder in folders.items()}
+        # A target that is further on has hidden states of another layer in its files.
+        in_step = all(writer.shards_done() <= first_layer + 1 for writer in job.writers.values())
+        distributed.wait()  # until all have looked
+        whole = first_layer > 0 and in_step and all(stream[first_layer].is_whole() for stream in self._all_streams())
+        if distributed.everywhere(whole):
+            self.arguments = self.streamed.embed(tokens, None)
+            return
+        self.arguments = self.streamed.embed(tokens, self.dense_stream[0])
+        for stream in self.streams.values():
+            shutil.copyfile(self.dense_stream[0].path, stream[0].path)
+        for index in progress_bar(range(first_layer), "passing finished layers", leave=False):
+            sublayers, writers = self.cache.sublayers_of(index), job.writers
+            self.dense_layer = self.streamed.layer(index)
+            self.layers = {
+                target: compressed_layer(self.streamed, index, sublayers, writers[target].read_shard(index))
+                for target in self.streams
+            }
+            self.advance(index)
 
-    @torch.no_grad()
-    def factor_layer(
-        self,
-        index: int,
-        ranks: dict[float, dict[str, int]],
-        stored: dict[str, torch.Tensor],
-        form: FactorForm,
-        whitening: str,
-        export: str,
-        int6_mode: str,
-    ) -> Iterator[tuple[float, Sublayer, dict[str, torch.Tensor]]]:
-        """Yield (target, sublayer, state dict entries) for decoder layer `index`, then take all streams through it.
-
-        Entries have the dtype that `stored`, the layer's tensors of the checkpoint, has for the weight. A sublayer
-        that is not factored gets a new weight.
-        """
-        original = self.streamed.layer(index)
-        layers = {target: self.streamed.layer(index) for target in self.compressed}
+    def start(self, index: int, stored: Tensors) -> Tensors:
+        """Load the layer, and the gradients' statistics of it (those of the inputs too where experts need them)."""
+        self.stored = stored
+        self.dense_layer = self.streamed.layer(index)
+        self.layers = {target: self.streamed.layer(index) for target in self.streams}
         routed = any(is_routed(s.path) for s in self.cache.sublayers_of(index))
-        statistics = self.cache.read_layer(index) if routed else self.cache.read_backward(index)
+        self.statistics = self.cache.read_layer(index) if routed else self.cache.read_backward(index)
+        return self.statistics
 
-        def entries(s: Sublayer, weight: torch.Tensor, rank: int, own: torch.Tensor, root: torch.Tensor | None) -> dict:
-            # In a scope of its own: F and the factors, as large as the moments, are gone before the next measurement.
-            dtype = stored[self.checkpoint.stored_name(f"{s.name}.weight")].dtype
-            tensors = {"weight": weight.to(dtype)}
-            if not is_dense(rank, s.shape, form):
-                f = output_moment(s, statistics, whitening, self.device)
-                factors = low_rank_factors(weight, left_singular_vectors(whitened(weight, root, f)), rank, f)
-                tensors = factor_tensors(*factors, "dense" if export == "dense" else form, dtype, root)
-            return int6_entries(tensors, own if int6_mode == "calibrated" else None) if export == "int6" else tensors
+    def cases(self, index: int, members: list[Sublayer], needs_moment: bool) -> Iterator[Case]:
+        """One case per target: weights moved towards what the compressed inputs need, and those inputs' moment."""
+        if is_routed(members[0].path):
+            own = input_moment(members[0], self.statistics, self.device)
+            measured = dict.fromkeys(self.layers, UpdateMoments(own))
+        else:
+            measured = self._measure(index, members)
+        dtype = self.stored[f"{stored_prefix(self.job.checkpoint, members[0])}weight"].dtype
+        for target, layer in self.layers.items():
+            moments = measured.pop(target)
+            weights = self._updated(layer, members, moments)
+            own = moments.own
+            del moments  # lag and stream are as large as the moment that is needed further
+            yield Case([target], weights, dtype, own)
 
-        for members in self.cache.groups_of(index):
-            if is_routed(members[0].path):
-                own = input_moment(members[0], statistics, self.device)
-                measured = dict.fromkeys(layers, UpdateMoments(own))
-            else:
-                measured = self._measure(index, original, layers, members)
-            for target, layer in layers.items():
-                weights = self._updated(layer, members, measured[target])
-                own = measured.pop(target).own
-                root = cholesky_root(own, H_DAMPING) if whitening != "none" else None
-                for s in members:
-                    tensors = entries(s, weights.pop(s.path), ranks[target][s.name], own, root)
-                    swap_linears(layer, modules_of(s.path, tensors))
-                    layer.get_submodule(s.path).load_state_dict(tensors, strict=False)
-                    yield target, s, tensors
-            for s in members:
-                statistics.pop(f"{s.path}.F_eigenvectors", None)  # large, and no later group needs them
-        self._advance(index, original, self.original)
-        for target, files in self.compressed.items():
-            self._advance(index, layers[target], files)
+    def place(self, target: float, sublayer: Sublayer, entries: Entries) -> None:
+        """Put the result into the compressed layer, which the next measurements run through."""
+        place_entries(self.layers[target], sublayer.path, entries)
+
+    def advance(self, index: int) -> None:
+        """Take all streams through layer `index`, and drop it."""
+        self._through(index, self.dense_layer, self.dense_stream)
+        for target, stream in self.streams.items():
+            self._through(index, self.layers[target], stream)
+        del self.dense_layer, self.layers
 
     def _updated(self, layer: nn.Module, members: list[Sublayer], moments: UpdateMoments) -> dict[str, torch.Tensor]:
-        """The weights that the factors of `members`, which share an input, are to come close to, by type."""
+        """The weights that the factors of `members`, which share an input, are to come close to, by path."""
         weights = {s.path: layer.get_submodule(s.path).weight for s in members}
         if moments.lag is None:
             return weights
         root, writers = cholesky_root(moments.own, RIDGE), self.adapter.stream
-        return {t: update_target(w, root, moments, MU, GAMMA if t in writers else 0) for t, w in weights.items()}
+        return {p: update_target(w, root, moments, MU, GAMMA if p in writers else 0) for p, w in weights.items()}
 
-    def _measure(
-        self, index: int, original: nn.Module, layers: dict[float, nn.Module], group: list[Sublayer]
-    ) -> dict[float, UpdateMoments]:
-        """The moments at the input that `group` shares in layer `index`, behind linears with their new weights."""
+    def _measure(self, index: int, group: list[Sublayer]) -> dict[float, UpdateMoments]:
+        """The moments at the input that `group` shares in layer `index`, after linears with their new weights."""
         path, writers = group[0].path, self.adapter.stream
         sums: dict[float, list[torch.Tensor]] = {}
-        streams = [self.streamed.read(files[index]) for files in self._all_files()]
+        batches = [self.streamed.read(stream[index]) for stream in self._all_streams()]
         tokens = 0
-        for arguments, hidden, *compressed in zip(self.arguments[index], *streams, strict=True):
-            x, stream = input_and_stream(original, path, writers, hidden, arguments)
+        for arguments, hidden, *compressed in zip(self.arguments[index], *batches, strict=True):
+            x, stream = input_and_stream(self.dense_layer, path, writers, hidden, arguments)
             tokens += len(x)
-            for (target, layer), hidden_c in zip(layers.items(), compressed, strict=True):
+            for (target, layer), hidden_c in zip(self.layers.items(), compressed, strict=True):
                 x_c, stream_c = input_and_stream(layer, path, writers, hidden_c, arguments)
                 left = [x_c, x - x_c] + [stream - stream_c] * any(s.path in writers for s in group)
                 if target not in sums:
@@ -214,8 +204,8 @@ class SequentialUpdate:
             for target, moments in sums.items()
         }
 
-    def _all_files(self) -> list[ActivationPair]:
-        return [self.original, *self.compressed.values()]
+    def _all_streams(self) -> list[ActivationPair]:
+        return [self.dense_stream, *self.streams.values()]
 
-    def _advance(self, index: int, layer: nn.Module, files: ActivationPair) -> None:
-        files[index + 1].write(self.streamed.outputs(layer, index, files[index], self.arguments[index]))
+    def _through(self, index: int, layer: nn.Module, stream: ActivationPair) -> None:
+        stream[index + 1].write(self.streamed.outputs(layer, index, stream[index], self.arguments[index]))

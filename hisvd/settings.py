@@ -1,12 +1,22 @@
 """The settings of a run, as the Python API takes them and the three programs make them from their options."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from hisvd.allocations import ALLOCATIONS, CLUSTERINGS
+from hisvd.calibration_cache import CalibrationCache
+from hisvd.component.low_rank import MODULE_OF_FORM
 from hisvd.errors import HiSVDError
+from hisvd.exports import EXPORTS
+from hisvd.rank_metrics import RANK_METHODS
+from hisvd.refinement import MODULATIONS
+from hisvd.sparse_int6 import COLUMNS
+from hisvd.whitening_svd import WHITENINGS
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SAMPLINGS = ("random", "first")
+INT6_MODES = ("calibrated", "magnitude")
+UPDATES = ("sequential", "none")  # the keys of updates.UPDATES, which builds on these settings
 
 
 @dataclass(frozen=True)
@@ -57,6 +67,83 @@ class CalibrationSettings:
 
 
 @dataclass(frozen=True)
+class CompressionSettings:
+    """How a model is compressed; every choice is one of a dict's keys, named after each.
+
+    Which ranks: the rule `allocation` (allocations.ALLOCATIONS; None: `loss` where the cache has gradients, else
+    `hisvd`) and, for `hisvd`, Stage 1 (`rank_method` of rank_metrics, exponent `alpha`) and Stage 2 (`modulation` of
+    refinement, `lwe_strength`, `tail_redundancy_weight`, `cluster_by`).
+
+    Which factors: the metric `whitening` (whitening_svd.WHITENINGS; None: `two_sided` where the cache has gradients,
+    else `input`), the form `factors` (factor_forms.FORMS) and the `update` (updates.UPDATES): `sequential` fits every
+    layer to what the compressed layers below it give, `none` decomposes each matrix once for all targets.
+
+    What is written: `export` (exports.EXPORTS), and for `int6` whether codes are fitted to the calibration inputs
+    (`int6_mode` calibrated or magnitude) and by what fraction the perplexity on held-out calibration text may rise
+    (`quality_gate_delta`; None exports every linear).
+    """
+
+    rank_method: str = "stable"
+    alpha: float = 1.0
+    modulation: str = "logarithmic"
+    lwe_strength: float = 1.0
+    tail_redundancy_weight: float = 1.0
+    cluster_by: str = "type"
+    allocation: str | None = None
+    whitening: str | None = None
+    factors: str = "pivoted"
+    update: str = "sequential"
+    export: str = "none"
+    int6_mode: str = "calibrated"
+    quality_gate_delta: float | None = 0.025
+
+    def __post_init__(self) -> None:
+        """Refuse what no cache could serve."""
+        for name, choices in {
+            "rank_method": RANK_METHODS,
+            "modulation": MODULATIONS,
+            "cluster_by": CLUSTERINGS,
+            "allocation": (None, *ALLOCATIONS),
+            "whitening": (None, *WHITENINGS),
+            "factors": MODULE_OF_FORM,
+            "update": UPDATES,
+            "export": EXPORTS,
+            "int6_mode": INT6_MODES,
+        }.items():
+            check_choice(name, getattr(self, name), choices)
+        check_at_least("lwe_strength", self.lwe_strength, 0)
+        check_at_least("tail_redundancy_weight", self.tail_redundancy_weight, 0)
+        check_at_least("quality_gate_delta", self.quality_gate_delta, 0)
+
+    @property
+    def gated(self) -> bool:
+        """Whether the quality gate chooses the linears that are exported."""
+        return EXPORTS[self.export].encode is not None and self.quality_gate_delta is not None
+
+    def resolved(self, cache: CalibrationCache) -> "CompressionSettings":
+        """These settings with the defaults that depend on the cache.
+
+        Raises:
+            HiSVDError: they need what the cache does not have.
+        """
+        if self.whitening == "two_sided" and not cache.has_gradients:
+            raise HiSVDError(
+                f"--whitening two_sided needs gradients, and {cache.folder} was made with --no_gradients; "
+                "use --whitening input, or calibrate again with gradients."
+            )
+        if self.export == "int6" and all(s.in_features < COLUMNS for s in cache.sublayers):
+            raise HiSVDError(
+                f"--export int6 finds nothing to store: no linear of this model has the {COLUMNS} inputs that the "
+                "format needs; leave the option out."
+            )
+        return replace(
+            self,
+            allocation=self.allocation or ("loss" if cache.has_gradients else "hisvd"),
+            whitening=self.whitening or ("two_sided" if cache.has_gradients else "input"),
+        )
+
+
+@dataclass(frozen=True)
 class EvaluationSettings:
     """How a model is evaluated.
 
@@ -91,7 +178,7 @@ def check_choice(name: str, value: str, choices: object) -> None:
         HiSVDError: it is not.
     """
     if value not in choices:
-        raise HiSVDError(f"--{name} '{value}' is unknown; choose one of {', '.join(choices)}.")
+        raise HiSVDError(f"--{name} '{value}' is unknown; choose one of {', '.join(c for c in choices if c)}.")
 
 
 def check_at_least(name: str, value: float | None, smallest: float) -> None:

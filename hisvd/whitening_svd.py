@@ -16,6 +16,16 @@ H_DAMPING = 1e-4  # added to H as a fraction of its mean diagonal entry
 F_DAMPING = 1e-2  # the same for F, which is inverted
 
 
+class Whitening(NamedTuple):
+    """The sides of W that a metric weighs."""
+
+    inputs: bool  # by H
+    outputs: bool  # by F
+
+
+WHITENINGS = {"two_sided": Whitening(True, True), "input": Whitening(True, False), "none": Whitening(False, False)}
+
+
 class SecondMoment(NamedTuple):
     """A damped second moment V diag(λ) Vᵀ in float64: λ (n,), V (n, n)."""
 

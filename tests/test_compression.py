@@ -64,31 +64,24 @@ def test_generation_with_cache_equals_generation_without(chain, family):
 def test_pivoted_equals_svd_of_the_same_ranks(model_folders, caches, tmp_path):
     """Same ranks in both forms: from one plan, so that only the packing differs."""
     from hisvd.calibration_cache import read_cache
-    from hisvd.compression import compress
-    from hisvd.utils.model_utils import open_checkpoint
-    from hisvd.utils.save_utils import ModelWriter
+    from hisvd.compression import factor_layers, prepared
+    from hisvd.plan import Plan
+    from hisvd.settings import CompressionSettings, Resources
 
     cache = read_cache(caches["llama"])
-    checkpoint = open_checkpoint(str(model_folders["llama"]))
-    ranks = [max(1, s.full_rank // 3) for s in cache.sublayers]
+    ranks = {s.name: max(1, s.full_rank // 3) for s in cache.sublayers}
     weights = {}
     for form in ("pivoted", "svd"):
         for name, export in ((form, "dense"), (f"{form}_factored", "none")):
-            writers = {0.5: ModelWriter(tmp_path / name, {}, cache.num_layers + 1)}
-            settings = {
-                "form": form,
-                "whitening": "input",
-                "update": "none",
-                "export": export,
-                "int6_mode": "calibrated",
-                "activation_budget": 0,
-            }
-            compress(checkpoint, cache, {0.5: ranks}, writers, **settings, device=torch.device("cpu"))
-            weights[name] = saved_tensors(writers[0.5].folder)
+            settings = CompressionSettings(factors=form, whitening="input", update="none", export=export)
+            plans = [Plan(0.5, form, ranks)]
+            job = prepared(model_folders["llama"], cache, tmp_path / name, plans, settings, Resources())
+            factor_layers(job)
+            weights[name] = saved_tensors(job.writers[0.5].folder)
     for name, dense in weights["svd"].items():
         torch.testing.assert_close(dense, weights["pivoted"][name], rtol=1e-4, atol=1e-6)
     stored = {form: linear_numbers(weights[f"{form}_factored"]) for form in ("pivoted", "svd")}
-    assert stored["svd"] - stored["pivoted"] == sum(r * r for r in ranks)
+    assert stored["svd"] - stored["pivoted"] == sum(r * r for r in ranks.values())
 
 
 def test_dense_export_is_a_plain_model_with_the_same_logits(chain):
@@ -151,7 +144,7 @@ def test_whitening_lowers_the_error_on_the_calibration_inputs(chain, model_folde
 
 
 def test_interrupted_run_keeps_its_shards(chain, model_folders, caches, tmp_path, monkeypatch):
-    from hisvd import compression
+    from hisvd import factoring
     from hisvd.utils.save_utils import ModelWriter
 
     expected = saved_tensors(chain("llama", "0.6", "whole", "--update", "none"))
@@ -173,8 +166,8 @@ def test_interrupted_run_keeps_its_shards(chain, model_folders, caches, tmp_path
 
     monkeypatch.setattr(ModelWriter, "write_shard", real_write)
     decomposed = []
-    real_basis = compression.left_singular_vectors
-    monkeypatch.setattr(compression, "left_singular_vectors", lambda a: decomposed.append(1) or real_basis(a))
+    real_basis = factoring.left_singular_vectors
+    monkeypatch.setattr(factoring, "left_singular_vectors", lambda a: decomposed.append(1) or real_basis(a))
     assert run("compress", *arguments).code == 0
     assert len(decomposed) <= 2 * 7  # two of four layers were left
     resumed = saved_tensors(tmp_path / "out")
@@ -183,11 +176,11 @@ def test_interrupted_run_keeps_its_shards(chain, model_folders, caches, tmp_path
 
 
 def test_every_matrix_is_decomposed_once_for_several_targets(chain, monkeypatch):
-    from hisvd import compression
+    from hisvd import factoring
 
     calls = []
-    real_basis = compression.left_singular_vectors
-    monkeypatch.setattr(compression, "left_singular_vectors", lambda a: calls.append(1) or real_basis(a))
+    real_basis = factoring.left_singular_vectors
+    monkeypatch.setattr(factoring, "left_singular_vectors", lambda a: calls.append(1) or real_basis(a))
     chain("llama", "0.8,0.6,0.4", "out", "--update", "none")
     assert len(calls) <= 4 * 7
 

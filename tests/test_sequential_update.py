@@ -119,7 +119,7 @@ def test_interrupted_update_goes_on_to_the_same_bits(chain, model_folders, cache
     assert run("compress", *arguments).code == 130
     assert written == [0, 0, 1, 1, 2]
     if lose_streams:
-        for file in tmp_path.glob("out*.partial/*.bin"):
+        for file in tmp_path.glob("out*.partial/work/*.bin"):
             file.unlink()
     monkeypatch.setattr(ModelWriter, "write_shard", real_write)
     assert run("compress", *arguments).code == 0

@@ -2,8 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Collection
-from importlib.metadata import version
+from collections.abc import Collection, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 
 from hisvd.component.hf_quantizer import METHOD
 from hisvd.errors import HiSVDError
-from hisvd.sparse_int6 import COLUMNS, FORMAT_NAME, USER_ALIAS
 from hisvd.utils.files import atomic_path, make_folder, sync_file, write_json, write_tensors
 from hisvd.utils.model_utils import (
     INDEX_NAME,
@@ -19,13 +18,12 @@ from hisvd.utils.model_utils import (
     PT_FORMAT,
     Checkpoint,
     open_safetensors,
+    read_pt,
 )
 
 REPORT = "hisvd.json"
 PLAN = "plan.json"
 MAX_SHARD_BYTES = 5 * 10**9
-# Numbers that an entry of these dtypes stands for: permutations and metadata are none, a byte of INT6 is 4/3 values.
-NUMBERS_AN_ENTRY = {"I32": 0, "U8": 4 / 3}
 # What a model folder holds beside config and weights.
 SIDE_FILES = (
     "generation_config.json",
@@ -58,45 +56,75 @@ class ModelWriter:
     """Writes one compressed model: shard k for decoder layer k, the last one for everything else.
 
     A shard past MAX_SHARD_BYTES goes into several files; the one without a number at its end is written last.
-    Shards go to the folder OUT.partial beside the output; `finish` turns it into the output. An interrupted
-    run's partial folder is continued if it was made by the same plan.
+    Shards go to the folder OUT.partial beside the output, working files to `work` inside it. `complete` adds what a
+    model folder holds, hisvd.json last, and `finish` moves the result to its place: a run that is killed at any moment
+    is resumed by the same plan, and nothing else is ever deleted.
     """
 
     def __init__(self, output: Path, plan: dict, num_shards: int, transposed: Collection[str] = ()) -> None:
         """Prepare OUT.partial. Tensors named in `transposed` are stored so (see Checkpoint.transposed).
 
         Raises:
-            HiSVDError: the output exists already or cannot be written.
+            HiSVDError: the output, or an unfinished one, is there already by another plan; or it cannot be written.
         """
-        if output.exists():
-            raise HiSVDError(f"{output} exists already; delete it or choose another --save_model.")
-        self.output, self.plan, self.num_shards, self.transposed = output, plan, num_shards, transposed
+        self.output, self.num_shards, self.transposed = output, num_shards, transposed
+        self.plan = json.loads(json.dumps(plan))
         self.folder = output.with_name(f"{output.name}.partial")
+        self.work = self.folder / "work"
+        self.is_finished = output.exists()
+        if self.is_finished:
+            if not self._follows_plan(_saved_report(output)):
+                raise HiSVDError(f"{output} exists already; delete it or choose another --save_model.")
+            return
+        plan_file = self.work / PLAN
+        found = _read_json(plan_file) or _read_json(self.folder / REPORT)
+        if found is not None and not self._follows_plan(found):
+            raise HiSVDError(
+                f"{self.folder} holds an unfinished run with other settings or of another version; run that command "
+                "again, delete the folder, or choose another --save_model."
+            )
+        if found is None and self.folder.is_dir() and any(_foreign(self.folder)):
+            raise HiSVDError(
+                f"{self.folder} exists and is not an unfinished run of HiSVD; move it away or choose another "
+                "--save_model."
+            )
         make_folder(self.folder)
-        if not self._has_same_plan():
-            shutil.rmtree(self.folder)
-            make_folder(self.folder)
-            write_json(self.folder / PLAN, plan)
+        if found is None:
+            make_folder(self.work)
+            write_json(plan_file, plan)
 
-    def _has_same_plan(self) -> bool:
-        try:
-            return json.loads((self.folder / PLAN).read_text(encoding="utf-8")) == json.loads(json.dumps(self.plan))
-        except (OSError, ValueError):
-            return False
+    def _follows_plan(self, report: dict | None) -> bool:
+        return report is not None and all(key in report and report[key] == value for key, value in self.plan.items())
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all files are written, so that the result is only to be moved to its place."""
+        return self.is_finished or (self.folder / REPORT).is_file()
 
     def _shard(self, index: int) -> Path:
         return self.folder / f"model-{index + 1:05d}-of-{self.num_shards:05d}.safetensors"
 
     def has_shard(self, index: int) -> bool:
         """Whether shard `index` is written; it appears whole or not at all."""
-        return self._shard(index).is_file()
+        return self.is_complete or self._shard(index).is_file()
+
+    def has_all_shards(self) -> bool:
+        """Whether every shard is written."""
+        return all(self.has_shard(index) for index in range(self.num_shards))
 
     def shards_done(self) -> int:
         """How many decoder layers' shards are written, from the first on."""
         return next(i for i in range(self.num_shards) if i == self.num_shards - 1 or not self.has_shard(i))
 
     def write_shard(self, index: int, tensors: dict[str, torch.Tensor]) -> None:
-        """Write shard `index`, in place of one that is there."""
+        """Write shard `index`, in place of one that is there.
+
+        Raises:
+            HiSVDError: a value is not finite, or the disk is full.
+        """
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise HiSVDError(f"The compressed weight '{name}' holds NaN or infinite values; nothing is saved.")
         first, *others = split_by_bytes(self._turned(tensors), MAX_SHARD_BYTES)
         paths = [self._shard(index).with_suffix(f".{number}.safetensors") for number in range(2, len(others) + 2)]
         for path, part in zip(paths, others, strict=True):
@@ -112,47 +140,23 @@ class ModelWriter:
     def _files_of(self, index: int) -> list[Path]:
         return sorted(self.folder.glob(f"{self._shard(index).stem}*.safetensors"))
 
+    def shard_files(self) -> list[Path]:
+        """The files of all shards, in order."""
+        return [path for index in range(self.num_shards) for path in self._files_of(index)]
+
     def _turned(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: tensor.T.contiguous() if name in self.transposed else tensor for name, tensor in tensors.items()}
 
-    def finish(self, checkpoint: Checkpoint, modules: dict[str, dict]) -> dict:
-        """Add configuration, tokenizer, index, report and model card, and move the result to its place.
-
-        `modules` is the table for config.json (empty: a plain model). Returns the report.
-        """
-        weight_map, stored = {}, {}
-        files = [path for index in range(self.num_shards) for path in self._files_of(index)]
-        for path in files:
+    def stored_tensors(self) -> dict[str, tuple[str, list[int]]]:
+        """(safetensors dtype, shape) of every tensor in the shards."""
+        stored = {}
+        for path in self.shard_files():
             with open_safetensors(path) as shard:
                 for name in shard.keys():  # noqa: SIM118 (not a dict)
-                    tensor = shard.get_slice(name)
-                    weight_map[name] = path.name
-                    stored[name] = (tensor.get_dtype(), _product(tensor.get_shape()))
-        report = dict(self.plan)
-        report["model_numbers_after"] = sum(
-            round(size * NUMBERS_AN_ENTRY.get(dtype, 1)) for dtype, size in stored.values()
-        )
-        report["model_kept"] = report["model_numbers_after"] / report["model_numbers_before"]
-        report["weight_bytes_after"] = sum(path.stat().st_size for path in files)
-        report["bits_per_number"] = 8 * report["weight_bytes_after"] / report["model_numbers_before"]
-        codes = {name.removesuffix(".packed_weight") for name in stored if name.endswith(".packed_weight")}
-        if codes:
-            report["int6"] = int6_figures(codes, stored)
-            modules = modules | {name: {"form": "int6"} for name in self._module_names(checkpoint, codes)}
-        self._write_side_files(checkpoint, modules, report, weight_map)
-        (self.folder / PLAN).unlink()
-        for activations in self.folder.glob("*.bin"):
-            activations.unlink()
-        if is_pt(self.output):
-            with atomic_path(self.output) as temporary:
-                torch.save(self._flat_content(weight_map), temporary)
-            shutil.rmtree(self.folder)
-        else:
-            self.folder.rename(self.output)
-            sync_file(self.output.parent)
-        return report
+                    stored[name] = (shard.get_slice(name).get_dtype(), shard.get_slice(name).get_shape())
+        return stored
 
-    def _module_names(self, checkpoint: Checkpoint, codes: set[str]) -> list[str]:
+    def module_names(self, checkpoint: Checkpoint, codes: set[str]) -> list[str]:
         """The names inside the model of linears, or factors of them, that are stored under the names `codes`."""
         linears = [row["name"] for row in self.plan["sublayers"]]
         by_stored = {checkpoint.stored_name(f"{name}.weight").removesuffix(".weight"): name for name in linears}
@@ -162,9 +166,11 @@ class ModelWriter:
             names.append(by_stored[code] if code in by_stored else f"{by_stored[parent]}.{factor}")
         return names
 
-    def _write_side_files(
-        self, checkpoint: Checkpoint, modules: dict[str, dict], report: dict, weight_map: dict[str, str]
-    ) -> None:
+    def complete(self, checkpoint: Checkpoint, modules: dict[str, dict], report: dict, card: str) -> None:
+        """Add configuration, tokenizer, index, model card, and last the report.
+
+        `modules` is the table for config.json (empty: a plain model).
+        """
         for pattern in SIDE_FILES:
             for file in checkpoint.folder.glob(pattern):
                 shutil.copyfile(file, self.folder / file.name)
@@ -172,26 +178,88 @@ class ModelWriter:
         if modules:
             config["quantization_config"] = {"quant_method": METHOD, "format_version": 1, "modules": modules}
         write_json(self.folder / "config.json", config)
-        write_json(self.folder / REPORT, report)
+        weight_map = {}
+        for path in self.shard_files():
+            with open_safetensors(path) as shard:
+                weight_map |= dict.fromkeys(shard.keys(), path.name)
         index = {"metadata": {"total_size": report["weight_bytes_after"]}, "weight_map": weight_map}
         write_json(self.folder / INDEX_NAME, index)
-        (self.folder / "README.md").write_text(model_card(report), encoding="utf-8")
+        (self.folder / "README.md").write_text(card, encoding="utf-8")
+        write_json(self.folder / REPORT, report)
 
-    def _flat_content(self, weight_map: dict[str, str]) -> dict[str, str | torch.Tensor]:
+    def finish(self) -> dict:
+        """Move the complete result to its place; returns the report.
+
+        Raises:
+            HiSVDError: the disk is full.
+        """
+        if not self.is_finished:
+            shutil.rmtree(self.work, ignore_errors=True)
+            if is_pt(self.output):
+                try:
+                    with atomic_path(self.output) as temporary:
+                        torch.save(self._flat_content(), temporary)
+                except RuntimeError as error:  # what PyTorch's zip writer raises when a disk is full
+                    raise HiSVDError(f"Cannot write {self.output}: {error}.") from None
+            else:
+                self.folder.rename(self.output)
+                sync_file(self.output.parent)
+            self.is_finished = True
+        if is_pt(self.output):
+            self._remove_partial()
+        return _saved_report(self.output)
+
+    def _remove_partial(self) -> None:
+        """Delete what was written to OUT.partial; whatever else lies there stays."""
+        if not self.folder.is_dir():
+            return
+        for pattern in ("model-*.safetensors", INDEX_NAME, "config.json", "README.md", REPORT, *SIDE_FILES):
+            for path in self.folder.glob(pattern):
+                path.unlink()
+        with suppress(OSError):  # not empty
+            self.folder.rmdir()
+
+    def _flat_content(self) -> dict[str, str | torch.Tensor]:
         """What the .pt file holds; the weights are mapped from the shards, not read into memory."""
         content: dict[str, str | torch.Tensor] = {"format": PT_FORMAT}
         for path in sorted(self.folder.iterdir()):
-            if path.suffix == ".safetensors" or path.name == INDEX_NAME:
+            if path.suffix == ".safetensors" or path.name == INDEX_NAME or not path.is_file():
                 continue
             data = path.read_bytes()
             try:
                 content[PT_FILE_PREFIX + path.name] = data.decode()
             except UnicodeDecodeError:  # a SentencePiece model
                 content[PT_FILE_PREFIX + path.name] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        for name in sorted(set(weight_map.values())):
-            with open_safetensors(self.folder / name) as shard:
+        for path in sorted(self.shard_files()):
+            with open_safetensors(path) as shard:
                 content |= {key: shard.get_tensor(key) for key in shard.keys()}  # noqa: SIM118 (not a dict)
         return content
+
+
+def _read_json(path: Path) -> dict | None:
+    """A file's JSON object, or None where there is none to read."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _saved_report(output: Path) -> dict | None:
+    """The content of hisvd.json of a finished output, or None for anything else."""
+    if not is_pt(output):
+        return _read_json(output / REPORT)
+    try:
+        return json.loads(read_pt(output)[0][REPORT])
+    except (HiSVDError, KeyError, ValueError, TypeError):
+        return None
+
+
+def _foreign(folder: Path) -> Iterator[Path]:
+    """What lies in a partial folder without a plan, and is not what a run leaves that is killed at its very start."""
+    for path in folder.iterdir():
+        if not (path.name.startswith(".hisvd_probe_") or path.name == "work"):
+            yield path
 
 
 def split_by_bytes(tensors: dict[str, torch.Tensor], limit: int) -> list[dict[str, torch.Tensor]]:
@@ -205,59 +273,3 @@ def split_by_bytes(tensors: dict[str, torch.Tensor], limit: int) -> list[dict[st
         parts[-1][name] = tensor
         left -= tensor.nbytes
     return parts
-
-
-def int6_figures(codes: set[str], stored: dict[str, tuple[str, int]]) -> dict:
-    """What hisvd.json says about the INT6 weights `codes`, from (dtype, size) of all tensors in the files.
-
-    Bits are per weight of those linears, columns of padding included.
-    """
-    sizes = {
-        part: sum(stored[f"{name}.{part}"][1] for name in codes) for part in ("packed_weight", "metadata", "scales")
-    }
-    weights = COLUMNS * sizes["metadata"]
-    payload, metadata = 8 * sizes["packed_weight"] / weights, 32 * sizes["metadata"] / weights
-    return {
-        "format": FORMAT_NAME,
-        "user_alias": USER_ALIAS,
-        "weights": len(codes),
-        "bits_per_stored_value": 6,
-        "pair_sparsity": 0.5,
-        "payload_bits_per_weight": payload,
-        "metadata_bits_per_weight": metadata,
-        "total_bits_per_weight": payload + metadata + 32 * sizes["scales"] / weights,
-    }
-
-
-def _product(shape: list[int]) -> int:
-    return int(torch.Size(shape).numel())
-
-
-def model_card(report: dict) -> str:
-    """README.md of a compressed folder."""
-    settings = "\n".join(f"| {key} | {value} |" for key, value in report["settings"].items())
-    return f"""---
-library_name: transformers
-tags: [hisvd, low-rank, compression]
----
-# {Path(report["source_model"]).name}, {report["linear_kept"]:.1%} of its linear weights
-
-Compressed without training by HiSVD {version("hisvd")} from `{report["source_model"]}`; the original's license applies.
-
-```python
-import hisvd  # registers the format with transformers
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER", dtype="auto")
-```
-
-Numbers in the decoder's linear weights: {report["linear_numbers_after"]:,} of {report["linear_numbers_before"]:,};
-in the whole model: {report["model_numbers_after"]:,} of {report["model_numbers_before"]:,}.
-
-| setting | value |
-| --- | --- |
-{settings}
-
-Calibrated on {report["calibration"]["nsamples"]} × {report["calibration"]["seqlen"]} tokens of
-{report["calibration"]["dataset"]}. The ranks of all sublayers are in `{REPORT}`.
-"""

@@ -6,8 +6,8 @@ import torch
 from transformers import PreTrainedModel
 
 from hisvd.attention_residual import RECOVERED, residual_study
-from hisvd.cli.common import table
 from hisvd.errors import HiSVDError
+from hisvd.tables import table
 from hisvd.utils.data_utils import evaluation_windows
 from hisvd.utils.files import atomic_path, check_writable_file
 

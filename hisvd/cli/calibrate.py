@@ -8,9 +8,10 @@ from transformers import PreTrainedConfig
 
 from hisvd.calibration import Calibration, open_or_create_cache
 from hisvd.calibration_cache import cache_folder
-from hisvd.cli.common import activation_budget_option, data_dir_option, device_option, dtype_option, program, say, table
+from hisvd.cli.common import activation_budget_option, data_dir_option, device_option, dtype_option, program, say
 from hisvd.errors import HiSVDError
 from hisvd.estimates import activation_bytes, cache_bytes, estimated_stages, measured_rates, shapes_of
+from hisvd.tables import table
 from hisvd.utils import distributed
 from hisvd.utils.data_utils import (
     CALIBRATION_SPLIT,

@@ -3,8 +3,9 @@
 import functools
 import logging
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any, TypeVar
 
 import click
 
@@ -12,6 +13,7 @@ from hisvd.errors import HiSVDError
 from hisvd.utils import distributed
 from hisvd.utils.data_utils import default_data_dir
 
+Settings = TypeVar("Settings")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -31,7 +33,7 @@ def program(function: Callable) -> Callable:
             click.echo(f"Error: {error.filename or 'a file'}: {error.strerror or error}.", err=True)
             sys.exit(2)
         except KeyboardInterrupt:
-            click.echo("Interrupted; run the same command again to go on where it stopped.", err=True)
+            click.echo("Interrupted; run the same command again to resume where it stopped.", err=True)
             sys.exit(130)
         finally:
             distributed.leave()
@@ -87,15 +89,6 @@ def say(text: str) -> None:
         click.echo(text)
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Columns padded to their widest cell, the first flush left, the others flush right."""
-    cells = [list(map(str, header)), *(list(map(str, row)) for row in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    lines = []
-    for row in cells:
-        first, *others = (
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        lines.append("  ".join([first, *others]).rstrip())
-    lines.insert(1, "  ".join("-" * w for w in widths))
-    return "\n".join(lines)
+def settings_from(options: dict[str, Any], cls: type[Settings]) -> Settings:
+    """The settings dataclass `cls` with those of its fields that a program's options bear."""
+    return cls(**{field.name: options[field.name] for field in fields(cls) if field.name in options})

@@ -1,83 +1,63 @@
 """compress.py: model + calibration cache + budget → compressed model."""
 
-import math
 from pathlib import Path
 
 import click
 
-from hisvd.calibration_cache import CalibrationCache, check_same_model, open_finished_cache
-from hisvd.cli.common import activation_budget_option, device_option, program, say
-from hisvd.cli.compress_report import int6_summary, plan_report, rank_table, size_summary, summary, write_reports
-from hisvd.compression import compress, plan_ranks
+from hisvd.allocations import ALLOCATIONS, CLUSTERINGS
+from hisvd.calibration_cache import CalibrationCache, open_finished_cache
+from hisvd.cli.common import activation_budget_option, device_option, program, say, settings_from
+from hisvd.component.low_rank import MODULE_OF_FORM
+from hisvd.compression import CompressedModel, compress
 from hisvd.errors import HiSVDError
-from hisvd.estimates import stream_bytes
-from hisvd.int6_gate import export_within
+from hisvd.exports import EXPORTS
+from hisvd.plan import checked_targets, plan
 from hisvd.rank_metrics import RANK_METHODS
 from hisvd.refinement import MODULATIONS
-from hisvd.shape_utils import is_dense
-from hisvd.sparse_int6 import COLUMNS
-from hisvd.utils import distributed
-from hisvd.utils.files import check_disk
-from hisvd.utils.model_utils import Checkpoint, open_checkpoint, resolve_device
-from hisvd.utils.save_utils import ModelWriter, is_pt, output_path
-
-NOT_SETTINGS = (
-    "model_path",
-    "calib_cache",
-    "target_compression",
-    "plan_only",
-    "save_model",
-    "json_path",
-    "activation_budget_gb",
-    "device",
-)
-# Settings that do not bear on the ranks.
-NOT_FOR_PLAN = ("whitening", "factors", "update", "export", "int6_mode", "quality_gate_delta")
+from hisvd.report import int6_summary, plan_report, rank_table, size_summary, summary
+from hisvd.settings import INT6_MODES, CompressionSettings, Resources
+from hisvd.updates import UPDATES
+from hisvd.utils.files import check_writable_file, write_json
+from hisvd.whitening_svd import WHITENINGS
 
 
 def parse_delta(text: str) -> float | None:
     """The bound of the quality gate as a fraction; None for `none`.
 
     Raises:
-        HiSVDError: it is neither `none` nor a number of at least 0.
+        HiSVDError: it is neither `none` nor a number.
     """
     try:
-        delta = None if text == "none" else float(text)
+        return None if text == "none" else float(text)
     except ValueError:
-        delta = -1.0
-    if delta is not None and not 0 <= delta < math.inf:
         raise HiSVDError(
             f"--quality_gate_delta '{text}' is neither a number of at least 0 nor none; 0.025 allows the perplexity "
             "to rise by 2.5 %."
-        )
-    return delta
+        ) from None
 
 
 def parse_targets(text: str) -> list[float]:
     """The comma-separated targets, each in (0, 1].
 
     Raises:
-        HiSVDError: one is no number or out of range.
+        HiSVDError: one is not a number or is out of range.
     """
     try:
         targets = [float(part) for part in text.split(",")]
     except ValueError:
-        raise HiSVDError(f"--target_compression '{text}' is no number or comma-separated list of numbers.") from None
-    for target in targets:
-        if not 0 < target <= 1:
-            raise HiSVDError(
-                f"--target_compression {target:g} is outside (0, 1]; 0.8 keeps 80 % of the decoder's linear weights."
-            )
-    return list(dict.fromkeys(targets))
+        raise HiSVDError(
+            f"--target_compression '{text}' is not a number or a list of numbers such as 0.8,0.6."
+        ) from None
+    return checked_targets(targets)
 
 
 @click.command()
 @click.option("--model_path", help="The folder or Hub id that was calibrated.  [required unless --plan_only]")
 @click.option("--calib_cache", required=True, help="Cache folder of calibrate.py (X or X.pkl).")
 @click.option("--target_compression", required=True, help="Share of the linear weights to keep: 0.8, or 0.8,0.6,…")
-@click.option("--rank_method", type=click.Choice(RANK_METHODS), default="stable", show_default=True)
+@click.option("--rank_method", type=click.Choice(list(RANK_METHODS)), default="stable", show_default=True)
 @click.option("--alpha", default=1.0, show_default=True, help="Stage 1: exponent of the rank density; 0 is uniform.")
-@click.option("--modulation", type=click.Choice(MODULATIONS), default="logarithmic", show_default=True)
+@click.option("--modulation", type=click.Choice(list(MODULATIONS)), default="logarithmic", show_default=True)
 @click.option(
     "--lwe_strength",
     type=click.FloatRange(0),
@@ -88,33 +68,33 @@ def parse_targets(text: str) -> list[float]:
 @click.option("--tail_redundancy_weight", type=click.FloatRange(0), default=1.0, show_default=True)
 @click.option(
     "--cluster_by",
-    type=click.Choice(["type", "type_depth"]),
+    type=click.Choice(list(CLUSTERINGS)),
     default="type",
     show_default=True,
     help="Stage 2 clusters: a sublayer type, or a type within a run of similar adjacent layers.",
 )
 @click.option(
     "--allocation",
-    type=click.Choice(["hisvd", "loss", "uniform"]),
+    type=click.Choice(list(ALLOCATIONS)),
     help="[default: loss where the cache has gradients, else hisvd]",
 )
 @click.option(
     "--whitening",
-    type=click.Choice(["two_sided", "input", "none"]),
+    type=click.Choice(list(WHITENINGS)),
     help="[default: two_sided where the cache has gradients, else input]",
 )
-@click.option("--factors", type=click.Choice(["pivoted", "svd"]), default="pivoted", show_default=True)
+@click.option("--factors", type=click.Choice(list(MODULE_OF_FORM)), default="pivoted", show_default=True)
 @click.option(
     "--update",
-    type=click.Choice(["sequential", "none"]),
+    type=click.Choice(list(UPDATES)),
     default="sequential",
     show_default=True,
-    help="sequential: fit every layer to what the compressed layers below deliver (runs the calibration text again); "
-    "none: decompose each matrix once for all targets, quicker.",
+    help="sequential: fit every layer to what the compressed layers below it give (runs the calibration text again); "
+    "none: decompose each matrix once for all targets, which is quicker.",
 )
 @click.option(
     "--export",
-    type=click.Choice(["none", "int6", "dense"]),
+    type=click.Choice(list(EXPORTS)),
     default="none",
     show_default=True,
     help="int6: every linear weight in the INT6 2:4 pairwise sparse format; "
@@ -122,7 +102,7 @@ def parse_targets(text: str) -> list[float]:
 )
 @click.option(
     "--int6_mode",
-    type=click.Choice(["calibrated", "magnitude"]),
+    type=click.Choice(INT6_MODES),
     default="calibrated",
     show_default=True,
     help="INT6: pairs and values fitted to the calibration inputs, or by the plain format rule.",
@@ -143,106 +123,41 @@ def parse_targets(text: str) -> list[float]:
 @program
 def main(context: click.Context, **options: object) -> None:
     """Compress a model to a share of its linear weights, without training."""
-    settings = {key: value for key, value in options.items() if key not in NOT_SETTINGS}
-    targets = parse_targets(options["target_compression"])
-    cache = open_finished_cache(options["calib_cache"])
-    settings["quality_gate_delta"] = parse_delta(options["quality_gate_delta"])
-    settings["allocation"] = settings["allocation"] or ("loss" if cache.has_gradients else "hisvd")
-    settings["whitening"] = settings["whitening"] or ("two_sided" if cache.has_gradients else "input")
-    if settings["whitening"] == "two_sided" and not cache.has_gradients:
-        raise HiSVDError(
-            f"--whitening two_sided needs gradients, and {cache.folder} was made with --no_gradients; "
-            "use --whitening input, or calibrate again with gradients."
-        )
-    if settings["export"] == "int6" and all(s.in_features < COLUMNS for s in cache.sublayers):
-        raise HiSVDError(
-            f"--export int6 finds nothing to store: no linear of this model has the {COLUMNS} inputs that the format "
-            "needs; leave the option out."
-        )
-    plan_settings = {k: v for k, v in settings.items() if k not in NOT_FOR_PLAN}
-    plans = plan_ranks(cache, targets, form=settings["factors"], **plan_settings)
-    if options["plan_only"]:
-        reports = [plan_report(cache, target, ranks, settings) for target, ranks in plans.items()]
-        for target, report in zip(targets, reports, strict=True):
-            say(rank_table(cache, plans[target], settings["factors"]))
-            say(summary(report))
-        write_reports(options["json_path"], reports)
-        return
-    for name in ("model_path", "save_model"):
+    for name in () if options["plan_only"] else ("model_path", "save_model"):
         if not options[name]:
             raise click.MissingParameter(ctx=context, param_hint=f"--{name}", param_type="option")
-    device = resolve_device(options["device"])
-    checkpoint = open_checkpoint(options["model_path"])
-    check_same_model(cache, checkpoint.fingerprint(), checkpoint.folder)
+    targets = parse_targets(options["target_compression"])
+    options["quality_gate_delta"] = parse_delta(options["quality_gate_delta"])
+    settings, json_path = settings_from(options, CompressionSettings), options["json_path"]
+    if json_path:
+        check_writable_file(json_path)
+    cache = open_finished_cache(options["calib_cache"])
+    if options["plan_only"]:
+        reports = print_plans(cache, targets, settings)
+    else:
+        where = (options["model_path"], cache, options["save_model"])
+        models = compress(*where, targets, settings, settings_from(options, Resources))
+        reports = [print_model(model, cache) for model in models]
+    if json_path and reports:
+        write_json(json_path, reports)
 
-    if cache.identity["nsamples"] < distributed.count():
-        raise HiSVDError(
-            f"{cache.folder} holds {cache.identity['nsamples']} sequences, fewer than the {distributed.count()} "
-            "processes; start at most as many."
-        )
-    writers = {}
-    for target, ranks in plans.items():
-        report = plan_report(cache, target, ranks, settings)
-        report["model_numbers_before"] = checkpoint.count_numbers()
-        report["weight_bytes_before"] = checkpoint.count_bytes()
-        output = output_path(options["save_model"], target, several=len(targets) > 1)
-        with distributed.first_alone():
-            writers[target] = ModelWriter(output, report, cache.num_layers + 1, checkpoint.transposed)
-    gated = settings["export"] == "int6" and settings["quality_gate_delta"] is not None
-    if distributed.is_first():
-        folders = [writer.folder for writer in writers.values()]
-        check_disk(folders, needed_bytes(checkpoint, cache, settings, writers[targets[0]].output, len(targets)), "This")
-    distributed.wait()
-    compress(
-        checkpoint,
-        cache,
-        plans,
-        writers,
-        form=settings["factors"],
-        whitening=settings["whitening"],
-        update=settings["update"],
-        export="none" if gated else settings["export"],
-        int6_mode=settings["int6_mode"],
-        device=device,
-        activation_budget=1e9 * options["activation_budget_gb"],
-    )
-    if not distributed.is_first():
-        return  # the first process puts the shards together
+
+def print_plans(cache: CalibrationCache, targets: list[float], settings: CompressionSettings) -> list[dict]:
+    """Print the ranks that every target would get; returns the figures."""
     reports = []
-    for target, writer in writers.items():
-        if gated:
-            delta, mode = settings["quality_gate_delta"], settings["int6_mode"]
-            writer.plan["quality_gate"] = export_within(delta, checkpoint, cache, writer, mode, device)
-        modules = {} if settings["export"] == "dense" else factored_modules(cache, plans[target], settings["factors"])
-        reports.append(writer.finish(checkpoint, modules))
-        say(rank_table(cache, plans[target], settings["factors"]))
-        say(f"{summary(reports[-1])}\n{size_summary(reports[-1])}")
-        if settings["export"] == "int6":
-            say(int6_summary(reports[-1]))
-        say(f"Saved to {writer.output}")
-    write_reports(options["json_path"], reports)
+    for p in plan(cache, targets, settings):
+        reports.append(plan_report(cache, p, settings.resolved(cache)))
+        say(f"{rank_table(p, cache.sublayers)}\n{summary(reports[-1])}")
+    return reports
 
 
-def needed_bytes(
-    checkpoint: Checkpoint, cache: CalibrationCache, settings: dict, output: Path, num_targets: int
-) -> int:
-    """Bytes on disk of all targets: their weights (a .pt file is made beside its shards), hidden states, INT6 codes."""
-    models = num_targets + is_pt(output)
-    streams = 0
-    if settings["update"] == "sequential":
-        tokens = cache.identity["nsamples"] * cache.identity["seqlen"]
-        streams = stream_bytes(checkpoint.config.get_text_config().hidden_size, tokens, cache.dtype, num_targets)
-    codes = settings["export"] == "int6"
-    return int(checkpoint.count_bytes() * (models + 0.25 * codes * num_targets)) + streams
-
-
-def factored_modules(cache: CalibrationCache, ranks: list[int], form: str) -> dict[str, dict]:
-    """The table of factored modules for config.json."""
-    return {
-        s.name: {"form": form, "rank": r}
-        for s, r in zip(cache.sublayers, ranks, strict=True)
-        if not is_dense(r, s.shape, form)
-    }
+def print_model(model: CompressedModel, cache: CalibrationCache) -> dict:
+    """Print the ranks and sizes of a finished model; returns its figures."""
+    say(f"{rank_table(model.plan, cache.sublayers)}\n{summary(model.report)}\n{size_summary(model.report)}")
+    if EXPORTS[model.report["settings"]["export"]].encode:
+        say(int6_summary(model.report))
+    say(f"Saved to {model.path}")
+    return model.report
 
 
 if __name__ == "__main__":

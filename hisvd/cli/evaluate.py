@@ -9,8 +9,9 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hisvd.cli.attention_study import STUDY_SEQLEN, check_plot, draw_studies, numbers, study_model, study_tables
-from hisvd.cli.common import data_dir_option, device_option, dtype_option, program, say, table
+from hisvd.cli.common import data_dir_option, device_option, dtype_option, program, say
 from hisvd.errors import HiSVDError
+from hisvd.tables import table
 from hisvd.utils import distributed
 from hisvd.utils.data_utils import EVALUATION_SPLIT, default_batch_size, evaluation_windows, load_text, tokenize
 from hisvd.utils.eval_utils import (

@@ -1,0 +1,117 @@
+"""The allocation rules by name: from the spectra in the cache to the ranks of all sublayers, within the budget.
+
+A rule is a function of a RankProblem and a target; a new one is one more entry in ALLOCATIONS.
+"""
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+
+from hisvd.calibration_cache import LEADING_VECTORS, SPECTRA, CalibrationCache
+from hisvd.clustering import layer_clusters
+from hisvd.component.experts import kind_of
+from hisvd.rank_allocation import loss_ranks, project_shares, ranks_from_shares, stage1_shares, uniform_shares
+from hisvd.rank_metrics import rank_of
+from hisvd.refinement import stage2_shares
+from hisvd.shape_utils import Sublayer
+
+if TYPE_CHECKING:  # the settings name the rules, so that they import this module
+    from hisvd.settings import CompressionSettings
+
+
+@dataclass(frozen=True)
+class RankProblem:
+    """What a rule decides on: the sublayers, the spectra that the cache holds of each, and the settings.
+
+    What takes time is read or computed when a rule first asks for it, and once for all targets.
+    """
+
+    cache: CalibrationCache
+    settings: "CompressionSettings"
+
+    @cached_property
+    def sublayers(self) -> list[Sublayer]:
+        """All sublayers, in the order of the forward pass; ranks come in the same order."""
+        return self.cache.sublayers
+
+    @cached_property
+    def _spectra(self) -> list[dict[str, torch.Tensor]]:
+        return [self.cache.read_small(index, SPECTRA) for index in range(self.cache.num_layers)]
+
+    def singular_values(self, kind: str) -> list[torch.Tensor]:
+        """Singular values (min(m, n),) of every sublayer, largest first.
+
+        `kind` is `singular_values` (of W), `whitened_singular_values` (of W H^{1/2}), or, where the cache has
+        gradients, `two_sided_singular_values` (of F^{1/2} W H^{1/2}).
+        """
+        return [self._spectra[s.layer][f"{s.path}.{kind}"] for s in self.sublayers]
+
+    @cached_property
+    def weight_ranks(self) -> list[float]:
+        """R(W) of every sublayer by the rank metric that the settings name."""
+        sigmas, method = self.singular_values("singular_values"), self.settings.rank_method
+        return [rank_of(sigma, s.shape, method) for sigma, s in zip(sigmas, self.sublayers, strict=True)]
+
+    @cached_property
+    def clusters(self) -> list[Hashable]:
+        """The Stage 2 cluster of every sublayer."""
+        return CLUSTERINGS[self.settings.cluster_by](self)
+
+
+def clusters_by_type(problem: RankProblem) -> list[Hashable]:
+    """One cluster per sublayer type."""
+    return [kind_of(s.path) for s in problem.sublayers]
+
+
+def clusters_by_type_and_depth(problem: RankProblem) -> list[Hashable]:
+    """One cluster per sublayer type and run of similar adjacent layers."""
+    cache = problem.cache
+    depth = layer_clusters([cache.read_small(index, LEADING_VECTORS) for index in range(cache.num_layers)])
+    return [(kind_of(s.path), depth[s.layer]) for s in problem.sublayers]
+
+
+CLUSTERINGS: dict[str, Callable[[RankProblem], list[Hashable]]] = {
+    "type": clusters_by_type,
+    "type_depth": clusters_by_type_and_depth,
+}
+
+
+def least_loss(problem: RankProblem, target: float) -> list[int]:
+    """The ranks that add the least loss by its second-order estimate; without gradients, the least output error."""
+    kind = "two_sided_singular_values" if problem.cache.has_gradients else "whitened_singular_values"
+    return loss_ranks(problem.singular_values(kind), problem.sublayers, target, problem.settings.factors)
+
+
+def stages_1_and_2(problem: RankProblem, target: float) -> list[int]:
+    """Shares by rank density (Stage 1), refined by the tail redundancy of their clusters (Stage 2)."""
+    sublayers, settings = problem.sublayers, problem.settings
+    shares = stage1_shares(sublayers, problem.weight_ranks, target, settings.alpha, settings.factors)
+    shares = stage2_shares(
+        sublayers,
+        shares,
+        problem.singular_values("whitened_singular_values"),
+        problem.clusters,
+        target,
+        settings.factors,
+        settings.modulation,
+        settings.lwe_strength,
+        settings.tail_redundancy_weight,
+    )
+    return ranks_from_shares(shares, sublayers, target, settings.factors)
+
+
+def uniform(problem: RankProblem, target: float) -> list[int]:
+    """The same share of every sublayer."""
+    sublayers, form = problem.sublayers, problem.settings.factors
+    shares = project_shares(uniform_shares(sublayers, target), sublayers, target, form)
+    return ranks_from_shares(shares, sublayers, target, form)
+
+
+ALLOCATIONS: dict[str, Callable[[RankProblem, float], list[int]]] = {
+    "hisvd": stages_1_and_2,
+    "loss": least_loss,
+    "uniform": uniform,
+}

@@ -1,0 +1,20 @@
+"""What becomes of a linear's factors on their way to the file: the choices of --export."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from hisvd.int6_fit import int6_entries
+
+Entries = dict[str, torch.Tensor]  # the state dict entries of a linear, without its bias
+
+
+class Export(NamedTuple):
+    """`multiply` the factors back into a plain weight; `encode` the entries, given E[x xᵀ] (None: by plain rules)."""
+
+    multiply: bool = False
+    encode: Callable[[Entries, torch.Tensor | None], Entries] | None = None
+
+
+EXPORTS = {"none": Export(), "int6": Export(encode=int6_entries), "dense": Export(multiply=True)}

@@ -1,0 +1,133 @@
+"""From the weights of one decoder layer to what the files hold of them: the one place where matrices are factored.
+
+An update (hisvd.updates) says which weights are factored, and what their inputs are; it is given the result at once.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+
+from hisvd.calibration_cache import CalibrationCache, output_moment
+from hisvd.component.low_rank import factor_tensors
+from hisvd.errors import HiSVDError
+from hisvd.exports import EXPORTS, Entries, Export
+from hisvd.layer_tensors import replace_entries
+from hisvd.plan import Plan
+from hisvd.settings import CompressionSettings
+from hisvd.shape_utils import Sublayer
+from hisvd.utils.model_utils import Checkpoint
+from hisvd.utils.save_utils import ModelWriter
+from hisvd.whitening_svd import (
+    H_DAMPING,
+    WHITENINGS,
+    cholesky_root,
+    left_singular_vectors,
+    low_rank_factors,
+    whitened,
+)
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class CompressionJob:
+    """One model on its way to several targets; `plans` and `writers` are by target, `settings` are resolved."""
+
+    checkpoint: Checkpoint
+    cache: CalibrationCache
+    settings: CompressionSettings
+    plans: dict[float, Plan]
+    writers: dict[float, ModelWriter]
+    device: torch.device
+    activation_budget: float = 0.0
+
+    @property
+    def export(self) -> Export:
+        """What is done to the factors at once; the quality gate encodes linears later."""
+        return EXPORTS["none" if self.settings.gated else self.settings.export]
+
+    @property
+    def fits_codes(self) -> bool:
+        """Whether entries are encoded at once, fitted to the inputs."""
+        return self.export.encode is not None and self.settings.int6_mode == "calibrated"
+
+    def changes(self, sublayers: list[Sublayer]) -> bool:
+        """Whether any of the sublayers is factored for any target."""
+        return any(not plan.is_dense(s) for plan in self.plans.values() for s in sublayers)
+
+
+class Case(NamedTuple):
+    """Linears that share an input, for the targets for which they are the same.
+
+    `weights` holds W (m, n) by path inside the layer, `dtype` is what the files store them in, `moment` is
+    E[x xᵀ] (n, n) of their input in float64.
+    """
+
+    targets: list[float]
+    weights: dict[str, torch.Tensor]
+    dtype: torch.dtype
+    moment: torch.Tensor | None
+
+
+class Update(Protocol):
+    """What hisvd.updates offers for each choice of --update, used in this order for one layer after the other."""
+
+    shares_layers: bool  # several processes share the layers; else all of them work on each
+
+    def start(self, index: int, stored: Tensors) -> Tensors:
+        """Take up layer `index`, whose tensors in the checkpoint are `stored`; its statistics from the cache."""
+
+    def cases(self, index: int, members: list[Sublayer], needs_moment: bool) -> Iterator[Case]:
+        """The cases of the linears `members`, which share an input, with moments if asked for."""
+
+    def place(self, target: float, sublayer: Sublayer, entries: Entries) -> None:
+        """Take note of what a sublayer has become."""
+
+    def advance(self, index: int) -> None:
+        """Leave layer `index`, all of whose sublayers have been placed."""
+
+
+@torch.no_grad()
+def factor_layer(job: CompressionJob, update: Update, index: int, stored: Tensors) -> dict[float, Tensors]:
+    """The tensors of layer `index` in the files of every target, from those of the checkpoint.
+
+    Raises:
+        HiSVDError: factors that are not finite, or a damaged cache.
+    """
+    shards = {target: dict(stored) for target in job.plans}
+    statistics = update.start(index, stored)
+    for members in job.cache.groups_of(index):
+        weighed = job.changes(members) and WHITENINGS[job.settings.whitening].inputs
+        for case in update.cases(index, members, weighed or job.fits_codes):
+            root = cholesky_root(case.moment, H_DAMPING) if weighed else None
+            for s in members:
+                for target, entries in _results(job, case, s, statistics, root):
+                    # Rounded as the files are: later layers are fitted to what the saved model will give.
+                    update.place(target, s, entries)
+                    replace_entries(job.checkpoint, s, shards[target], entries)
+        for s in members:
+            statistics.pop(f"{s.path}.F_eigenvectors", None)  # large, and no later group needs them
+    return shards
+
+
+def _results(
+    job: CompressionJob, case: Case, s: Sublayer, statistics: Tensors, root: torch.Tensor | None
+) -> Iterator[tuple[float, Entries]]:
+    """The entries of sublayer `s` for every target of `case`; one decomposition serves them all."""
+    weight, f, basis = case.weights.pop(s.path), None, None
+    for target in case.targets:
+        plan, entries = job.plans[target], {"weight": weight.to(case.dtype)}
+        try:
+            if not plan.is_dense(s):
+                if basis is None:
+                    f = output_moment(s, statistics, job.settings.whitening, job.device)
+                    basis = left_singular_vectors(whitened(weight, root, f))
+                left, right = low_rank_factors(weight, basis, plan.ranks[s.name], f)
+                entries = factor_tensors(left, right, "dense" if job.export.multiply else plan.form, case.dtype, root)
+            if job.export.encode:
+                entries = job.export.encode(entries, case.moment if job.fits_codes else None)
+        except HiSVDError as error:
+            raise HiSVDError(f"{s.name}: {error}") from None
+        yield target, entries

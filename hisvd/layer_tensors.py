@@ -1,0 +1,53 @@
+"""The tensors of one decoder layer, as files name them and as the layer's modules do."""
+
+import torch
+from torch import nn
+
+from hisvd.component.low_rank import modules_of, swap_linears
+from hisvd.exports import Entries
+from hisvd.shape_utils import Sublayer
+from hisvd.utils.model_utils import Checkpoint
+from hisvd.utils.streaming import StreamedModel
+
+
+def layer_tensor_names(checkpoint: Checkpoint, first: Sublayer) -> set[str]:
+    """Names of all checkpoint tensors of the decoder layer that `first` belongs to."""
+    prefix = checkpoint.stored_name(f"{first.name}.weight").removesuffix(f"{first.path}.weight")
+    return {name for name in checkpoint.files if name.startswith(prefix)}
+
+
+def stored_prefix(checkpoint: Checkpoint, sublayer: Sublayer) -> str:
+    """What the names of a sublayer's tensors in the files start with."""
+    return checkpoint.stored_name(f"{sublayer.name}.weight").removesuffix("weight")
+
+
+def entries_of(checkpoint: Checkpoint, sublayer: Sublayer, tensors: dict[str, torch.Tensor]) -> Entries:
+    """The state dict entries of a sublayer, without bias, among the tensors of its layer."""
+    prefix = stored_prefix(checkpoint, sublayer)
+    return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix) and k != f"{prefix}bias"}
+
+
+def replace_entries(
+    checkpoint: Checkpoint, sublayer: Sublayer, tensors: dict[str, torch.Tensor], entries: Entries
+) -> None:
+    """Put `entries` (moved to the CPU) in the place of those that `tensors` holds of the sublayer."""
+    prefix = stored_prefix(checkpoint, sublayer)
+    for name in entries_of(checkpoint, sublayer, tensors):
+        del tensors[prefix + name]
+    tensors |= {prefix + name: tensor.to("cpu") for name, tensor in entries.items()}
+
+
+def place_entries(layer: nn.Module, path: str, entries: Entries) -> None:
+    """Make the linear at `path` of `layer` the one that `entries` describe, in the layer's compute dtype."""
+    swap_linears(layer, modules_of(path, entries))
+    layer.get_submodule(path).load_state_dict(entries, strict=False)
+
+
+def compressed_layer(
+    streamed: StreamedModel, index: int, sublayers: list[Sublayer], tensors: dict[str, torch.Tensor]
+) -> nn.Module:
+    """Decoder layer `index` with the sublayers' entries from `tensors`, its tensors in a compressed model's files."""
+    layer = streamed.layer(index)
+    for s in sublayers:
+        place_entries(layer, s.path, entries_of(streamed.checkpoint, s, tensors))
+    return layer

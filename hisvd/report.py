@@ -1,0 +1,175 @@
+"""The only author of hisvd.json: what a plan and its result are recorded as, told in print and on the model card."""
+
+import math
+from importlib.metadata import version
+from pathlib import Path
+
+from hisvd.calibration_cache import CalibrationCache
+from hisvd.component.experts import kind_of
+from hisvd.exports import EXPORTS
+from hisvd.plan import Plan
+from hisvd.settings import CompressionSettings
+from hisvd.shape_utils import Sublayer
+from hisvd.sparse_int6 import COLUMNS, FORMAT_NAME, USER_ALIAS
+from hisvd.tables import table
+from hisvd.utils.save_utils import REPORT, ModelWriter
+
+# Parameters that an entry of these dtypes stands for: permutations and metadata are none, a byte of INT6 is 4/3 values.
+PARAMETERS_PER_ENTRY = {"I32": 0, "U8": 4 / 3}
+
+
+def plan_report(cache: CalibrationCache, plan: Plan, settings: CompressionSettings) -> dict:
+    """Everything that is decided before the first matrix is factored; `settings` are resolved."""
+    rows = [
+        {
+            "name": s.name,
+            "shape": list(s.shape),
+            "form": "dense" if plan.is_dense(s) else plan.form,
+            "rank": plan.ranks[s.name],
+            "numbers": plan.parameters_of(s),
+        }
+        for s in cache.sublayers
+    ]
+    before = sum(s.size for s in cache.sublayers)
+    planned = sum(row["numbers"] for row in rows)
+    after = before if EXPORTS[settings.export].multiply else planned
+    return {
+        "format_version": 1,
+        "hisvd_version": version("hisvd"),
+        "source_model": str(cache.options.get("model_path")),
+        "source_fingerprint": cache.identity["model"],
+        "target_compression": plan.target,
+        "settings": vars(settings).copy(),
+        "calibration": {**cache.options, **cache.identity},
+        "linear_numbers_before": before,
+        "linear_numbers_planned": planned,
+        "linear_numbers_after": after,
+        "linear_kept": after / before,
+        "sublayers": rows,
+    }
+
+
+def finished_report(writer: ModelWriter, gate: dict | None) -> tuple[dict, set[str]]:
+    """The plan's report with what the shards really hold, and the stored names of the weights in INT6.
+
+    `gate` is what the quality gate says of its choice.
+    """
+    stored = writer.stored_tensors()
+    report = dict(writer.plan)
+    if gate:
+        report["quality_gate"] = gate
+    report["model_numbers_after"] = sum(
+        round(math.prod(shape) * PARAMETERS_PER_ENTRY.get(dtype, 1)) for dtype, shape in stored.values()
+    )
+    report["model_kept"] = report["model_numbers_after"] / report["model_numbers_before"]
+    report["weight_bytes_after"] = sum(path.stat().st_size for path in writer.shard_files())
+    report["bits_per_number"] = 8 * report["weight_bytes_after"] / report["model_numbers_before"]
+    codes = {name.removesuffix(".packed_weight") for name in stored if name.endswith(".packed_weight")}
+    if codes:
+        report["int6"] = int6_figures(codes, {name: math.prod(shape) for name, (_, shape) in stored.items()})
+    return report, codes
+
+
+def int6_figures(codes: set[str], sizes_in_files: dict[str, int]) -> dict:
+    """What hisvd.json says about the INT6 weights `codes`, from the sizes of all tensors in the files.
+
+    Bits are per weight of those linears, columns of padding included.
+    """
+    sizes = {
+        part: sum(sizes_in_files[f"{name}.{part}"] for name in codes)
+        for part in ("packed_weight", "metadata", "scales")
+    }
+    weights = COLUMNS * sizes["metadata"]
+    payload, metadata = 8 * sizes["packed_weight"] / weights, 32 * sizes["metadata"] / weights
+    return {
+        "format": FORMAT_NAME,
+        "user_alias": USER_ALIAS,
+        "weights": len(codes),
+        "bits_per_stored_value": 6,
+        "pair_sparsity": 0.5,
+        "payload_bits_per_weight": payload,
+        "metadata_bits_per_weight": metadata,
+        "total_bits_per_weight": payload + metadata + 32 * sizes["scales"] / weights,
+    }
+
+
+def rank_table(plan: Plan, sublayers: list[Sublayer]) -> str:
+    """Ranks as a table: one row per decoder layer, one column per type; of experts the smallest and largest."""
+    types = list(dict.fromkeys(kind_of(s.path) for s in sublayers))
+    found: dict[tuple[int, str], list[Sublayer]] = {}
+    for s in sublayers:
+        found.setdefault((s.layer, kind_of(s.path)), []).append(s)
+
+    def cell(members: list[Sublayer]) -> str:
+        ends = sorted(members, key=lambda s: plan.ranks[s.name])
+        texts = ["dense" if plan.is_dense(s) else str(plan.ranks[s.name]) for s in ends]
+        return "–".join(dict.fromkeys([*texts[:1], *texts[-1:]]))
+
+    rows = [[i, *(cell(found.get((i, t), [])) for t in types)] for i in range(1 + sublayers[-1].layer)]
+    return table(["layer", *(t.rpartition(".")[2] for t in types)], rows)
+
+
+def summary(report: dict) -> str:
+    """One line about the linear weights."""
+    before, after = report["linear_numbers_before"], report["linear_numbers_after"]
+    how = ", ".join(report["settings"][key] for key in ("allocation", "whitening", "factors"))
+    line = f"Target {report['target_compression']:g} ({how}): {after:,} of {before:,} linear parameters kept"
+    line += f" ({after / before:.3%})"
+    if report["linear_numbers_planned"] != after:
+        line += f"; multiplied back from {report['linear_numbers_planned']:,} factored ones (--export dense)"
+    return line
+
+
+def size_summary(report: dict) -> str:
+    """One line about the whole model."""
+    return (
+        f"Whole model: {report['model_numbers_after']:,} of {report['model_numbers_before']:,} parameters "
+        f"({report['model_kept']:.1%}), {report['weight_bytes_after']:,} of {report['weight_bytes_before']:,} bytes "
+        f"({report['bits_per_number']:.2f} bits per parameter of the original)"
+    )
+
+
+def int6_summary(report: dict) -> str:
+    """What the INT6 export stored, and what the quality gate said."""
+    figures, gate = report.get("int6"), report.get("quality_gate")
+    lines = ["INT6: no weight was exported."]
+    if figures:
+        bits = figures["total_bits_per_weight"]
+        lines = [f"INT6 ({figures['user_alias']}): {figures['weights']} weights, {bits:.3f} bits per weight"]
+    if gate:
+        lines.append(
+            f"Quality gate {gate['delta']:g}: {len(gate['exported'])} of "
+            f"{len(gate['exported']) + len(gate['not_exported'])} linears exported, perplexity on held-out text "
+            f"{gate['perplexity_before']:.2f} → {gate['perplexity_after']:.2f} ({gate['tokens']} tokens)"
+        )
+    return "\n".join(lines)
+
+
+def model_card(report: dict) -> str:
+    """README.md of a compressed folder."""
+    settings = "\n".join(f"| {key} | {value} |" for key, value in report["settings"].items())
+    return f"""---
+library_name: transformers
+tags: [hisvd, low-rank, compression]
+---
+# {Path(report["source_model"]).name}, {report["linear_kept"]:.1%} of its linear weights
+
+Compressed without training by HiSVD {version("hisvd")} from `{report["source_model"]}`; the original's license applies.
+
+```python
+import hisvd  # registers the format with transformers
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER", dtype="auto")
+```
+
+Parameters in the decoder's linear weights: {report["linear_numbers_after"]:,} of {report["linear_numbers_before"]:,};
+in the whole model: {report["model_numbers_after"]:,} of {report["model_numbers_before"]:,}.
+
+| setting | value |
+| --- | --- |
+{settings}
+
+Calibrated on {report["calibration"]["nsamples"]} × {report["calibration"]["seqlen"]} tokens of
+{report["calibration"]["dataset"]}. The ranks of all sublayers are in `{REPORT}`.
+"""

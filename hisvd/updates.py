@@ -1,0 +1,41 @@
+"""The updates by name: what factors are fitted to. See factoring.Update for their interface."""
+
+from collections.abc import Callable, Iterator
+
+from hisvd.calibration_cache import input_moment
+from hisvd.exports import Entries
+from hisvd.factoring import Case, CompressionJob, Tensors, Update
+from hisvd.layer_tensors import stored_prefix
+from hisvd.sequential_update import SequentialUpdate
+from hisvd.shape_utils import Sublayer
+
+
+class OneShot:
+    """Every matrix as it is in the checkpoint, with the inputs that it has in the original model."""
+
+    shares_layers = True
+
+    def __init__(self, job: CompressionJob, first_layer: int) -> None:
+        self.job = job
+
+    def start(self, index: int, stored: Tensors) -> Tensors:
+        """All that the cache holds of the layer."""
+        self.stored, self.statistics = stored, self.job.cache.read_layer(index)
+        return self.statistics
+
+    def cases(self, index: int, members: list[Sublayer], needs_moment: bool) -> Iterator[Case]:
+        """One case for all targets."""
+        job = self.job
+        weights = {s.path: self.stored[f"{stored_prefix(job.checkpoint, s)}weight"].to(job.device) for s in members}
+        moment = input_moment(members[0], self.statistics, job.device) if needs_moment else None
+        yield Case(list(job.plans), weights, weights[members[0].path].dtype, moment)
+
+    def place(self, target: float, sublayer: Sublayer, entries: Entries) -> None:
+        """Nothing depends on it."""
+
+    def advance(self, index: int) -> None:
+        """Drop the layer."""
+        del self.stored, self.statistics
+
+
+UPDATES: dict[str, Callable[[CompressionJob, int], Update]] = {"sequential": SequentialUpdate, "none": OneShot}
