@@ -1,5 +1,10 @@
-"""The one exception that the programs turn into a sentence and exit code 2."""
+"""The one exception that the programs turn into a sentence and exit code 2, and how other libraries' errors join it."""
 
 
 class HiSVDError(Exception):
     """Bad input or bad usage; the message is one sentence that names the culprit and the fix."""
+
+
+def first_line(error: Exception) -> str:
+    """An exception's message cut to its first line, for one-sentence errors."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

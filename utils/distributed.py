@@ -4,29 +4,105 @@ Alone, a process has all of it and sends nothing.
 """
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from typing import NoReturn
 
 import torch
 from torch import distributed
+
+from hisvd.errors import HiSVDError, first_line
+
+# All processes are started within seconds of each other; one that is missing after this long will not come.
+MEETING_TIMEOUT = timedelta(minutes=10)
+# The others wait while the first decomposes a layer's matrices alone: up to two hours for one of a 70B model on a CPU.
+WORK_TIMEOUT = timedelta(hours=6)
+VARIABLES = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def join() -> None:
     """Join the processes that torchrun describes in the environment; without any, stay alone.
 
     Tensors on GPUs go by nccl if every process of this machine has a GPU of its own.
+
+    Raises:
+        HiSVDError: the environment describes other processes in part only, or they cannot be reached.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized():
-        own_gpus = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
-        if own_gpus:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        distributed.init_process_group("cpu:gloo,cuda:nccl" if own_gpus else "gloo")
+    processes = _variable("WORLD_SIZE", "1")
+    if processes <= 1 or distributed.is_initialized():
+        return
+    missing = [name for name in VARIABLES if not os.environ.get(name)]
+    if missing:
+        raise HiSVDError(
+            f"WORLD_SIZE is {processes}, but these are not set: {', '.join(missing)}; start several processes with "
+            "torchrun, or unset WORLD_SIZE for one alone."
+        )
+    gpus = torch.cuda.device_count()
+    own_gpus = gpus >= _variable("LOCAL_WORLD_SIZE")
+    if own_gpus:
+        torch.cuda.set_device(local_device(gpus))
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    try:
+        store, rank, _ = next(distributed.rendezvous("env://", timeout=MEETING_TIMEOUT))
+        distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if own_gpus else "gloo",
+            store=store,
+            rank=rank,
+            world_size=processes,
+            timeout=WORK_TIMEOUT,
+        )
+        store.set_timeout(WORK_TIMEOUT)  # nccl meets by it once more, at the first sum on GPUs
+    except (RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError
+        raise HiSVDError(
+            f"The {processes} processes cannot meet at {address} (MASTER_ADDR and MASTER_PORT): {first_line(error)}; "
+            "give torchrun an address that all machines reach and a free port."
+        ) from None
+
+
+def local_device(devices: int) -> int:
+    """The number of this process's accelerator among the `devices` that it sees: LOCAL_RANK.
+
+    Raises:
+        HiSVDError: there are fewer.
+    """
+    local = _variable("LOCAL_RANK", "0")
+    if local >= devices:
+        raise HiSVDError(
+            f"LOCAL_RANK is {local}, but the accelerators visible here number {devices}; start one process for each "
+            "(torchrun --nproc_per_node), make more visible (CUDA_VISIBLE_DEVICES), or use --device cpu."
+        )
+    return local
+
+
+def _variable(name: str, default: str | None = None) -> int:
+    """The environment variable `name` as a number."""
+    value = os.environ.get(name) or default
+    if value is None or not value.isdecimal():
+        raise HiSVDError(f"The environment variable {name} is not a number: {value!r}; torchrun sets it, or unset it.")
+    return int(value)
 
 
 def leave() -> None:
-    """Part from the other processes; an interpreter that ends with them still joined may abort."""
+    """Part from the other processes once all work is done; without this an interpreter may abort at its end."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
+
+
+def fail(code: int) -> NoReturn:
+    """End this process with `code`: one of several at once and without parting.
+
+    The others wait in a sum that will never come about, and parting (nccl's above all) would wait for them in turn.
+    Once this process has gone, they see a closed connection, or torchrun ends them.
+    """
+    if distributed.is_initialized():
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:  # a closed pipe must not keep it alive
+            os._exit(code)
+    sys.exit(code)
 
 
 def count() -> int:
@@ -55,10 +131,21 @@ def own_name(name: str) -> str:
 
 
 def total(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum of `tensor` over all processes."""
+    """The sum of `tensor` over all processes.
+
+    Raises:
+        HiSVDError: another process has ended.
+    """
     if count() > 1:
         tensor = tensor.contiguous()
-        distributed.all_reduce(tensor)
+        try:
+            distributed.all_reduce(tensor)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # gloo's and nccl's word for a closed connection
+            raise HiSVDError(
+                f"Process {index()} stops because another has ended, whose own message says why ({first_line(error)})."
+            ) from None
     return tensor
 
 

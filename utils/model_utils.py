@@ -30,7 +30,7 @@ from hisvd.component.conv1d import as_linears, conv1d_weights
 from hisvd.component.experts import separate_experts
 from hisvd.component.hf_quantizer import METHOD
 from hisvd.component.low_rank import swap_linears
-from hisvd.errors import HiSVDError
+from hisvd.errors import HiSVDError, first_line
 from hisvd.utils import distributed
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -245,13 +245,15 @@ def resolve_device(device: str) -> torch.device:
     """`auto` is the accelerator if there is one (of several processes, each has its own), else the CPU.
 
     Raises:
-        HiSVDError: the name is no device of this machine.
+        HiSVDError: the name is no device of this machine, or there are fewer accelerators than processes.
     """
     if device == "auto":
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        if accelerator and distributed.count() > 1:
-            return torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0")))
-        return accelerator or torch.device("cpu")
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        if accelerator is None:
+            return torch.device("cpu")
+        if distributed.count() == 1:
+            return accelerator
+        return torch.device(accelerator.type, distributed.local_device(torch.accelerator.device_count()))
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -276,11 +278,6 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # tokenizers raises bare Exception for a broken file
         raise HiSVDError(f"No usable tokenizer in {folder}: {first_line(error)}") from None
-
-
-def first_line(error: Exception) -> str:
-    """An exception's message cut to its first line, for one-sentence errors."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def load(path: str | os.PathLike, dtype: Any = None, device: Any = None) -> PreTrainedModel:

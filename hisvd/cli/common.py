@@ -2,10 +2,10 @@
 
 import functools
 import logging
-import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import click
 
@@ -18,7 +18,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def program(function: Callable) -> Callable:
-    """Turn HiSVDError into one sentence and exit code 2, Ctrl-C into exit code 130."""
+    """Turn HiSVDError into one sentence and exit code 2, Ctrl-C into exit code 130; several processes end together."""
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> None:
@@ -26,19 +26,28 @@ def program(function: Callable) -> Callable:
         try:
             distributed.join()
             function(*args, **kwargs)
-        except HiSVDError as error:
-            click.echo(f"Error: {error}", err=True)
-            sys.exit(2)
-        except OSError as error:
-            click.echo(f"Error: {error.filename or 'a file'}: {error.strerror or error}.", err=True)
-            sys.exit(2)
-        except KeyboardInterrupt:
-            click.echo("Interrupted; run the same command again to resume where it stopped.", err=True)
-            sys.exit(130)
-        finally:
             distributed.leave()
+        except HiSVDError as error:
+            stop(f"Error: {error}", 2)
+        except OSError as error:
+            stop(f"Error: {error.filename or 'a file'}: {error.strerror or error}.", 2)
+        except KeyboardInterrupt:
+            stop("Interrupted; run the same command again to resume where it stopped.", 130)
+        except Exception as error:
+            if distributed.count() == 1:
+                raise  # click and the interpreter print it
+            if isinstance(error, click.ClickException):
+                error.show()
+                distributed.fail(error.exit_code)
+            stop(traceback.format_exc().rstrip(), 1)
 
     return wrapper
+
+
+def stop(message: str, code: int) -> NoReturn:
+    """Print `message` on standard error and end with `code`."""
+    click.echo(message, err=True)
+    distributed.fail(code)
 
 
 def device_option(function: Callable) -> Callable:
