@@ -8,13 +8,14 @@ from tqdm import tqdm
 from hisvd.calibration_cache import LEADING_VECTORS, SPECTRA, CalibrationCache, input_moment, output_moment
 from hisvd.clustering import layer_clusters
 from hisvd.component.experts import kind_of
-from hisvd.component.low_rank import factor_tensors
+from hisvd.errors import naming
+from hisvd.factor_forms import factor_tensors
 from hisvd.int6_fit import int6_entries
 from hisvd.rank_allocation import loss_ranks, project_shares, ranks_from_shares, stage1_shares, uniform_shares
 from hisvd.rank_metrics import rank_of
 from hisvd.refinement import stage2_shares
 from hisvd.sequential_update import SequentialUpdate
-from hisvd.shape_utils import FactorForm, Sublayer, is_dense
+from hisvd.shape_utils import Sublayer, is_dense
 from hisvd.utils import distributed
 from hisvd.utils.model_utils import Checkpoint
 from hisvd.utils.save_utils import ModelWriter
@@ -25,7 +26,7 @@ def plan_ranks(
     cache: CalibrationCache,
     targets: Sequence[float],
     *,
-    form: FactorForm,
+    form: str,
     allocation: str,
     rank_method: str,
     alpha: float,
@@ -82,7 +83,7 @@ def compress(
     plans: dict[float, list[int]],
     writers: dict[float, ModelWriter],
     *,
-    form: FactorForm,
+    form: str,
     whitening: str,
     update: str,
     export: str,
@@ -148,7 +149,7 @@ def factor_layer(
     index: int,
     ranks: dict[float, dict[str, int]],
     original: dict[str, torch.Tensor],
-    form: FactorForm,
+    form: str,
     whitening: str,
     export: str,
     int6_mode: str,
@@ -171,7 +172,9 @@ def factor_layer(
                         f = output_moment(s, statistics, whitening, device)
                         basis = left_singular_vectors(whitened(weight, root, f))
                     factors = low_rank_factors(weight, basis, rank, f)
-                    tensors = factor_tensors(*factors, "dense" if export == "dense" else form, weight.dtype, root)
+                    with naming(s.name):
+                        stored_form = "dense" if export == "dense" else form
+                        tensors = factor_tensors(*factors, stored_form, weight.dtype, root)
                 if export == "int6":
                     tensors = int6_entries(tensors, moment if fitted else None)
                 if tensors.get("weight") is not weight:

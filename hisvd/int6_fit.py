@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from hisvd.errors import HiSVDError
+from hisvd.factor_forms import FORMS, form_of
 from hisvd.sparse_int6 import (
     CHUNK,
     COLUMNS,
@@ -44,20 +45,20 @@ def int6_entries(
     Raises:
         HiSVDError: a weight is not finite.
     """
-    entries = dict(tensors)
-    for inner, outer in {"weight": None, "right.weight": "left.weight", "base.weight": "coefficients.weight"}.items():
-        if inner not in tensors:
-            continue
-        stored = _replace_by_code(entries, inner, moment, sweeps)
-        if outer:
-            if moment is not None:
-                cross = stored @ moment.double()
-                root = cholesky_root(cross @ stored.T, H_DAMPING)
-                change = cross @ (tensors[inner].double() - stored).T @ tensors[outer].double().T
-                fitted = tensors[outer].double() + torch.cholesky_solve(change, root).T
-                entries[outer] = fitted.to(tensors[outer].dtype)
-                moment = cross @ stored.T
-            _replace_by_code(entries, outer, moment, sweeps)
+    entries, form = dict(tensors), form_of(tensors)
+    if form is None:
+        _replace_by_code(entries, "weight", moment, sweeps)
+        return entries
+    inner, outer = f"{FORMS[form].inner}.weight", f"{FORMS[form].outer}.weight"
+    stored = _replace_by_code(entries, inner, moment, sweeps)
+    if moment is not None:
+        cross = stored @ moment.double()
+        root = cholesky_root(cross @ stored.T, H_DAMPING)
+        change = cross @ (tensors[inner].double() - stored).T @ tensors[outer].double().T
+        fitted = tensors[outer].double() + torch.cholesky_solve(change, root).T
+        entries[outer] = fitted.to(tensors[outer].dtype)
+        moment = cross @ stored.T
+    _replace_by_code(entries, outer, moment, sweeps)
     return entries
 
 

@@ -15,7 +15,8 @@ from torch import nn
 from tqdm import tqdm
 
 from hisvd.calibration_cache import CalibrationCache, input_moment, output_moment
-from hisvd.component.low_rank import dense_weight, modules_of, swap_linears
+from hisvd.component.low_rank import swap_linears
+from hisvd.factor_forms import dense_weight, modules_of
 from hisvd.int6_fit import SWEEPS, int6_entries
 from hisvd.shape_utils import Sublayer
 from hisvd.sparse_int6 import COLUMNS

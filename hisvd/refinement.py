@@ -7,7 +7,7 @@ import torch
 
 from hisvd.cluster_sublayer_lwe import cluster_scores, tail_redundancy
 from hisvd.rank_allocation import project_shares, ranks_from_shares
-from hisvd.shape_utils import FactorForm, Sublayer
+from hisvd.shape_utils import Sublayer
 
 MODULATIONS = ("logarithmic", "power", "exponential", "linear")
 
@@ -32,7 +32,7 @@ def stage2_shares(
     whitened_singular_values: Sequence[torch.Tensor],
     clusters: Sequence[Hashable],
     target: float,
-    form: FactorForm,
+    form: str,
     modulation: str,
     lwe_strength: float,
     tail_redundancy_weight: float,

@@ -20,9 +20,11 @@ from torch import nn
 
 from hisvd.calibration_cache import CalibrationCache, input_moment, output_moment
 from hisvd.component.experts import is_routed
-from hisvd.component.low_rank import factor_tensors, modules_of, swap_linears
+from hisvd.component.low_rank import swap_linears
+from hisvd.errors import naming
+from hisvd.factor_forms import factor_tensors, modules_of
 from hisvd.int6_fit import int6_entries
-from hisvd.shape_utils import FactorForm, Sublayer, is_dense
+from hisvd.shape_utils import Sublayer, is_dense
 from hisvd.utils import distributed
 from hisvd.utils.data_utils import default_batch_size
 from hisvd.utils.model_utils import Checkpoint
@@ -140,7 +142,7 @@ class SequentialUpdate:
         index: int,
         ranks: dict[float, dict[str, int]],
         stored: dict[str, torch.Tensor],
-        form: FactorForm,
+        form: str,
         whitening: str,
         export: str,
         int6_mode: str,
@@ -162,7 +164,8 @@ class SequentialUpdate:
             if not is_dense(rank, s.shape, form):
                 f = output_moment(s, statistics, whitening, self.device)
                 factors = low_rank_factors(weight, left_singular_vectors(whitened(weight, root, f)), rank, f)
-                tensors = factor_tensors(*factors, "dense" if export == "dense" else form, dtype, root)
+                with naming(s.name):
+                    tensors = factor_tensors(*factors, "dense" if export == "dense" else form, dtype, root)
             return int6_entries(tensors, own if int6_mode == "calibrated" else None) if export == "int6" else tensors
 
         for members in self.cache.groups_of(index):

@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hisvd.component import int6_linear
 from hisvd.component.int6_linear import INT6SparseLinear
-from hisvd.component.low_rank import dense_weight, factor_tensors
 from hisvd.errors import HiSVDError
+from hisvd.factor_forms import dense_weight, factor_tensors
 from hisvd.int6_fit import ChunkMetrics, best_chunk, fit_int6, int6_entries, int6_tensors
 from hisvd.sparse_int6 import check_packed, dequantize, make_encodable, pack, padded, prune, quantize, unpack
 

@@ -8,6 +8,7 @@ import torch
 from hisvd.cluster_sublayer_lwe import cluster_scores, tail_redundancy
 from hisvd.clustering import layer_clusters, subspace_overlap
 from hisvd.errors import HiSVDError
+from hisvd.factor_forms import FORMS
 from hisvd.pivoting import pack_pivoted, unpack_pivoted
 from hisvd.rank_allocation import (
     budget_of,
@@ -19,7 +20,7 @@ from hisvd.rank_allocation import (
 )
 from hisvd.rank_metrics import effective_rank, mathematical_rank, rank_of, stable_rank
 from hisvd.refinement import modulation_factor, stage2_shares
-from hisvd.shape_utils import Sublayer, is_dense, largest_rank, next_rank, stored_numbers
+from hisvd.shape_utils import Sublayer, is_dense, largest_rank, next_rank, stored_parameters
 from hisvd.whitening_svd import (
     F_DAMPING,
     H_DAMPING,
@@ -31,7 +32,6 @@ from hisvd.whitening_svd import (
     whitened,
 )
 
-FORMS = ("pivoted", "svd")
 SHAPES = {"q": (64, 64), "k": (32, 64), "up": (160, 64), "down": (64, 160)}
 SUBLAYERS = [Sublayer(f"{i}.{t}", i, t, t, *shape) for i in range(6) for t, shape in SHAPES.items()]
 
@@ -39,7 +39,7 @@ TYPES = [s.path for s in SUBLAYERS]
 
 
 def total(ranks, form):
-    return sum(stored_numbers(r, s.shape, form) for r, s in zip(ranks, SUBLAYERS, strict=True))
+    return sum(stored_parameters(r, s.shape, form) for r, s in zip(ranks, SUBLAYERS, strict=True))
 
 
 def assert_budget_spent(ranks, target, form):
@@ -48,8 +48,8 @@ def assert_budget_spent(ranks, target, form):
     assert left >= 0
     for r, s in zip(ranks, SUBLAYERS, strict=True):
         if not is_dense(r, s.shape, form):
-            larger = stored_numbers(next_rank(r, s.shape, form), s.shape, form)
-            assert larger - stored_numbers(r, s.shape, form) > left, "room for one more rank was left"
+            larger = stored_parameters(next_rank(r, s.shape, form), s.shape, form)
+            assert larger - stored_parameters(r, s.shape, form) > left, "room for one more rank was left"
 
 
 def random_spectrum(sublayer, seed):
@@ -72,7 +72,7 @@ def test_largest_rank_is_the_largest_that_fits(shape, form):
     m, n = shape
     useful = [r for r in range(1, min(shape)) if not is_dense(r, shape, form)] + [min(shape)]
     for numbers in range(m + n, m * n + 1):
-        fitting = [r for r in useful if stored_numbers(r, shape, form) <= numbers]
+        fitting = [r for r in useful if stored_parameters(r, shape, form) <= numbers]
         assert largest_rank(numbers, shape, form) == max(fitting, default=1), numbers
 
 
@@ -80,10 +80,10 @@ def test_largest_rank_is_the_largest_that_fits(shape, form):
 def test_next_rank_walks_through_every_useful_rank_to_dense(form):
     rank, seen = 1, []
     while rank < 9:
-        seen.append(stored_numbers(rank, (9, 14), form))
+        seen.append(stored_parameters(rank, (9, 14), form))
         rank = next_rank(rank, (9, 14), form)
     assert seen == sorted(set(seen)) and seen[-1] < 9 * 14
-    assert stored_numbers(rank, (9, 14), form) == 9 * 14
+    assert stored_parameters(rank, (9, 14), form) == 9 * 14
 
 
 # --- rank metrics ---
@@ -173,7 +173,7 @@ def test_loss_allocation_is_exact_on_a_problem_small_enough_for_brute_force():
             return sum(sigma[r:].double().square().sum().item() for sigma, r in zip(spectra, ranks, strict=True))
 
         def cost(ranks):
-            return sum(stored_numbers(r, s.shape, "pivoted") for r, s in zip(ranks, few, strict=True))
+            return sum(stored_parameters(r, s.shape, "pivoted") for r, s in zip(ranks, few, strict=True))
 
         chosen = loss_ranks(spectra, few, 0.7, "pivoted")
         assert cost(chosen) <= budget_of(few, 0.7)
@@ -314,7 +314,7 @@ def test_packing_is_lossless_and_stores_r_squared_fewer_numbers(m, n, rank):
     base, coefficients, permutation = pack_pivoted(left, right)
     torch.testing.assert_close(unpack_pivoted(base, coefficients, permutation), left.double() @ right.double())
     assert base.numel() + coefficients.numel() == left.numel() + right.numel() - rank**2
-    assert base.numel() + coefficients.numel() == stored_numbers(rank, (m, n), "pivoted")
+    assert base.numel() + coefficients.numel() == stored_parameters(rank, (m, n), "pivoted")
     assert permutation.dtype == torch.int32 and sorted(permutation.tolist()) == list(range(m))
 
 

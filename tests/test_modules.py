@@ -1,15 +1,27 @@
-"""Factored modules and the swap, on models of several families."""
+"""Factor forms, their modules and the swap, on models of several families."""
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from hisvd.component.families import adapter_for
-from hisvd.component.low_rank import MODULE_OF_FORM, dense_weight, factor_tensors, swap_linears
+from hisvd.component.low_rank import MODULE_OF_FORM, swap_linears
+from hisvd.errors import HiSVDError, naming
+from hisvd.factor_forms import FORMS, FactorForm, dense_weight, factor_tensors, form_of, modules_of
+from hisvd.int6_fit import int6_entries
+from hisvd.rank_allocation import budget_of, loss_ranks
+from hisvd.shape_utils import Sublayer, is_dense, largest_rank, stored_parameters
 from hisvd.utils.streaming import decoder_layers
 
 
-@pytest.mark.parametrize("form", ["pivoted", "svd"])
+def test_every_form_has_a_module_and_names_of_its_own():
+    assert list(FORMS) == list(MODULE_OF_FORM)
+    names = [{form.inner, form.outer, *form.others} for form in FORMS.values()]
+    assert all(names.count(own) == 1 for own in names)
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("bias", [True, False])
 def test_module_computes_the_product_of_its_factors(form, bias):
     torch.manual_seed(0)
@@ -23,8 +35,82 @@ def test_module_computes_the_product_of_its_factors(form, bias):
     torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-4)
 
 
+class ScaledLinear(nn.Module):
+    """y = scale * left (right x): the factors of a form that no code of ours knows."""
+
+    def __init__(self, in_features, out_features, rank, bias):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.right, self.left = nn.Linear(in_features, rank, bias=False), nn.Linear(rank, out_features, bias=False)
+        self.scale = nn.Parameter(torch.empty(out_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+
+    def forward(self, x):
+        y = self.scale * self.left(self.right(x))
+        return y if self.bias is None else y + self.bias
+
+
+def pack_scaled(left, right, root, dtype):
+    scale = left.abs().amax(1)
+    tensors = {"left.weight": left / scale[:, None], "right.weight": right, "scale": scale}
+    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
+
+
+@pytest.fixture
+def scaled(monkeypatch):
+    """A third form, registered by one entry in each of the two tables."""
+    form = FactorForm(
+        inner="right",
+        outer="left",
+        others=("scale",),
+        parameters=lambda rank, shape: rank * sum(shape) + shape[0],
+        pack=pack_scaled,
+        product=lambda inner, outer, entries: entries["scale"].double()[:, None] * (outer @ inner),
+    )
+    monkeypatch.setitem(FORMS, "scaled", form)
+    monkeypatch.setitem(MODULE_OF_FORM, "scaled", ScaledLinear)
+
+
+def test_a_new_form_is_an_entry_and_a_module(scaled):
+    torch.manual_seed(0)
+    assert stored_parameters(3, (20, 30), "scaled") == 3 * 50 + 20 and is_dense(12, (20, 30), "scaled")
+    assert largest_rank(3 * 50 + 20, (20, 30), "scaled") == 3 and largest_rank(3 * 50 + 19, (20, 30), "scaled") == 2
+    sublayers = [Sublayer(str(i), i, "t", "t", 20, 30) for i in range(4)]
+    spectra = [torch.rand(20).sort(descending=True)[0] for _ in sublayers]
+    ranks = loss_ranks(spectra, sublayers, 0.5, "scaled")
+    spent = sum(stored_parameters(r, s.shape, "scaled") for r, s in zip(ranks, sublayers, strict=True))
+    assert 0 <= budget_of(sublayers, 0.5) - spent < 50
+
+    left, right, x = torch.randn(80, 70).double(), torch.randn(70, 90).double(), torch.randn(2, 90)
+    entries = factor_tensors(left, right, "scaled", torch.float32)
+    assert form_of(entries) == "scaled" and form_of(factor_tensors(left, right, "svd", torch.float32)) == "svd"
+    torch.testing.assert_close(dense_weight(entries, 90), left @ right, rtol=1e-4, atol=1e-4)
+    for state in (entries, int6_entries(entries, torch.eye(90))):
+        model = nn.Sequential(nn.Linear(90, 80, bias=False))
+        swap_linears(model, modules_of("0", state))
+        model[0].load_state_dict(state)
+        torch.testing.assert_close(model(x), x @ dense_weight(state, 90).float().T, rtol=1e-4, atol=1e-3)
+
+
+def test_an_unknown_form_is_named():
+    with pytest.raises(KeyError, match="gram"):
+        stored_parameters(1, (3, 4), "gram")
+    with pytest.raises(KeyError, match="gram"):
+        factor_tensors(torch.ones(3, 1), torch.ones(1, 4), "gram", torch.float32)
+    with pytest.raises(HiSVDError, match="0 is stored in the form 'gram'"):
+        swap_linears(nn.Sequential(nn.Linear(4, 3)), {"0": {"form": "gram", "rank": 1}})
+
+
+@pytest.mark.parametrize("form", [*FORMS, "dense"])
+@pytest.mark.parametrize(("value", "dtype"), [(float("nan"), torch.float32), (1e6, torch.float16)])
+def test_factors_that_are_not_finite_are_refused(form, value, dtype):
+    left, right = torch.randn(5, 2).double(), value * torch.ones(2, 4).double()
+    with pytest.raises(HiSVDError, match=r"layers\.1\.q: its factors hold NaN or infinite"), naming("layers.1.q"):
+        factor_tensors(left, right, form, dtype)
+
+
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
-@pytest.mark.parametrize("form", ["pivoted", "svd"])
+@pytest.mark.parametrize("form", FORMS)
 def test_full_rank_factors_reproduce_the_logits(model_folders, family, form):
     model = AutoModelForCausalLM.from_pretrained(model_folders[family]).eval()
     ids = torch.arange(24).view(1, -1)

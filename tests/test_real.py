@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hisvd
 from hisvd.calibration_cache import input_moment, output_moment, read_cache
-from hisvd.component.low_rank import factor_tensors, swap_linears
+from hisvd.component.low_rank import swap_linears
+from hisvd.factor_forms import factor_tensors
 from hisvd.int6_fit import int6_tensors
 from hisvd.pivoting import pack_pivoted
 from hisvd.sparse_int6 import dequantize

@@ -6,7 +6,7 @@ from pathlib import Path
 from hisvd.calibration_cache import CalibrationCache
 from hisvd.cli.common import table
 from hisvd.component.experts import kind_of
-from hisvd.shape_utils import Sublayer, is_dense, stored_numbers
+from hisvd.shape_utils import Sublayer, is_dense, stored_parameters
 from hisvd.utils.files import check_writable_file, write_json
 
 
@@ -19,7 +19,7 @@ def plan_report(cache: CalibrationCache, target: float, ranks: list[int], settin
             "shape": list(s.shape),
             "form": "dense" if is_dense(r, s.shape, form) else form,
             "rank": r,
-            "numbers": stored_numbers(r, s.shape, form),
+            "numbers": stored_parameters(r, s.shape, form),
         }
         for s, r in zip(cache.sublayers, ranks, strict=True)
     ]
