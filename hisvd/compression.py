@@ -13,7 +13,7 @@ from hisvd.factor_forms import factor_tensors
 from hisvd.int6_fit import int6_entries
 from hisvd.rank_allocation import loss_ranks, project_shares, ranks_from_shares, stage1_shares, uniform_shares
 from hisvd.rank_metrics import rank_of
-from hisvd.refinement import stage2_shares
+from hisvd.refinement import stage2_factors
 from hisvd.sequential_update import SequentialUpdate
 from hisvd.shape_utils import Sublayer, is_dense
 from hisvd.utils import distributed
@@ -63,7 +63,10 @@ def plan_ranks(
         if allocation == "uniform":
             return project_shares(uniform_shares(sublayers, target), sublayers, target, form)
         shares = stage1_shares(sublayers, weight_ranks, target, alpha, form)
-        return stage2_shares(sublayers, shares, whitened_sigmas, clusters, target, form, *modulate)
+        stage1_ranks = ranks_from_shares(shares, sublayers, target, form)
+        factors = stage2_factors(whitened_sigmas, stage1_ranks, clusters, *modulate)
+        shares = [share * factor for share, factor in zip(shares, factors, strict=True)]
+        return project_shares(shares, sublayers, target, form)
 
     return {target: ranks_from_shares(shares_at(target), sublayers, target, form) for target in targets}
 

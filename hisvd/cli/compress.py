@@ -12,7 +12,7 @@ from hisvd.compression import compress, plan_ranks
 from hisvd.errors import HiSVDError
 from hisvd.estimates import stream_bytes
 from hisvd.int6_gate import export_within
-from hisvd.rank_metrics import RANK_METHODS
+from hisvd.rank_metrics import RANK_METRICS
 from hisvd.refinement import MODULATIONS
 from hisvd.shape_utils import is_dense
 from hisvd.sparse_int6 import COLUMNS
@@ -75,9 +75,9 @@ def parse_targets(text: str) -> list[float]:
 @click.option("--model_path", help="The folder or Hub id that was calibrated.  [required unless --plan_only]")
 @click.option("--calib_cache", required=True, help="Cache folder of calibrate.py (X or X.pkl).")
 @click.option("--target_compression", required=True, help="Share of the linear weights to keep: 0.8, or 0.8,0.6,…")
-@click.option("--rank_method", type=click.Choice(RANK_METHODS), default="stable", show_default=True)
+@click.option("--rank_method", type=click.Choice(list(RANK_METRICS)), default="stable", show_default=True)
 @click.option("--alpha", default=1.0, show_default=True, help="Stage 1: exponent of the rank density; 0 is uniform.")
-@click.option("--modulation", type=click.Choice(MODULATIONS), default="logarithmic", show_default=True)
+@click.option("--modulation", type=click.Choice(list(MODULATIONS)), default="logarithmic", show_default=True)
 @click.option(
     "--lwe_strength",
     type=click.FloatRange(0),
