@@ -22,8 +22,7 @@ from transformers import (
 
 import hisvd
 from hisvd.calibration_cache import read_cache
-from hisvd.component.experts import separate_experts
-from hisvd.component.families import adapter_for
+from hisvd.component.families import adapter_for, separate_experts
 from hisvd.component.low_rank import swap_linears
 from hisvd.factor_forms import factor_tensors
 from hisvd.utils.model_utils import open_checkpoint

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from conftest import HEADS, SHARED
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, OPTConfig, StableLmConfig
 
-from hisvd.component.families import adapter_for
+from hisvd.component.adapter import Adapter, Experts
+from hisvd.component.experts import SeparateExperts
+from hisvd.component.families import ADAPTERS, adapter_for
 from hisvd.component.low_rank import MODULE_OF_FORM, swap_linears
 from hisvd.errors import HiSVDError, naming
 from hisvd.factor_forms import FORMS, FactorForm, dense_weight, factor_tensors, form_of, modules_of
@@ -143,4 +146,39 @@ def test_families_and_the_generic_fallback(model_folders):
         "llama": ("llama", "model.layers"),
         "mistral": ("mistral", "model.layers"),
         "qwen2": ("qwen2", "model.layers"),
+    }
+
+
+def test_a_new_family_is_an_entry_and_its_variants_are_data(monkeypatch):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(StableLmConfig(**SHARED, **HEADS))
+        opt = AutoModelForCausalLM.from_config(OPTConfig(num_hidden_layers=1, hidden_size=48, num_attention_heads=4))
+    assert adapter_for(model).family == "generic (stablelm)"
+    parallel = Adapter("stablelm, parallel", "model.layers", {"in": ("self_attn.q_proj", "mlp.up_proj")})
+    own = Adapter("stablelm", "model.layers", {}, variants={("use_parallel_residual", True): parallel})
+    monkeypatch.setitem(ADAPTERS, "stablelm", own)
+    assert adapter_for(model) is own
+    model.config.use_parallel_residual = True
+    assert adapter_for(model) is parallel
+    assert adapter_for(opt).stream == ("self_attn.out_proj", "fc2")
+    opt.config.do_layer_norm_before = False
+    assert adapter_for(opt).stream == ()
+
+
+def test_experts_take_the_place_of_the_inputs_their_adapter_names():
+    class Fused(nn.Module):
+        act_fn = nn.SiLU()
+        gate_up_proj, down_proj = torch.ones(2, 8, 3), torch.ones(2, 3, 4)
+
+    inputs = {"a": ("q",), "mlp_in": ("up",), "feed": ("down",)}
+    experts = Experts(("g", "u", "d"), {"e.*": ("experts.*.g", "experts.*.u"), "router": ("gate",)}, ("feed",))
+    adapter, layer = Adapter("f", "layers", inputs, experts=experts), nn.Module()
+    assert adapter.groups(layer) == inputs
+    layer.experts = SeparateExperts(Fused(), experts.linears)
+    assert adapter.groups(layer) == {
+        "a": ("q",),
+        "mlp_in": ("up",),
+        "e.0": ("experts.0.g", "experts.0.u"),
+        "e.1": ("experts.1.g", "experts.1.u"),
+        "router": ("gate",),
     }
