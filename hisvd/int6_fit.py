@@ -11,20 +11,17 @@ from typing import NamedTuple
 
 import torch
 
-from hisvd.errors import HiSVDError
 from hisvd.factor_forms import FORMS, form_of
 from hisvd.sparse_int6 import (
     CHUNK,
     COLUMNS,
     LARGEST,
     SMALLEST_SCALE,
+    check_finite,
     dequantize,
-    make_encodable,
     pack,
+    pack_weight,
     padded,
-    prune,
-    quantize,
-    rows_at_once,
 )
 from hisvd.whitening_svd import H_DAMPING, cholesky_root
 
@@ -69,30 +66,22 @@ def _replace_by_code(
     weight = entries[name]
     if weight.shape[1] < COLUMNS:
         return weight.double()
-    code = int6_tensors(entries.pop(name), moment, sweeps)
+    code = pack_weight(weight) if moment is None else fit_weight(weight, moment, sweeps)
+    del entries[name]
     entries |= {name.removesuffix("weight") + key: tensor for key, tensor in code.items()}
     return dequantize(**code, in_features=weight.shape[1], dtype=torch.float64)
 
 
-def int6_tensors(
-    weight: torch.Tensor, moment: torch.Tensor | None = None, sweeps: int = SWEEPS
-) -> dict[str, torch.Tensor]:
-    """packed_weight, metadata and scales of `weight` (m, n), as sparse_int6 has them.
-
-    Fitted to inputs of second moment `moment` (n, n), or by the plain format rule.
+def fit_weight(weight: torch.Tensor, moment: torch.Tensor, sweeps: int = SWEEPS) -> dict[str, torch.Tensor]:
+    """packed_weight, metadata and scales of `weight` (m, n), fitted to inputs of second moment `moment` (n, n).
 
     Raises:
         HiSVDError: the weight is not finite.
     """
-    if not torch.isfinite(weight).all():
-        raise HiSVDError("A weight to be stored in INT6 holds NaN or infinite values; repair the checkpoint first.")
-    if moment is None:
-        blocks = [quantize(prune(padded(rows.float()))) for rows in weight.split(rows_at_once(weight.shape[1]))]
-        parts = [(*pack(make_encodable(q)), scales) for q, scales in blocks]
-    else:
-        q, scales = fit_int6(weight, moment, sweeps)
-        parts = [(*pack(q), scales)]
-    return dict(zip(("packed_weight", "metadata", "scales"), map(torch.cat, zip(*parts, strict=True)), strict=True))
+    check_finite(weight)
+    q, scales = fit_int6(weight, moment, sweeps)
+    payload, metadata = pack(q)
+    return {"packed_weight": payload, "metadata": metadata, "scales": scales}
 
 
 def fit_int6(weight: torch.Tensor, moment: torch.Tensor, sweeps: int = SWEEPS) -> tuple[torch.Tensor, torch.Tensor]:

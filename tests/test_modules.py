@@ -1,8 +1,11 @@
 """Factor forms, their modules and the swap, on models of several families."""
 
+import ast
+import sys
+
 import pytest
 import torch
-from conftest import HEADS, SHARED
+from conftest import HEADS, ROOT, SHARED
 from torch import nn
 from transformers import AutoModelForCausalLM, OPTConfig, StableLmConfig
 
@@ -129,6 +132,20 @@ def test_full_rank_factors_reproduce_the_logits(model_folders, family, form):
                 state = factor_tensors(u * s, vh, form, torch.float32)
                 model.get_submodule(name).load_state_dict(state, strict=linear.bias is None)  # the swap kept the bias
         torch.testing.assert_close(model(ids).logits, before, rtol=1e-3, atol=1e-3)
+
+
+def test_what_a_loaded_model_needs_imports_no_fitting_code():
+    allowed = {"torch", "transformers", *sys.stdlib_module_names}
+    ours = ("hisvd.component", "hisvd.errors", "hisvd.sparse_int6")
+    for file in sorted((ROOT / "component").glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            modules = []
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                modules = ["." * node.level + (node.module or "")]
+            for module in modules:
+                assert module.split(".")[0] in allowed or module.startswith(ours), f"{file.name} imports {module}"
 
 
 def test_swap_names_a_module_that_is_not_there(model_folders):
