@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from hisvd.component.int6_linear import FEW_TOKENS, INT6SparseLinear
-from hisvd.int6_fit import int6_tensors
+from hisvd.sparse_int6 import pack_weight
 from hisvd.utils.eval_utils import median_seconds, peak_memory, reset_peak_memory
 from hisvd.utils.files import write_json
 from hisvd.utils.model_utils import resolve_device
@@ -44,8 +44,8 @@ def main(rows: int, columns: int, many: int, device: str, json_path: Path) -> No
     extra = {count: extra_peak(module, x) for count, x in tokens.items() if count > FEW_TOKENS}
 
     dense = nn.Linear(columns, rows, bias=False, dtype=dtype, device=where)
-    module = INT6SparseLinear.from_dense(dense.weight)
-    packing = median_seconds(lambda: int6_tensors(dense.weight), where, 3)
+    module = INT6SparseLinear.from_dense(dense)
+    packing = median_seconds(lambda: pack_weight(dense.weight), where, 3)
     dequantizing = median_seconds(lambda: module.dequantize_weight(dtype), where, 5)
     figures = {
         "packing_weights_per_s": rows * columns / packing,

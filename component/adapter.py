@@ -1,5 +1,6 @@
 """What HiSVD must know about a model family: where its linear sublayers are and which share an input."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -10,6 +11,19 @@ Groups = dict[str, tuple[str, ...]]  # name of a shared input → paths, inside 
 
 
 @dataclass(frozen=True)
+class Experts:
+    """The mixture of experts in some or all layers of a family; each expert is y = down(act(gate x) * up x).
+
+    `linears` are the names of gate, up and down in the family's checkpoints. `inputs` is as in Adapter, a star standing
+    for each expert's number; in layers with experts it takes the place of the adapter's inputs named in `instead_of`.
+    """
+
+    linears: tuple[str, str, str]
+    inputs: Groups
+    instead_of: tuple[str, ...] = ("mlp_in", "mlp_mid")
+
+
+@dataclass(frozen=True)
 class Adapter:
     """A family as data.
 
@@ -17,23 +31,26 @@ class Adapter:
     shared input to the sublayers that read it (paths inside a decoder layer), in the order of the forward.
     An empty `inputs` means: every nn.Linear inside the decoder layers, grouped by the tensor they receive.
     `stream` names the sublayers whose outputs are added to the residual stream as they are, in order.
-    `experts` takes the place of the inputs named mlp_… in layers with experts; a star stands for each of them.
+    `checkpoint_names` maps parts of parameter names to what published checkpoints have in their place.
+    `variants` maps (entry of config.json, value) to the adapter that holds for such models of the family instead.
     """
 
     family: str
     layers: str
     inputs: Groups
     stream: tuple[str, ...] = ()
-    experts: Groups = field(default_factory=dict)
+    experts: Experts | None = None
+    checkpoint_names: Mapping[str, str] = field(default_factory=dict)
+    variants: Mapping[tuple[str, object], "Adapter"] = field(default_factory=dict)
 
     def groups(self, layer: nn.Module) -> Groups:
         """The sublayers of `layer` by the input they share; empty: to be found out."""
-        experts = next((m for m in layer.modules() if isinstance(m, SeparateExperts)), None)
-        if experts is None or not self.inputs:
+        separate = next((m for m in layer.modules() if isinstance(m, SeparateExperts)), None)
+        if separate is None or self.experts is None:
             return self.inputs
-        groups = {name: paths for name, paths in self.inputs.items() if not name.startswith("mlp_")}
-        for name, paths in self.experts.items():
-            for index in map(str, range(experts.num_experts)) if "*" in name else ("",):
+        groups = {name: paths for name, paths in self.inputs.items() if name not in self.experts.instead_of}
+        for name, paths in self.experts.inputs.items():
+            for index in map(str, range(separate.num_experts)) if "*" in name else ("",):
                 groups[name.replace("*", index)] = tuple(path.replace("*", index) for path in paths)
         return groups
 

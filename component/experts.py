@@ -4,20 +4,12 @@ import re
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
-
-# Families whose experts are y = down(act(gate x) * up x), by model type: the linears' names in their checkpoints.
-LINEARS_OF_EXPERTS = {
-    "mixtral": ("w1", "w3", "w2"),
-    "qwen2_moe": ("gate_proj", "up_proj", "down_proj"),
-    "qwen3_moe": ("gate_proj", "up_proj", "down_proj"),
-}
 
 
 class SeparateExperts(nn.ModuleDict):
     """What the family's fused experts compute, with an nn.Linear for each matrix, so that each can be swapped.
 
-    Member "3" holds the linears of expert 3 by name. Called by the family's own block, behind its router.
+    Member "3" holds the linears of expert 3 by name. Called by the family's own block, after its router.
     """
 
     def __init__(self, fused: nn.Module, names: tuple[str, str, str]) -> None:
@@ -34,7 +26,7 @@ class SeparateExperts(nn.ModuleDict):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """Map (tokens, hidden) to the same shape; the router gave experts and weights (tokens, experts a token)."""
+        """Map (tokens, hidden) to the same shape; the router gave experts and weights (tokens, experts per token)."""
         result = torch.zeros_like(hidden_states)
         for index in top_k_index.unique().tolist():
             gate, up, down = (self[str(index)][name] for name in self.names)
@@ -50,14 +42,6 @@ def _linear(weight: torch.Tensor) -> nn.Linear:
         linear = nn.Linear(*weight.shape[::-1], bias=False)
     linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
     return linear
-
-
-def separate_experts(model: PreTrainedModel) -> None:
-    """Put SeparateExperts in the place of every fused experts module of `model`, if it is of a family with such."""
-    names = LINEARS_OF_EXPERTS.get(model.config.model_type)
-    fused = [n for n, m in model.named_modules() if isinstance(getattr(m, "gate_up_proj", None), nn.Parameter)]
-    for path in fused if names else ():
-        model.set_submodule(path, SeparateExperts(model.get_submodule(path), names))
 
 
 def kind_of(path: str) -> str:

@@ -1,5 +1,6 @@
-"""From a model to its adapter, by `config.model_type`."""
+"""From a model to its adapter, by `config.model_type`. A new family is an adapter and its entry in ADAPTERS."""
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from hisvd.component import (
@@ -14,9 +15,10 @@ from hisvd.component import (
     svd_qwen_moe,
 )
 from hisvd.component.adapter import Adapter
+from hisvd.component.experts import SeparateExperts
 from hisvd.component.svd_generic import generic_adapter
 
-ADAPTERS = {
+ADAPTERS: dict[str, Adapter] = {
     "llama": svd_llama.ADAPTER,
     "mistral": svd_mistral.ADAPTER,
     "mixtral": svd_mixtral.ADAPTER,
@@ -33,8 +35,24 @@ ADAPTERS = {
 
 
 def adapter_for(model: PreTrainedModel) -> Adapter:
-    """The family's adapter, or the generic one for a family that has none."""
-    if model.config.model_type == "opt" and not model.config.do_layer_norm_before:
-        return svd_opt.POST_NORM
-    known = ADAPTERS.get(model.config.model_type)
-    return known or generic_adapter(model, model.config.get_text_config().num_hidden_layers)
+    """The family's adapter, or the generic one for a family that has none.
+
+    Raises:
+        HiSVDError: a family that cannot be compressed.
+    """
+    adapter = ADAPTERS.get(model.config.model_type)
+    if adapter is None:
+        mixtures = [family for family, known in ADAPTERS.items() if known.experts]
+        return generic_adapter(model, model.config.get_text_config().num_hidden_layers, mixtures)
+    fitting = (a for (key, value), a in adapter.variants.items() if getattr(model.config, key) == value)
+    return next(fitting, adapter)
+
+
+def separate_experts(model: PreTrainedModel) -> None:
+    """Put SeparateExperts in the place of every fused experts module of `model`, if its family's adapter knows them."""
+    adapter = ADAPTERS.get(model.config.model_type)
+    if adapter is None or adapter.experts is None:
+        return
+    fused = [n for n, m in model.named_modules() if isinstance(getattr(m, "gate_up_proj", None), nn.Parameter)]
+    for path in fused:
+        model.set_submodule(path, SeparateExperts(model.get_submodule(path), adapter.experts.linears))

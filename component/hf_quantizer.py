@@ -7,7 +7,8 @@ from transformers.core_model_loading import WeightConverter
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hisvd.component.experts import SeparateExperts, separate_experts
+from hisvd.component.experts import SeparateExperts
+from hisvd.component.families import separate_experts
 from hisvd.component.int6_linear import check_int6_modules
 from hisvd.component.low_rank import swap_linears
 

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from hisvd.errors import HiSVDError
-from hisvd.int6_fit import int6_tensors
 from hisvd.sparse_int6 import (
     CHUNK,
     COLUMNS,
@@ -17,6 +16,7 @@ from hisvd.sparse_int6 import (
     check_packed,
     dequantize,
     kept_pairs,
+    pack_weight,
     padded,
     rows_at_once,
 )
@@ -42,18 +42,19 @@ class INT6SparseLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
     @classmethod
-    def from_dense(
-        cls, weight: torch.Tensor, bias: torch.Tensor | None = None, moment: torch.Tensor | None = None
-    ) -> "INT6SparseLinear":
-        """The module for a weight (m, n), by the plain format rule, or fitted to inputs of second moment (n, n).
+    def from_dense(cls, layer: nn.Linear) -> "INT6SparseLinear":
+        """The module for a linear, by the plain rule of the format; a copy of its bias comes along.
 
         Raises:
+            TypeError: `layer` is not an nn.Linear.
             HiSVDError: the weight is not finite.
         """
-        module = cls(weight.shape[1], weight.shape[0], bias is not None).to(weight.device)
-        module.load_state_dict(int6_tensors(weight, moment), strict=False)
-        if bias is not None:
-            module.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+        if not isinstance(layer, nn.Linear):
+            raise TypeError(f"INT6SparseLinear.from_dense takes an nn.Linear, not a {type(layer).__name__}.")
+        module = cls(layer.in_features, layer.out_features, bias=False).to(layer.weight.device)
+        module.load_state_dict(pack_weight(layer.weight.detach()))
+        if layer.bias is not None:
+            module.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
         return module
 
     def dequantize_weight(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:

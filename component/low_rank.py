@@ -1,22 +1,15 @@
 """The modules that stand in for nn.Linear in a compressed model."""
 
-from typing import Literal
-
 import torch
 from torch import nn
 
 from hisvd.component.conv1d import linear_shape
 from hisvd.component.int6_linear import INT6SparseLinear
-from hisvd.pivoting import pack_pivoted, unpack_pivoted
-from hisvd.rounding import round_product
-from hisvd.shape_utils import FactorForm
-from hisvd.sparse_int6 import dequantize
+from hisvd.errors import HiSVDError
 
 
 class LowRankLinear(nn.Module):
     """y = left (right x) + bias, with left (m, r) and right (r, n)."""
-
-    form: FactorForm = "svd"
 
     def __init__(self, in_features: int, out_features: int, rank: int, bias: bool) -> None:
         super().__init__()
@@ -38,8 +31,6 @@ class LowRankLinear(nn.Module):
 class PivotedLinear(nn.Module):
     """t = base x, then rows of [t; coefficients t] in their order, + bias: see hisvd.pivoting."""
 
-    form: FactorForm = "pivoted"
-
     def __init__(self, in_features: int, out_features: int, rank: int, bias: bool) -> None:
         super().__init__()
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
@@ -57,70 +48,20 @@ class PivotedLinear(nn.Module):
     extra_repr = LowRankLinear.extra_repr
 
 
-MODULE_OF_FORM: dict[FactorForm, type[nn.Module]] = {"svd": LowRankLinear, "pivoted": PivotedLinear}
-
-
-def factor_tensors(
-    left: torch.Tensor,
-    right: torch.Tensor,
-    form: FactorForm | Literal["dense"],
-    dtype: torch.dtype,
-    root: torch.Tensor | None = None,
-) -> dict[str, torch.Tensor]:
-    """State dict entries (without bias) of the module of `form` for the pair left (m, r), right (r, n), in `dtype`.
-
-    `root` (n, n) is the Cholesky root of the inputs' second moment, which decides how rounding errors are weighed.
-    "dense" gives the weight of a plain linear.
-    """
-    if form == "dense":
-        return {"weight": (left @ right).to(dtype)}
-    if form == "svd":
-        left, right = round_product(left, right, root, dtype)
-        return {"left.weight": left.to(dtype), "right.weight": right.to(dtype)}
-    base, coefficients, permutation = pack_pivoted(left, right)
-    coefficients, base = round_product(coefficients, base, root, dtype)
-    return {"base.weight": base.to(dtype), "coefficients.weight": coefficients.to(dtype), "permutation": permutation}
-
-
-def dense_weight(entries: dict[str, torch.Tensor], in_features: int) -> torch.Tensor:
-    """The weight (m, n) in float64 that the state dict entries of a plain, factored or INT6 linear stand for."""
-
-    def matrix(prefix: str, columns: int) -> torch.Tensor:
-        if f"{prefix}weight" in entries:
-            return entries[f"{prefix}weight"].double()
-        code = (entries[prefix + key] for key in ("packed_weight", "metadata", "scales"))
-        return dequantize(*code, columns, torch.float64)
-
-    if "permutation" in entries:
-        base = matrix("base.", in_features)
-        return unpack_pivoted(base, matrix("coefficients.", len(base)), entries["permutation"])
-    if any(name.startswith("right.") for name in entries):
-        right = matrix("right.", in_features)
-        return matrix("left.", len(right)) @ right
-    return matrix("", in_features)
-
-
-def modules_of(name: str, entries: dict[str, torch.Tensor]) -> dict[str, dict]:
-    """The table entries for `swap_linears` of the linear `name` with these state dict entries."""
-    table = {}
-    for key, tensor in entries.items():
-        path, _, kind = f"{name}.{key}".rpartition(".")
-        if kind == "packed_weight":
-            table[path] = {"form": "int6"}
-        if kind in ("weight", "packed_weight") and key.startswith(("base.", "right.")):
-            table[name] = {"form": "pivoted" if key.startswith("base.") else "svd", "rank": len(tensor)}
-    return table
+# By the names of hisvd.factor_forms.FORMS. Each is built as module(in_features, out_features, rank, bias: bool).
+MODULE_OF_FORM: dict[str, type[nn.Module]] = {"pivoted": PivotedLinear, "svd": LowRankLinear}
 
 
 def swap_linears(model: nn.Module, table: dict[str, dict]) -> None:
     """Replace the nn.Linear (or Conv1D) modules named in `table` by empty factored or INT6 ones, in place.
 
-    `table` maps a module's full name to {"form": "pivoted" | "svd", "rank": r} or {"form": "int6"}; the factors of a
-    factored module are linears too and may follow it as INT6 ones. New modules take the device and dtype of the weight
-    they replace, and the bias.
+    `table` maps a module's full name to {"form": a name in MODULE_OF_FORM, "rank": r} or {"form": "int6"}; the factors
+    of a factored module are linears too and may follow it as INT6 ones. New modules take the device and dtype of the
+    weight they replace, and the bias.
 
     Raises:
         KeyError: the model has no linear of that name.
+        HiSVDError: the table names an unknown form.
     """
     for name, entry in sorted(table.items()):  # a module comes before its factors
         parent_name, _, child_name = name.rpartition(".")
@@ -133,6 +74,11 @@ def swap_linears(model: nn.Module, table: dict[str, dict]) -> None:
         with torch.device("meta"):  # weights are loaded later: nothing is drawn for them
             if entry["form"] == "int6":
                 module = INT6SparseLinear(*size, bias=False)
+            elif entry["form"] not in MODULE_OF_FORM:
+                raise HiSVDError(
+                    f"{name} is stored in the form '{entry['form']}', and this version of HiSVD knows int6, "
+                    f"{', '.join(MODULE_OF_FORM)}; install a newer one."
+                )
             else:
                 module = MODULE_OF_FORM[entry["form"]](*size, entry["rank"], bias=False).to(linear.weight.dtype)
         if not linear.weight.is_meta:

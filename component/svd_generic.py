@@ -1,21 +1,23 @@
 """The fallback for a family without an adapter: every nn.Linear inside the decoder layers."""
 
+from collections.abc import Sequence
+
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hisvd.component.adapter import Adapter
-from hisvd.component.experts import LINEARS_OF_EXPERTS
 from hisvd.component.int6_linear import INT6SparseLinear
 from hisvd.errors import HiSVDError
 
 LINEARS = (nn.Linear, Conv1D, INT6SparseLinear)  # factored modules hold one of them, too
 
 
-def generic_adapter(model: nn.Module, num_layers: int) -> Adapter:
+def generic_adapter(model: nn.Module, num_layers: int, mixtures: Sequence[str]) -> Adapter:
     """An adapter for `model` (a causal language model, possibly on the meta device).
 
     The decoder layers are the first nn.ModuleList of `num_layers` members that holds nn.Linear modules;
-    which linears share an input is found later, from the tensors they receive.
+    which linears share an input is found later, from the tensors they receive. `mixtures` names the families with
+    experts that have an adapter, for the error.
 
     Raises:
         HiSVDError: the model has no such list, or keeps the weights of experts in common tensors.
@@ -24,7 +26,7 @@ def generic_adapter(model: nn.Module, num_layers: int) -> Adapter:
     if fused:
         raise HiSVDError(
             f"The experts of the model type '{model.config.model_type}' ({fused}) are not supported; of the mixtures "
-            f"of experts HiSVD compresses {', '.join(LINEARS_OF_EXPERTS)}."
+            f"of experts HiSVD compresses {', '.join(mixtures)}."
         )
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == num_layers:

@@ -1,15 +1,20 @@
-"""Mixtral: Mistral's attention in front of experts."""
+"""Mixtral: Llama's attention before experts, whose block had another name in older versions of transformers."""
 
 from dataclasses import replace
 
 from hisvd.component import svd_llama
+from hisvd.component.adapter import Experts
 
 ADAPTER = replace(
     svd_llama.ADAPTER,
     family="mixtral",
     stream=("self_attn.o_proj",),
-    experts={
-        "experts.*.in": ("mlp.experts.*.w1", "mlp.experts.*.w3"),
-        "experts.*.mid": ("mlp.experts.*.w2",),
-    },
+    experts=Experts(
+        linears=("w1", "w3", "w2"),
+        inputs={
+            "experts.*.in": ("mlp.experts.*.w1", "mlp.experts.*.w3"),
+            "experts.*.mid": ("mlp.experts.*.w2",),
+        },
+    ),
+    checkpoint_names={".mlp.": ".block_sparse_moe."},
 )

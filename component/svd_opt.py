@@ -1,10 +1,10 @@
-"""OPT, with biases and learned positions. In OPT-350m the norms stand behind the residual additions."""
+"""OPT, with biases and learned positions. In OPT-350m the norms stand after the residual additions."""
 
 from dataclasses import replace
 
 from hisvd.component.adapter import Adapter
 
-ADAPTER = Adapter(
+PRE_NORM = Adapter(
     family="opt",
     layers="model.decoder.layers",
     inputs={
@@ -15,4 +15,5 @@ ADAPTER = Adapter(
     },
     stream=("self_attn.out_proj", "fc2"),
 )
-POST_NORM = replace(ADAPTER, stream=())
+POST_NORM = replace(PRE_NORM, stream=())
+ADAPTER = replace(PRE_NORM, variants={("do_layer_norm_before", False): POST_NORM})

@@ -1,4 +1,4 @@
-"""Qwen 2, 2.5 and 3: Llama's module tree, with biases on q, k, v (2) or norms behind q and k (3)."""
+"""Qwen 2, 2.5 and 3: Llama's module tree, with biases on q, k, v (2) or norms after q and k (3)."""
 
 from dataclasses import replace
 

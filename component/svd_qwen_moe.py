@@ -3,14 +3,18 @@
 from dataclasses import replace
 
 from hisvd.component import svd_llama
+from hisvd.component.adapter import Experts
 
-EXPERTS = {
-    "experts.*.in": ("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj"),
-    "experts.*.mid": ("mlp.experts.*.down_proj",),
-}
+EXPERTS = Experts(
+    linears=("gate_proj", "up_proj", "down_proj"),
+    inputs={
+        "experts.*.in": ("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj"),
+        "experts.*.mid": ("mlp.experts.*.down_proj",),
+    },
+)
 SHARED = {
     "shared_in": ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
     "shared_mid": ("mlp.shared_expert.down_proj",),
 }
-QWEN2_MOE = replace(svd_llama.ADAPTER, family="qwen2_moe", stream=("self_attn.o_proj",), experts=SHARED | EXPERTS)
 QWEN3_MOE = replace(svd_llama.ADAPTER, family="qwen3_moe", stream=("self_attn.o_proj",), experts=EXPERTS)
+QWEN2_MOE = replace(QWEN3_MOE, family="qwen2_moe", experts=replace(EXPERTS, inputs=SHARED | EXPERTS.inputs))

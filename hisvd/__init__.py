@@ -7,6 +7,7 @@ Importing it registers the quantization method `hisvd` with transformers, so tha
 from hisvd.component import hf_quantizer as _registration  # noqa: F401 (imported for its effect)
 from hisvd.compression import CompressedModel, compress
 from hisvd.errors import HiSVDError
+from hisvd.int6_export import export_sparse_int6_model
 from hisvd.plan import Plan, plan
 from hisvd.settings import CompressionSettings, Resources
 from hisvd.utils.model_utils import load
@@ -18,6 +19,7 @@ __all__ = [
     "Plan",
     "Resources",
     "compress",
+    "export_sparse_int6_model",
     "load",
     "plan",
 ]

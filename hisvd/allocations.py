@@ -15,7 +15,7 @@ from hisvd.clustering import layer_clusters
 from hisvd.component.experts import kind_of
 from hisvd.rank_allocation import loss_ranks, project_shares, ranks_from_shares, stage1_shares, uniform_shares
 from hisvd.rank_metrics import rank_of
-from hisvd.refinement import stage2_shares
+from hisvd.refinement import stage2_factors
 from hisvd.shape_utils import Sublayer
 
 if TYPE_CHECKING:  # the settings name the rules, so that they import this module
@@ -89,17 +89,16 @@ def stages_1_and_2(problem: RankProblem, target: float) -> list[int]:
     """Shares by rank density (Stage 1), refined by the tail redundancy of their clusters (Stage 2)."""
     sublayers, settings = problem.sublayers, problem.settings
     shares = stage1_shares(sublayers, problem.weight_ranks, target, settings.alpha, settings.factors)
-    shares = stage2_shares(
-        sublayers,
-        shares,
+    factors = stage2_factors(
         problem.singular_values("whitened_singular_values"),
+        ranks_from_shares(shares, sublayers, target, settings.factors),
         problem.clusters,
-        target,
-        settings.factors,
         settings.modulation,
         settings.lwe_strength,
         settings.tail_redundancy_weight,
     )
+    refined = [share * factor for share, factor in zip(shares, factors, strict=True)]
+    shares = project_shares(refined, sublayers, target, settings.factors)
     return ranks_from_shares(shares, sublayers, target, settings.factors)
 
 

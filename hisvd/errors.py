@@ -1,5 +1,8 @@
 """The one exception that the programs turn into a sentence and exit code 2, and how other libraries' errors join it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class HiSVDError(Exception):
     """Bad input or bad usage; the message is one sentence that names the culprit and the fix."""
@@ -8,3 +11,12 @@ class HiSVDError(Exception):
 def first_line(error: Exception) -> str:
     """An exception's message cut to its first line, for one-sentence errors."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextmanager
+def naming(culprit: str) -> Iterator[None]:
+    """Inside: a HiSVDError gets the name of what it is about put before it, "culprit: sentence"."""
+    try:
+        yield
+    except HiSVDError as error:
+        raise HiSVDError(f"{culprit}: {error}") from None

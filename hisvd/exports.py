@@ -5,9 +5,8 @@ from typing import NamedTuple
 
 import torch
 
+from hisvd.factor_forms import Entries
 from hisvd.int6_fit import int6_entries
-
-Entries = dict[str, torch.Tensor]  # the state dict entries of a linear, without its bias
 
 
 class Export(NamedTuple):

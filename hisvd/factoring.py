@@ -10,9 +10,9 @@ from typing import NamedTuple, Protocol
 import torch
 
 from hisvd.calibration_cache import CalibrationCache, output_moment
-from hisvd.component.low_rank import factor_tensors
-from hisvd.errors import HiSVDError
-from hisvd.exports import EXPORTS, Entries, Export
+from hisvd.errors import naming
+from hisvd.exports import EXPORTS, Export
+from hisvd.factor_forms import DENSE, Entries, factor_tensors
 from hisvd.layer_tensors import replace_entries
 from hisvd.plan import Plan
 from hisvd.settings import CompressionSettings
@@ -119,15 +119,13 @@ def _results(
     weight, f, basis = case.weights.pop(s.path), None, None
     for target in case.targets:
         plan, entries = job.plans[target], {"weight": weight.to(case.dtype)}
-        try:
+        with naming(s.name):
             if not plan.is_dense(s):
                 if basis is None:
                     f = output_moment(s, statistics, job.settings.whitening, job.device)
                     basis = left_singular_vectors(whitened(weight, root, f))
                 left, right = low_rank_factors(weight, basis, plan.ranks[s.name], f)
-                entries = factor_tensors(left, right, "dense" if job.export.multiply else plan.form, case.dtype, root)
+                entries = factor_tensors(left, right, DENSE if job.export.multiply else plan.form, case.dtype, root)
             if job.export.encode:
                 entries = job.export.encode(entries, case.moment if job.fits_codes else None)
-        except HiSVDError as error:
-            raise HiSVDError(f"{s.name}: {error}") from None
         yield target, entries

@@ -11,19 +11,17 @@ from typing import NamedTuple
 
 import torch
 
-from hisvd.errors import HiSVDError
+from hisvd.factor_forms import FORMS, form_of
 from hisvd.sparse_int6 import (
     CHUNK,
     COLUMNS,
     LARGEST,
     SMALLEST_SCALE,
+    check_finite,
     dequantize,
-    make_encodable,
     pack,
+    pack_weight,
     padded,
-    prune,
-    quantize,
-    rows_at_once,
 )
 from hisvd.whitening_svd import H_DAMPING, cholesky_root
 
@@ -44,20 +42,20 @@ def int6_entries(
     Raises:
         HiSVDError: a weight is not finite.
     """
-    entries = dict(tensors)
-    for inner, outer in {"weight": None, "right.weight": "left.weight", "base.weight": "coefficients.weight"}.items():
-        if inner not in tensors:
-            continue
-        stored = _replace_by_code(entries, inner, moment, sweeps)
-        if outer:
-            if moment is not None:
-                cross = stored @ moment.double()
-                root = cholesky_root(cross @ stored.T, H_DAMPING)
-                change = cross @ (tensors[inner].double() - stored).T @ tensors[outer].double().T
-                fitted = tensors[outer].double() + torch.cholesky_solve(change, root).T
-                entries[outer] = fitted.to(tensors[outer].dtype)
-                moment = cross @ stored.T
-            _replace_by_code(entries, outer, moment, sweeps)
+    entries, form = dict(tensors), form_of(tensors)
+    if form is None:
+        _replace_by_code(entries, "weight", moment, sweeps)
+        return entries
+    inner, outer = f"{FORMS[form].inner}.weight", f"{FORMS[form].outer}.weight"
+    stored = _replace_by_code(entries, inner, moment, sweeps)
+    if moment is not None:
+        cross = stored @ moment.double()
+        root = cholesky_root(cross @ stored.T, H_DAMPING)
+        change = cross @ (tensors[inner].double() - stored).T @ tensors[outer].double().T
+        fitted = tensors[outer].double() + torch.cholesky_solve(change, root).T
+        entries[outer] = fitted.to(tensors[outer].dtype)
+        moment = cross @ stored.T
+    _replace_by_code(entries, outer, moment, sweeps)
     return entries
 
 
@@ -68,30 +66,22 @@ def _replace_by_code(
     weight = entries[name]
     if weight.shape[1] < COLUMNS:
         return weight.double()
-    code = int6_tensors(entries.pop(name), moment, sweeps)
+    code = pack_weight(weight) if moment is None else fit_weight(weight, moment, sweeps)
+    del entries[name]
     entries |= {name.removesuffix("weight") + key: tensor for key, tensor in code.items()}
     return dequantize(**code, in_features=weight.shape[1], dtype=torch.float64)
 
 
-def int6_tensors(
-    weight: torch.Tensor, moment: torch.Tensor | None = None, sweeps: int = SWEEPS
-) -> dict[str, torch.Tensor]:
-    """packed_weight, metadata and scales of `weight` (m, n), as sparse_int6 has them.
-
-    Fitted to inputs of second moment `moment` (n, n), or by the plain format rule.
+def fit_weight(weight: torch.Tensor, moment: torch.Tensor, sweeps: int = SWEEPS) -> dict[str, torch.Tensor]:
+    """packed_weight, metadata and scales of `weight` (m, n), fitted to inputs of second moment `moment` (n, n).
 
     Raises:
         HiSVDError: the weight is not finite.
     """
-    if not torch.isfinite(weight).all():
-        raise HiSVDError("A weight to be stored in INT6 holds NaN or infinite values; repair the checkpoint first.")
-    if moment is None:
-        blocks = [quantize(prune(padded(rows.float()))) for rows in weight.split(rows_at_once(weight.shape[1]))]
-        parts = [(*pack(make_encodable(q)), scales) for q, scales in blocks]
-    else:
-        q, scales = fit_int6(weight, moment, sweeps)
-        parts = [(*pack(q), scales)]
-    return dict(zip(("packed_weight", "metadata", "scales"), map(torch.cat, zip(*parts, strict=True)), strict=True))
+    check_finite(weight)
+    q, scales = fit_int6(weight, moment, sweeps)
+    payload, metadata = pack(q)
+    return {"packed_weight": payload, "metadata": metadata, "scales": scales}
 
 
 def fit_int6(weight: torch.Tensor, moment: torch.Tensor, sweeps: int = SWEEPS) -> tuple[torch.Tensor, torch.Tensor]:

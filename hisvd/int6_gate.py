@@ -14,8 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from hisvd.calibration_cache import input_moment, output_moment
-from hisvd.component.low_rank import dense_weight
-from hisvd.exports import Entries
+from hisvd.factor_forms import Entries, dense_weight
 from hisvd.factoring import CompressionJob
 from hisvd.int6_fit import SWEEPS, int6_entries
 from hisvd.layer_tensors import compressed_layer, entries_of, replace_entries

@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from hisvd.component.low_rank import modules_of, swap_linears
-from hisvd.exports import Entries
+from hisvd.component.low_rank import swap_linears
+from hisvd.factor_forms import Entries, modules_of
 from hisvd.shape_utils import Sublayer
 from hisvd.utils.model_utils import Checkpoint
 from hisvd.utils.streaming import StreamedModel

@@ -8,7 +8,7 @@ from hisvd.allocations import ALLOCATIONS, RankProblem
 from hisvd.calibration_cache import CalibrationCache, open_finished_cache
 from hisvd.errors import HiSVDError
 from hisvd.settings import CompressionSettings
-from hisvd.shape_utils import Sublayer, is_dense, stored_numbers
+from hisvd.shape_utils import Sublayer, is_dense, stored_parameters
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Plan:
 
     def parameters_of(self, sublayer: Sublayer) -> int:
         """Parameters stored for the sublayer's weight."""
-        return stored_numbers(self.ranks[sublayer.name], sublayer.shape, self.form)
+        return stored_parameters(self.ranks[sublayer.name], sublayer.shape, self.form)
 
     def modules(self, sublayers: Sequence[Sublayer]) -> dict[str, dict]:
         """The table of factored modules for config.json: how to rebuild each from its name."""

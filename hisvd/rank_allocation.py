@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from hisvd.errors import HiSVDError
-from hisvd.shape_utils import FactorForm, Sublayer, largest_rank, next_rank, stored_numbers
+from hisvd.shape_utils import Sublayer, largest_rank, next_rank, stored_parameters
 
 
 def budget_of(sublayers: Sequence[Sublayer], target: float) -> int:
@@ -23,7 +23,7 @@ def uniform_shares(sublayers: Sequence[Sublayer], target: float) -> list[float]:
 
 
 def stage1_shares(
-    sublayers: Sequence[Sublayer], ranks: Sequence[float], target: float, alpha: float, form: FactorForm
+    sublayers: Sequence[Sublayer], ranks: Sequence[float], target: float, alpha: float, form: str
 ) -> list[float]:
     """Rank-density-aware shares, projected onto the budget.
 
@@ -38,9 +38,7 @@ def stage1_shares(
     return project_shares(shares, sublayers, target, form)
 
 
-def project_shares(
-    shares: Sequence[float], sublayers: Sequence[Sublayer], target: float, form: FactorForm
-) -> list[float]:
+def project_shares(shares: Sequence[float], sublayers: Sequence[Sublayer], target: float, form: str) -> list[float]:
     """Clip every share to [numbers of rank 1, mn] and rescale the others until the sum is the budget.
 
     The clipped sum grows with the common scale, so that the scale is found by bisection.
@@ -65,9 +63,9 @@ def project_shares(
     return clipped(low if sum(clipped(high)) > budget else high)
 
 
-def _rank_one_numbers(sublayers: Sequence[Sublayer], target: float, form: FactorForm) -> list[int]:
+def _rank_one_numbers(sublayers: Sequence[Sublayer], target: float, form: str) -> list[int]:
     """The numbers of rank 1 of every sublayer, which must fit the budget."""
-    floors = [stored_numbers(1, s.shape, form) for s in sublayers]
+    floors = [stored_parameters(1, s.shape, form) for s in sublayers]
     if sum(floors) > budget_of(sublayers, target):
         smallest = sum(floors) / sum(s.size for s in sublayers)
         raise HiSVDError(
@@ -77,9 +75,7 @@ def _rank_one_numbers(sublayers: Sequence[Sublayer], target: float, form: Factor
     return floors
 
 
-def ranks_from_shares(
-    shares: Sequence[float], sublayers: Sequence[Sublayer], target: float, form: FactorForm
-) -> list[int]:
+def ranks_from_shares(shares: Sequence[float], sublayers: Sequence[Sublayer], target: float, form: str) -> list[int]:
     """Ranks whose stored numbers sum to at most the budget, with no room left for one more rank.
 
     Every share is rounded down to a rank; what is left goes one rank at a time to the sublayer that is
@@ -87,15 +83,17 @@ def ranks_from_shares(
     """
     ranks = [largest_rank(share + 1e-6, s.shape, form) for share, s in zip(shares, sublayers, strict=True)]
     left = budget_of(sublayers, target) - sum(
-        stored_numbers(r, s.shape, form) for r, s in zip(ranks, sublayers, strict=True)
+        stored_parameters(r, s.shape, form) for r, s in zip(ranks, sublayers, strict=True)
     )
     while True:
-        unmet = [share - stored_numbers(r, s.shape, form) for share, r, s in zip(shares, ranks, sublayers, strict=True)]
+        unmet = [
+            share - stored_parameters(r, s.shape, form) for share, r, s in zip(shares, ranks, sublayers, strict=True)
+        ]
         spent = 0
         for k in sorted(range(len(ranks)), key=lambda k: -unmet[k]):
             shape = sublayers[k].shape
             larger = next_rank(ranks[k], shape, form)
-            price = stored_numbers(larger, shape, form) - stored_numbers(ranks[k], shape, form)
+            price = stored_parameters(larger, shape, form) - stored_parameters(ranks[k], shape, form)
             if 0 < price <= left - spent:
                 ranks[k] = larger
                 spent += price
@@ -105,7 +103,7 @@ def ranks_from_shares(
 
 
 def loss_ranks(
-    singular_values: Sequence[torch.Tensor], sublayers: Sequence[Sublayer], target: float, form: FactorForm
+    singular_values: Sequence[torch.Tensor], sublayers: Sequence[Sublayer], target: float, form: str
 ) -> list[int]:
     """Ranks that minimise Σ tail_k(r_k), tail_k(r) = Σ_{i>r} σ_i², within the budget.
 
@@ -124,7 +122,7 @@ def loss_ranks(
         energy = sigma.double().square()
         tails.append((energy.sum() - energy.cumsum(0)).clamp_min(0))  # tails[k][r − 1] is tail_k(r)
         tails[-1][-1] = 0
-        costs.append(torch.tensor([stored_numbers(r, s.shape, form) for r in range(1, s.full_rank + 1)]).double())
+        costs.append(torch.tensor([stored_parameters(r, s.shape, form) for r in range(1, s.full_rank + 1)]).double())
 
     def ranks_at(multiplier: float) -> list[int]:
         return [int((t + multiplier * c).argmin()) + 1 for t, c in zip(tails, costs, strict=True)]

@@ -20,7 +20,7 @@ from torch import nn
 
 from hisvd.calibration_cache import input_moment
 from hisvd.component.experts import is_routed
-from hisvd.exports import Entries
+from hisvd.factor_forms import Entries
 from hisvd.factoring import Case, CompressionJob, Tensors
 from hisvd.layer_tensors import compressed_layer, place_entries, stored_prefix
 from hisvd.shape_utils import Sublayer

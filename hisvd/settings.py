@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 
 from hisvd.allocations import ALLOCATIONS, CLUSTERINGS
 from hisvd.calibration_cache import CalibrationCache
-from hisvd.component.low_rank import MODULE_OF_FORM
 from hisvd.errors import HiSVDError
 from hisvd.exports import EXPORTS
-from hisvd.rank_metrics import RANK_METHODS
+from hisvd.factor_forms import FORMS
+from hisvd.rank_metrics import RANK_METRICS
 from hisvd.refinement import MODULATIONS
 from hisvd.sparse_int6 import COLUMNS
 from hisvd.whitening_svd import WHITENINGS
@@ -100,12 +100,12 @@ class CompressionSettings:
     def __post_init__(self) -> None:
         """Refuse what no cache could serve."""
         for name, choices in {
-            "rank_method": RANK_METHODS,
+            "rank_method": RANK_METRICS,
             "modulation": MODULATIONS,
             "cluster_by": CLUSTERINGS,
             "allocation": (None, *ALLOCATIONS),
             "whitening": (None, *WHITENINGS),
-            "factors": MODULE_OF_FORM,
+            "factors": FORMS,
             "update": UPDATES,
             "export": EXPORTS,
             "int6_mode": INT6_MODES,

@@ -1,10 +1,9 @@
-"""Shapes of the linear sublayers and how many numbers each factor form stores for a rank."""
+"""Shapes of the linear sublayers, and how many parameters a factor form stores in them for a rank."""
 
-import math
+from bisect import bisect_right
 from dataclasses import dataclass
-from typing import Literal
 
-FactorForm = Literal["pivoted", "svd"]
+from hisvd.factor_forms import FORMS, Shape
 
 
 @dataclass(frozen=True)
@@ -23,13 +22,13 @@ class Sublayer:
     in_features: int
 
     @property
-    def shape(self) -> tuple[int, int]:
+    def shape(self) -> Shape:
         """(m, n) = (out_features, in_features)."""
         return self.out_features, self.in_features
 
     @property
     def size(self) -> int:
-        """Numbers in the dense weight, m·n."""
+        """Parameters of the dense weight, m·n."""
         return self.out_features * self.in_features
 
     @property
@@ -38,39 +37,23 @@ class Sublayer:
         return min(self.out_features, self.in_features)
 
 
-def stored_numbers(rank: int, shape: tuple[int, int], form: FactorForm) -> int:
-    """Numbers stored for an (m, n) weight at `rank`, never more than the dense m·n.
-
-    `svd` stores r(m+n) numbers, `pivoted` r(m+n-r); pivot indices are not weights and not counted.
-    """
+def stored_parameters(rank: int, shape: Shape, form: str) -> int:
+    """Parameters stored for a weight (m, n) at `rank`, in the form named `form`; never more than the dense m·n."""
     m, n = shape
-    if rank >= min(m, n):
-        return m * n
-    factored = rank * (m + n) if form == "svd" else rank * (m + n - rank)
-    return min(factored, m * n)
+    return m * n if rank >= min(m, n) else min(FORMS[form].parameters(rank, shape), m * n)
 
 
-def is_dense(rank: int, shape: tuple[int, int], form: FactorForm) -> bool:
+def is_dense(rank: int, shape: Shape, form: str) -> bool:
     """Whether the form saves nothing at this rank, so that the sublayer stays a plain linear."""
-    return stored_numbers(rank, shape, form) >= shape[0] * shape[1]
+    return stored_parameters(rank, shape, form) >= shape[0] * shape[1]
 
 
-def next_rank(rank: int, shape: tuple[int, int], form: FactorForm) -> int:
+def next_rank(rank: int, shape: Shape, form: str) -> int:
     """The next larger useful rank: rank + 1, or min(m, n) where that would save nothing."""
     return min(shape) if is_dense(rank + 1, shape, form) else rank + 1
 
 
-def largest_rank(numbers: float, shape: tuple[int, int], form: FactorForm) -> int:
-    """The largest rank, at least 1, that stores at most `numbers` numbers (rank 1 where none does)."""
-    m, n = shape
-    if numbers >= m * n:
-        return min(m, n)
-    if form == "svd":
-        rank = int(numbers // (m + n))
-    else:  # the smaller root of r² − (m+n) r + numbers = 0
-        rank = int(((m + n) - math.sqrt((m + n) ** 2 - 4 * numbers)) / 2)
-        while stored_numbers(rank + 1, shape, form) <= numbers:  # undo a root rounded down
-            rank += 1
-        while rank > 1 and stored_numbers(rank, shape, form) > numbers:  # undo a root rounded up
-            rank -= 1
-    return max(rank, 1)
+def largest_rank(parameters: float, shape: Shape, form: str) -> int:
+    """The largest rank, at least 1, that stores at most so many parameters (rank 1 where none does)."""
+    ranks = range(1, min(shape) + 1)
+    return max(1, bisect_right(ranks, parameters, key=lambda rank: stored_parameters(rank, shape, form)))

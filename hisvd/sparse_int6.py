@@ -1,7 +1,7 @@
 """The INT6 2:4 pairwise sparse format: prune, quantize, pack, and back. Functions on tensors, on any device.
 
-A row is cut into chunks of 8 values, 4 pairs of neighbours. Two pairs of every chunk are kept, with 6 bits a value and
-one float32 scale a row; a nibble a chunk says which pairs they are. 3.5 bits a weight, plus the scale.
+A row is cut into chunks of 8 values, 4 pairs of neighbours. Two pairs of every chunk are kept, with 6 bits per value
+and one float32 scale per row; a nibble per chunk says which pairs they are. 3.5 bits per weight, plus the scale.
 """
 
 import torch
@@ -10,11 +10,13 @@ from hisvd.errors import HiSVDError
 
 FORMAT_NAME = "int6_2x4_pairwise_sparse"
 USER_ALIAS = "int6_2:4sp"
+PAIR_SPARSITY = "2_of_4_pairs_per_8_values"
+BITS = 6  # per value of a kept pair
 CHUNK = 8  # values; 4 pairs
 COLUMNS = 64  # rows are padded to a multiple of this: one metadata word
 LARGEST = 31  # of the quantized values; the smallest is −32
 SMALLEST_SCALE = 1e-6
-BLOCK_NUMBERS = 2**20  # weights handled at once: what it takes beside them stays below 64 MiB
+BLOCK_SIZE = 2**20  # weights handled at once: what that takes beside them stays below 64 MiB
 WORD_OF_PAIR = {1: torch.int16, 2: torch.int32, 4: torch.int64}  # as wide as two values of so many bytes
 
 
@@ -97,7 +99,29 @@ def unpack(payload: torch.Tensor, metadata: torch.Tensor, dtype: torch.dtype = t
 
 def rows_at_once(columns: int) -> int:
     """Rows of so many columns that are handled at once."""
-    return max(1, BLOCK_NUMBERS // columns)
+    return max(1, BLOCK_SIZE // columns)
+
+
+def check_finite(weight: torch.Tensor) -> None:
+    """Refuse a weight that cannot be stored.
+
+    Raises:
+        HiSVDError: it is not finite.
+    """
+    if not torch.isfinite(weight).all():
+        raise HiSVDError("A weight to be stored in INT6 holds NaN or infinite values; repair the checkpoint first.")
+
+
+def pack_weight(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """packed_weight, metadata and scales of `weight` (rows, cols) by the plain rule: the larger pairs stay.
+
+    Raises:
+        HiSVDError: the weight is not finite.
+    """
+    check_finite(weight)
+    blocks = [quantize(prune(padded(rows.float()))) for rows in weight.split(rows_at_once(weight.shape[1]))]
+    parts = zip(*((*pack(make_encodable(q)), scales) for q, scales in blocks), strict=True)
+    return dict(zip(("packed_weight", "metadata", "scales"), map(torch.cat, parts), strict=True))
 
 
 def dequantize(

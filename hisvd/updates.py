@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 
 from hisvd.calibration_cache import input_moment
-from hisvd.exports import Entries
+from hisvd.factor_forms import Entries
 from hisvd.factoring import Case, CompressionJob, Tensors, Update
 from hisvd.layer_tensors import stored_prefix
 from hisvd.sequential_update import SequentialUpdate

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, OlmoeConfig, Qwen3
 
 import hisvd
 from hisvd.calibration_cache import read_cache
-from hisvd.component.experts import separate_experts
+from hisvd.component.families import separate_experts
 from hisvd.rare_experts import pool_rare
 
 QWEN = Qwen3MoeConfig(

@@ -22,9 +22,9 @@ from transformers import (
 
 import hisvd
 from hisvd.calibration_cache import read_cache
-from hisvd.component.experts import separate_experts
-from hisvd.component.families import adapter_for
-from hisvd.component.low_rank import factor_tensors, swap_linears
+from hisvd.component.families import adapter_for, separate_experts
+from hisvd.component.low_rank import swap_linears
+from hisvd.factor_forms import factor_tensors
 from hisvd.utils.model_utils import open_checkpoint
 from hisvd.utils.streaming import decoder_layers
 

@@ -8,14 +8,27 @@ import pytest
 import torch
 from conftest import ROOT
 from int6_reference import VECTORS, cases, encoded
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.pytorch_utils import Conv1D
 
+import hisvd
 from hisvd.component import int6_linear
 from hisvd.component.int6_linear import INT6SparseLinear
-from hisvd.component.low_rank import dense_weight, factor_tensors
 from hisvd.errors import HiSVDError
-from hisvd.int6_fit import ChunkMetrics, best_chunk, fit_int6, int6_entries, int6_tensors
-from hisvd.sparse_int6 import check_packed, dequantize, make_encodable, pack, padded, prune, quantize, unpack
+from hisvd.factor_forms import dense_weight, factor_tensors
+from hisvd.int6_fit import ChunkMetrics, best_chunk, fit_int6, fit_weight, int6_entries
+from hisvd.sparse_int6 import (
+    check_packed,
+    dequantize,
+    make_encodable,
+    pack,
+    pack_weight,
+    padded,
+    prune,
+    quantize,
+    unpack,
+)
 
 KEPT = [[2 * a, 2 * a + 1, 2 * b, 2 * b + 1] for a, b in itertools.combinations(range(4), 2)]
 DROPPED = [[i for i in range(8) if i not in kept] for kept in KEPT]
@@ -24,6 +37,15 @@ SHARED = ROOT.parent / "shared" / "reference" / "int6_vectors.json"
 
 def normal(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def linear(rows, columns, bias=False, seed=0):
+    """An nn.Linear of the normal weight, and a normal bias."""
+    layer = nn.Linear(columns, rows, bias=bias)
+    layer.weight.data = normal(rows, columns, seed=seed)
+    if bias:
+        layer.bias.data = normal(rows, seed=5)
+    return layer
 
 
 def second_moment(n, seed=0):
@@ -51,7 +73,7 @@ def output_error(weight, tensors, moment):
 
 def check_vector(weight, payload, metadata, scales):
     weight = torch.tensor(weight, dtype=torch.float32)
-    tensors = int6_tensors(weight)
+    tensors = pack_weight(weight)
     assert tensors["packed_weight"].numpy().tobytes().hex() == payload
     assert [word & 0xFFFFFFFF for word in tensors["metadata"].flatten().tolist()] == metadata
     expected = torch.tensor(scales, dtype=torch.float32)
@@ -121,7 +143,7 @@ def test_any_payload_decodes():
     ],
 )
 def test_damaged_weights_are_named(part, change, fragment):
-    tensors = int6_tensors(normal(5, 100))
+    tensors = pack_weight(normal(5, 100))
     check_packed(**tensors, shape=(5, 100))
     with pytest.raises(HiSVDError, match=part) as error:
         check_packed(**tensors | {part: change(tensors[part])}, shape=(5, 100))
@@ -133,7 +155,7 @@ def test_weights_that_are_not_finite_are_refused(value):
     weight = normal(4, 64)
     weight[2, 3] = value
     with pytest.raises(HiSVDError, match="NaN or infinite"):
-        int6_tensors(weight)
+        pack_weight(weight)
 
 
 # --- the fit ---
@@ -185,15 +207,15 @@ def test_fit_is_legal_and_sweeps_only_lower_the_error(shape):
         assert torch.equal(make_encodable(q), q) and q.shape == padded(weight).shape
         payload, metadata = pack(q)
         errors.append(output_error(weight, dict(packed_weight=payload, metadata=metadata, scales=scales), moment))
-    plain = output_error(weight, int6_tensors(weight), moment)
-    rounding = 1e-6 * output_error(weight, int6_tensors(torch.zeros(shape)), moment)
+    plain = output_error(weight, pack_weight(weight), moment)
+    rounding = 1e-6 * output_error(weight, pack_weight(torch.zeros(shape)), moment)
     assert errors[0] <= plain + rounding and errors[1] <= errors[0] + rounding and errors[2] <= errors[1] + rounding
 
 
 def test_fit_of_independent_inputs_is_no_worse_than_the_plain_rule():
     weight = normal(30, 128)
     moment = torch.eye(128, dtype=torch.float64)
-    fitted, plain = (output_error(weight, int6_tensors(weight, m), moment) for m in (moment, None))
+    fitted, plain = (output_error(weight, code, moment) for code in (fit_weight(weight, moment), pack_weight(weight)))
     assert fitted <= plain
 
 
@@ -202,7 +224,7 @@ def test_zero_rows_and_dead_inputs_can_be_fitted():
     weight[1] = 0
     moment[10:20] = 0
     moment[:, 10:20] = 0
-    tensors = int6_tensors(weight, moment)
+    tensors = fit_weight(weight, moment)
     check_packed(**tensors, shape=(5, 64))
     assert dequantize(**tensors, in_features=64, dtype=torch.float32)[1].abs().max() <= 1e-5
 
@@ -215,7 +237,7 @@ def test_outer_factor_makes_good_what_the_inner_one_errs(form):
     outer, inner = ("coefficients", "base") if form == "pivoted" else ("left", "right")
     assert {f"{outer}.packed_weight", f"{inner}.packed_weight", f"{outer}.scales"} <= entries.keys()
     unaware = dict(entries)
-    unaware |= {f"{outer}.{k}": t for k, t in int6_tensors(factors[f"{outer}.weight"], None).items()}
+    unaware |= {f"{outer}.{k}": t for k, t in pack_weight(factors[f"{outer}.weight"]).items()}
 
     def error(state):
         difference = left @ right - dense_weight(state, 128)
@@ -235,28 +257,43 @@ def test_weights_of_fewer_than_64_inputs_stay_dense():
 # --- the module ---
 
 
-@pytest.mark.parametrize("bias", [None, normal(10, seed=5)])
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("tokens", [1, 3, 40])
 @pytest.mark.parametrize("columns", [128, 70, 1])
 def test_module_is_a_linear_of_its_dequantized_weight(bias, tokens, columns):
-    module = INT6SparseLinear.from_dense(normal(10, columns), bias)
+    dense = linear(10, columns, bias)
+    module = INT6SparseLinear.from_dense(dense)
     assert (module.format_name, module.user_alias) == ("int6_2x4_pairwise_sparse", "int6_2:4sp")
     x = normal(1, tokens, columns, seed=6)
-    expected = torch.nn.functional.linear(x, module.dequantize_weight(), bias)
+    expected = torch.nn.functional.linear(x, module.dequantize_weight(), dense.bias)
     torch.testing.assert_close(module(x), expected, rtol=1e-5, atol=1e-5)
     if columns % 8 == 0:
         plain, _ = quantize(prune(padded(normal(10, columns))))
         assert torch.equal(module.dequantize_weight() != 0, plain[:, :columns] != 0)
 
 
+def test_module_of_a_linear_is_a_copy_and_only_linears_are_taken():
+    dense = linear(10, 64, bias=True).to(torch.bfloat16)
+    module = INT6SparseLinear.from_dense(dense)
+    assert (module.in_features, module.out_features) == (64, 10)
+    assert module.bias.dtype == torch.bfloat16 and not module.bias.requires_grad
+    with torch.no_grad():
+        before = module.bias.clone()
+        dense.bias += 1
+        assert torch.equal(module.bias, before)
+    for other in (Conv1D(64, 64), normal(10, 64)):
+        with pytest.raises(TypeError, match=type(other).__name__):
+            INT6SparseLinear.from_dense(other)
+
+
 def test_gradients_reach_the_input():
-    module, x = INT6SparseLinear.from_dense(normal(10, 64)), normal(2, 64).requires_grad_()
+    module, x = INT6SparseLinear.from_dense(linear(10, 64)), normal(2, 64).requires_grad_()
     module(x).sum().backward()
     torch.testing.assert_close(x.grad, module.dequantize_weight().sum(0).expand(2, -1))
 
 
 def test_scales_stay_float32_whatever_the_model_is_cast_to():
-    module = INT6SparseLinear.from_dense(normal(10, 64), normal(10)).to(torch.bfloat16)
+    module = INT6SparseLinear.from_dense(linear(10, 64, bias=True)).to(torch.bfloat16)
     assert module.scales.dtype == torch.float32 and module.bias.dtype == torch.bfloat16
     assert module(normal(20, 64).to(torch.bfloat16)).dtype == torch.bfloat16
     assert module.to("meta").scales.is_meta
@@ -285,7 +322,7 @@ def test_without_a_compiler_few_tokens_take_the_same_path_as_many(monkeypatch, c
 
     monkeypatch.setattr(torch, "compile", lambda function, **kwargs: broken)
     int6_linear.fused_product.cache_clear()
-    module = INT6SparseLinear.from_dense(normal(10, 64))
+    module = INT6SparseLinear.from_dense(linear(10, 64))
     x = normal(1, 64)
     with caplog.at_level(logging.WARNING, "hisvd"):
         first, second = module(x), module(x)
@@ -293,3 +330,46 @@ def test_without_a_compiler_few_tokens_take_the_same_path_as_many(monkeypatch, c
     assert [record.message for record in caplog.records] == [caplog.records[0].message]
     assert "no compiler here" in caplog.records[0].message
     int6_linear.fused_product.cache_clear()
+
+
+# --- any model ---
+
+
+def test_export_packs_every_wide_linear_of_any_module_and_leaves_the_model_alone():
+    shared = linear(8, 64, bias=True)
+    model = nn.ModuleDict(
+        {"a": shared, "deep": nn.Sequential(nn.ReLU(), linear(5, 70), shared), "small": linear(9, 63)}
+    )
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    exported = hisvd.export_sparse_int6_model(model, quality_gate_delta=0.1)
+    layers = exported.pop("layers")
+    assert exported == {
+        "format": "int6_2x4_pairwise_sparse",
+        "user_alias": "int6_2:4sp",
+        "quality_gate_delta": 0.1,
+        "bits_per_stored_value": 6,
+        "pair_sparsity": "2_of_4_pairs_per_8_values",
+        "effective_payload_bits_per_dense_weight_before_metadata": 3.0,
+    }
+    assert list(layers) == ["a", "deep.1", "deep.2"] and layers["a"] is layers["deep.2"]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    for name, module in layers.items():
+        plain = pack_weight(before[f"{name}.weight"])
+        assert all(torch.equal(tensor, getattr(module, part)) for part, tensor in plain.items())
+    stored = layers["deep.1"].packed_weight
+    assert 8 * stored.numel() == exported["effective_payload_bits_per_dense_weight_before_metadata"] * 5 * 128
+    for name, module in layers.items():
+        model.set_submodule(name, module)
+    assert sum(isinstance(module, INT6SparseLinear) for module in model.modules()) == 2
+    assert list(hisvd.export_sparse_int6_model(linear(3, 64))["layers"]) == [""]
+
+
+def test_export_of_a_model_that_cannot_be_packed_names_the_linear():
+    model = nn.Sequential(linear(4, 64), linear(4, 64))
+    assert hisvd.export_sparse_int6_model(model)["quality_gate_delta"] == 0.025
+    for delta in (-0.1, float("nan")):
+        with pytest.raises(HiSVDError, match="quality_gate_delta"):
+            hisvd.export_sparse_int6_model(model, delta)
+    model[1].weight.data[0, 0] = torch.nan
+    with pytest.raises(HiSVDError, match="1: A weight to be stored in INT6 holds NaN"):
+        hisvd.export_sparse_int6_model(model)

@@ -8,6 +8,7 @@ import torch
 from hisvd.cluster_sublayer_lwe import cluster_scores, tail_redundancy
 from hisvd.clustering import layer_clusters, subspace_overlap
 from hisvd.errors import HiSVDError
+from hisvd.factor_forms import FORMS
 from hisvd.pivoting import pack_pivoted, unpack_pivoted
 from hisvd.rank_allocation import (
     budget_of,
@@ -17,9 +18,9 @@ from hisvd.rank_allocation import (
     stage1_shares,
     uniform_shares,
 )
-from hisvd.rank_metrics import effective_rank, mathematical_rank, rank_of, stable_rank
-from hisvd.refinement import modulation_factor, stage2_shares
-from hisvd.shape_utils import Sublayer, is_dense, largest_rank, next_rank, stored_numbers
+from hisvd.rank_metrics import RANK_METRICS, effective_rank, mathematical_rank, rank_of, stable_rank
+from hisvd.refinement import MODULATIONS, stage2_factors
+from hisvd.shape_utils import Sublayer, is_dense, largest_rank, next_rank, stored_parameters
 from hisvd.whitening_svd import (
     F_DAMPING,
     H_DAMPING,
@@ -31,7 +32,6 @@ from hisvd.whitening_svd import (
     whitened,
 )
 
-FORMS = ("pivoted", "svd")
 SHAPES = {"q": (64, 64), "k": (32, 64), "up": (160, 64), "down": (64, 160)}
 SUBLAYERS = [Sublayer(f"{i}.{t}", i, t, t, *shape) for i in range(6) for t, shape in SHAPES.items()]
 
@@ -39,7 +39,7 @@ TYPES = [s.path for s in SUBLAYERS]
 
 
 def total(ranks, form):
-    return sum(stored_numbers(r, s.shape, form) for r, s in zip(ranks, SUBLAYERS, strict=True))
+    return sum(stored_parameters(r, s.shape, form) for r, s in zip(ranks, SUBLAYERS, strict=True))
 
 
 def assert_budget_spent(ranks, target, form):
@@ -48,8 +48,15 @@ def assert_budget_spent(ranks, target, form):
     assert left >= 0
     for r, s in zip(ranks, SUBLAYERS, strict=True):
         if not is_dense(r, s.shape, form):
-            larger = stored_numbers(next_rank(r, s.shape, form), s.shape, form)
-            assert larger - stored_numbers(r, s.shape, form) > left, "room for one more rank was left"
+            larger = stored_parameters(next_rank(r, s.shape, form), s.shape, form)
+            assert larger - stored_parameters(r, s.shape, form) > left, "room for one more rank was left"
+
+
+def refined(shares, spectra, target, form, modulation, strength):
+    """Stage 1 shares after Stage 2, clusters by type."""
+    ranks = ranks_from_shares(shares, SUBLAYERS, target, form)
+    factors = stage2_factors(spectra, ranks, TYPES, modulation, strength, 1.0)
+    return project_shares([s * f for s, f in zip(shares, factors, strict=True)], SUBLAYERS, target, form)
 
 
 def random_spectrum(sublayer, seed):
@@ -72,7 +79,7 @@ def test_largest_rank_is_the_largest_that_fits(shape, form):
     m, n = shape
     useful = [r for r in range(1, min(shape)) if not is_dense(r, shape, form)] + [min(shape)]
     for numbers in range(m + n, m * n + 1):
-        fitting = [r for r in useful if stored_numbers(r, shape, form) <= numbers]
+        fitting = [r for r in useful if stored_parameters(r, shape, form) <= numbers]
         assert largest_rank(numbers, shape, form) == max(fitting, default=1), numbers
 
 
@@ -80,10 +87,10 @@ def test_largest_rank_is_the_largest_that_fits(shape, form):
 def test_next_rank_walks_through_every_useful_rank_to_dense(form):
     rank, seen = 1, []
     while rank < 9:
-        seen.append(stored_numbers(rank, (9, 14), form))
+        seen.append(stored_parameters(rank, (9, 14), form))
         rank = next_rank(rank, (9, 14), form)
     assert seen == sorted(set(seen)) and seen[-1] < 9 * 14
-    assert stored_numbers(rank, (9, 14), form) == 9 * 14
+    assert stored_parameters(rank, (9, 14), form) == 9 * 14
 
 
 # --- rank metrics ---
@@ -110,13 +117,13 @@ def test_mathematical_rank_agrees_with_torch():
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("target", [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3])
-@pytest.mark.parametrize("method", ["stable", "effective", "mathematical"])
+@pytest.mark.parametrize("method", RANK_METRICS)
 def test_budget_is_met_from_below_and_spent(form, target, method):
     spectra = [random_spectrum(s, i) for i, s in enumerate(SUBLAYERS)]
     ranks = [rank_of(sigma, s.shape, method) for sigma, s in zip(spectra, SUBLAYERS, strict=True)]
     shares = stage1_shares(SUBLAYERS, ranks, target, 1.0, form)
     assert sum(shares) == pytest.approx(budget_of(SUBLAYERS, target), rel=1e-9)
-    shares = stage2_shares(SUBLAYERS, shares, spectra, TYPES, target, form, "logarithmic", 1.0, 1.0)
+    shares = refined(shares, spectra, target, form, "logarithmic", 1.0)
     assert sum(shares) == pytest.approx(budget_of(SUBLAYERS, target), rel=1e-9)
     assert_budget_spent(ranks_from_shares(shares, SUBLAYERS, target, form), target, form)
 
@@ -173,7 +180,7 @@ def test_loss_allocation_is_exact_on_a_problem_small_enough_for_brute_force():
             return sum(sigma[r:].double().square().sum().item() for sigma, r in zip(spectra, ranks, strict=True))
 
         def cost(ranks):
-            return sum(stored_numbers(r, s.shape, "pivoted") for r, s in zip(ranks, few, strict=True))
+            return sum(stored_parameters(r, s.shape, "pivoted") for r, s in zip(ranks, few, strict=True))
 
         chosen = loss_ranks(spectra, few, 0.7, "pivoted")
         assert cost(chosen) <= budget_of(few, 0.7)
@@ -202,23 +209,36 @@ def test_cluster_scores_are_relative_means_and_zero_without_tails():
 
 
 def test_modulations_as_defined():
-    assert modulation_factor(1.5, "logarithmic", 2.0) == pytest.approx(1 / (1 + 2 * math.log(2.5)))
-    assert modulation_factor(1.5, "power", 2.0) == pytest.approx(2.5**-2)
-    assert modulation_factor(1.5, "exponential", 2.0) == pytest.approx(math.exp(-3))
-    assert modulation_factor(0.25, "linear", 2.0) == pytest.approx(0.5)
-    assert modulation_factor(1.5, "linear", 2.0) == 0.05
+    assert MODULATIONS["logarithmic"](1.5, 2.0) == pytest.approx(1 / (1 + 2 * math.log(2.5)))
+    assert MODULATIONS["power"](1.5, 2.0) == pytest.approx(2.5**-2)
+    assert MODULATIONS["exponential"](1.5, 2.0) == pytest.approx(math.exp(-3))
+    assert MODULATIONS["linear"](0.25, 2.0) == pytest.approx(0.5)
+    assert MODULATIONS["linear"](1.5, 2.0) == 0.05
+    for modulation in MODULATIONS.values():
+        assert modulation(1.5, 0.0) == modulation(0.0, 2.0) == 1
 
 
-@pytest.mark.parametrize("modulation", ["logarithmic", "power", "exponential", "linear"])
+def test_rules_are_looked_up_by_name(monkeypatch):
+    monkeypatch.setitem(RANK_METRICS, "largest", lambda sigma, shape: max(shape) * float(sigma[0]))
+    assert rank_of(torch.tensor([0.5, 0.1]), (4, 8), "largest") == 4
+    assert rank_of(torch.zeros(4), (4, 8), "stable") == 1
+    monkeypatch.setitem(MODULATIONS, "half", lambda score, strength: 0.5)
+    assert stage2_factors([torch.ones(4)] * 2, [1, 2], "ab", "half", 1.0, 1.0) == [0.5, 0.5]
+    with pytest.raises(KeyError, match="no such"):
+        rank_of(torch.ones(4), (4, 8), "no such")
+    with pytest.raises(KeyError, match="no such"):
+        stage2_factors([torch.ones(4)] * 2, [1, 2], "ab", "no such", 1.0, 1.0)
+
+
+@pytest.mark.parametrize("modulation", MODULATIONS)
 def test_stage2_takes_from_the_types_with_redundant_tails(modulation):
     flat = {"q": 0.0, "k": 0.001, "up": 0.02, "down": 0.2}  # decay: the faster, the more redundant the tail
     spectra = [torch.exp(-flat[s.path] * torch.arange(s.full_rank)) for s in SUBLAYERS]
     shares = project_shares(uniform_shares(SUBLAYERS, 0.5), SUBLAYERS, 0.5, "pivoted")
-    refined = stage2_shares(SUBLAYERS, shares, spectra, TYPES, 0.5, "pivoted", modulation, 0.5, 1.0)
-    change = {s.path: new / old for s, new, old in zip(SUBLAYERS, refined, shares, strict=True)}
+    after = refined(shares, spectra, 0.5, "pivoted", modulation, 0.5)
+    change = {s.path: new / old for s, new, old in zip(SUBLAYERS, after, shares, strict=True)}
     assert change["q"] > change["k"] > change["up"] > change["down"]
-    unchanged = stage2_shares(SUBLAYERS, shares, spectra, TYPES, 0.5, "pivoted", modulation, 0.0, 1.0)
-    assert unchanged == pytest.approx(shares)
+    assert refined(shares, spectra, 0.5, "pivoted", modulation, 0.0) == pytest.approx(shares)
 
 
 # --- clusters of adjacent layers ---
@@ -314,7 +334,7 @@ def test_packing_is_lossless_and_stores_r_squared_fewer_numbers(m, n, rank):
     base, coefficients, permutation = pack_pivoted(left, right)
     torch.testing.assert_close(unpack_pivoted(base, coefficients, permutation), left.double() @ right.double())
     assert base.numel() + coefficients.numel() == left.numel() + right.numel() - rank**2
-    assert base.numel() + coefficients.numel() == stored_numbers(rank, (m, n), "pivoted")
+    assert base.numel() + coefficients.numel() == stored_parameters(rank, (m, n), "pivoted")
     assert permutation.dtype == torch.int32 and sorted(permutation.tolist()) == list(range(m))
 
 

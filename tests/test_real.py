@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hisvd
 from hisvd.calibration_cache import input_moment, output_moment, read_cache
-from hisvd.component.low_rank import factor_tensors, swap_linears
-from hisvd.int6_fit import int6_tensors
+from hisvd.component.low_rank import swap_linears
+from hisvd.factor_forms import factor_tensors
+from hisvd.int6_fit import fit_weight
 from hisvd.pivoting import pack_pivoted
-from hisvd.sparse_int6 import dequantize
+from hisvd.sparse_int6 import dequantize, pack_weight
 from hisvd.utils.data_utils import EVALUATION_SPLIT, evaluation_windows, load_text, tokenize
 from hisvd.utils.eval_utils import perplexity
 from hisvd.utils.model_utils import open_checkpoint
@@ -119,7 +120,7 @@ def test_calibrated_int6_codes_err_half_as_much_as_the_plain_rule(cache):
         weight = checkpoint.read([f"{s.name}.weight"])[f"{s.name}.weight"]
         moment = input_moment(s, tensors, CPU)
         errors = {}
-        for mode, code in (("plain", int6_tensors(weight)), ("calibrated", int6_tensors(weight, moment))):
+        for mode, code in (("plain", pack_weight(weight)), ("calibrated", fit_weight(weight, moment))):
             error = weight.double() - dequantize(**code, in_features=s.in_features, dtype=torch.float64)
             errors[mode] = ((error @ moment) * error).sum()
         assert errors["calibrated"] < errors["plain"] / 2, (s.name, errors)

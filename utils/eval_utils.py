@@ -19,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from hisvd.component.conv1d import linear_shape
 from hisvd.component.families import adapter_for
 from hisvd.component.int6_linear import INT6SparseLinear, check_int6_modules
-from hisvd.component.low_rank import LowRankLinear, PivotedLinear
+from hisvd.component.low_rank import MODULE_OF_FORM
 from hisvd.component.svd_generic import LINEARS
 from hisvd.utils import distributed
 from hisvd.utils.activation_files import ActivationPair
@@ -197,7 +197,7 @@ def linear_numbers(model: PreTrainedModel) -> tuple[int, int]:
     stored = dense = 0
     factors: set[nn.Module] = set()
     for module in decoder_layers(model, adapter_for(model)).modules():
-        if isinstance(module, (LowRankLinear, PivotedLinear)):
+        if isinstance(module, tuple(MODULE_OF_FORM.values())):
             dense += math.prod(linear_shape(module))
             factors |= set(module.children())
         elif isinstance(module, LINEARS):

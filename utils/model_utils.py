@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from hisvd.component.conv1d import as_linears, conv1d_weights
-from hisvd.component.experts import separate_experts
+from hisvd.component.families import ADAPTERS, separate_experts
 from hisvd.component.hf_quantizer import METHOD
 from hisvd.component.low_rank import swap_linears
 from hisvd.errors import HiSVDError, first_line
@@ -93,10 +93,12 @@ class Checkpoint:
     def stored_name(self, name: str) -> str:
         """The checkpoint's name for the parameter `name` of the causal language model.
 
-        Checkpoints saved from a base model (GPT-2, OPT) leave out the first component of the name; Mixtral's have the
-        name that the experts' block had in older versions of transformers.
+        Checkpoints saved from a base model (GPT-2, OPT) leave out the first component of the name; some families'
+        adapters know of other names.
         """
-        others = (name.partition(".")[2], name.replace(".mlp.", ".block_sparse_moe."))
+        adapter = ADAPTERS.get(self.config.model_type)
+        renamed = adapter.checkpoint_names if adapter else {}
+        others = [name.partition(".")[2], *(name.replace(part, old) for part, old in renamed.items())]
         return next((n for n in (name, *others) if n in self.files), name)
 
     def count_numbers(self) -> int:

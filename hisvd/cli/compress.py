@@ -7,12 +7,12 @@ import click
 from hisvd.allocations import ALLOCATIONS, CLUSTERINGS
 from hisvd.calibration_cache import CalibrationCache, open_finished_cache
 from hisvd.cli.common import activation_budget_option, device_option, program, say, settings_from
-from hisvd.component.low_rank import MODULE_OF_FORM
 from hisvd.compression import CompressedModel, compress
 from hisvd.errors import HiSVDError
 from hisvd.exports import EXPORTS
+from hisvd.factor_forms import FORMS
 from hisvd.plan import checked_targets, plan
-from hisvd.rank_metrics import RANK_METHODS
+from hisvd.rank_metrics import RANK_METRICS
 from hisvd.refinement import MODULATIONS
 from hisvd.report import int6_summary, plan_report, rank_table, size_summary, summary
 from hisvd.settings import INT6_MODES, CompressionSettings, Resources
@@ -55,7 +55,7 @@ def parse_targets(text: str) -> list[float]:
 @click.option("--model_path", help="The folder or Hub id that was calibrated.  [required unless --plan_only]")
 @click.option("--calib_cache", required=True, help="Cache folder of calibrate.py (X or X.pkl).")
 @click.option("--target_compression", required=True, help="Share of the linear weights to keep: 0.8, or 0.8,0.6,…")
-@click.option("--rank_method", type=click.Choice(list(RANK_METHODS)), default="stable", show_default=True)
+@click.option("--rank_method", type=click.Choice(list(RANK_METRICS)), default="stable", show_default=True)
 @click.option("--alpha", default=1.0, show_default=True, help="Stage 1: exponent of the rank density; 0 is uniform.")
 @click.option("--modulation", type=click.Choice(list(MODULATIONS)), default="logarithmic", show_default=True)
 @click.option(
@@ -83,7 +83,7 @@ def parse_targets(text: str) -> list[float]:
     type=click.Choice(list(WHITENINGS)),
     help="[default: two_sided where the cache has gradients, else input]",
 )
-@click.option("--factors", type=click.Choice(list(MODULE_OF_FORM)), default="pivoted", show_default=True)
+@click.option("--factors", type=click.Choice(list(FORMS)), default="pivoted", show_default=True)
 @click.option(
     "--update",
     type=click.Choice(list(UPDATES)),

@@ -1,0 +1,125 @@
+"""The factor forms: how a pair left (m, r) @ right (r, n) is stored, and how many parameters that takes.
+
+FORMS is their registry. A new form is an entry here and a module in `hisvd.component.low_rank.MODULE_OF_FORM` that
+computes with the state dict entries which `pack` makes; nothing else knows a form by its name.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from hisvd.errors import HiSVDError
+from hisvd.pivoting import pack_pivoted, unpack_pivoted
+from hisvd.rounding import round_product
+from hisvd.sparse_int6 import dequantize
+
+Shape = tuple[int, int]  # of a weight: (m, n) = (out_features, in_features)
+Entries = dict[str, torch.Tensor]  # state dict entries of a linear, without its bias
+DENSE = "dense"  # in place of a form's name: multiply the factors back into the weight of a plain linear
+
+
+@dataclass(frozen=True)
+class FactorForm:
+    """One way to store left (m, r) @ right (r, n): two linears, and what else the module of the form needs.
+
+    `inner` is the path, inside that module, of the linear that reads the sublayer's input and has r outputs, `outer`
+    that of the linear which reads the outputs of `inner`. `others` names the entries beside their weights. The three
+    together tell the forms apart, so no two forms have the same ones.
+
+    `parameters(r, (m, n))` counts the stored parameters for r < min(m, n) and grows with r.
+    `pack(left, right, root, dtype)` makes the entries, weights in `dtype`, from factors in float64. `root` is the lower
+    Cholesky root (n, n) of the inputs' second moment, which weighs rounding errors; None: all inputs count the same.
+    `product(inner, outer, entries)` is the weight (m, n) that the two linears' weights and the other entries stand for.
+    """
+
+    inner: str
+    outer: str
+    parameters: Callable[[int, Shape], int]
+    pack: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.dtype], Entries]
+    product: Callable[[torch.Tensor, torch.Tensor, Entries], torch.Tensor]
+    others: tuple[str, ...] = ()
+
+
+def _pack_svd(left: torch.Tensor, right: torch.Tensor, root: torch.Tensor | None, dtype: torch.dtype) -> Entries:
+    left, right = round_product(left, right, root, dtype)
+    return {"left.weight": left.to(dtype), "right.weight": right.to(dtype)}
+
+
+def _pack_pivoted(left: torch.Tensor, right: torch.Tensor, root: torch.Tensor | None, dtype: torch.dtype) -> Entries:
+    base, coefficients, permutation = pack_pivoted(left, right)
+    coefficients, base = round_product(coefficients, base, root, dtype)
+    return {"base.weight": base.to(dtype), "coefficients.weight": coefficients.to(dtype), "permutation": permutation}
+
+
+FORMS: dict[str, FactorForm] = {
+    # Fewer parameters for the same matrix, see pivoting; the permutation's indices are not counted.
+    "pivoted": FactorForm(
+        inner="base",
+        outer="coefficients",
+        others=("permutation",),
+        parameters=lambda rank, shape: rank * (sum(shape) - rank),
+        pack=_pack_pivoted,
+        product=lambda inner, outer, entries: unpack_pivoted(inner, outer, entries["permutation"]),
+    ),
+    # The two factors as they are.
+    "svd": FactorForm(
+        inner="right",
+        outer="left",
+        parameters=lambda rank, shape: rank * sum(shape),
+        pack=_pack_svd,
+        product=lambda inner, outer, entries: outer @ inner,
+    ),
+}
+
+
+def factor_tensors(
+    left: torch.Tensor, right: torch.Tensor, form: str, dtype: torch.dtype, root: torch.Tensor | None = None
+) -> Entries:
+    """State dict entries (without bias) of the module of `form` for left (m, r) and right (r, n), weights in `dtype`.
+
+    `root` is as in FactorForm. For the form DENSE, the weight of a plain linear.
+
+    Raises:
+        HiSVDError: an entry is not finite; the message is to follow the linear's name, see `errors.naming`.
+    """
+    entries = {"weight": (left @ right).to(dtype)} if form == DENSE else FORMS[form].pack(left, right, root, dtype)
+    if not all(tensor.isfinite().all() for tensor in entries.values()):
+        raise HiSVDError(
+            f"its factors hold NaN or infinite values in {str(dtype).removeprefix('torch.')}; use --factors pivoted or "
+            "--whitening input, or a checkpoint stored in bfloat16 or float32."
+        )
+    return entries
+
+
+def form_of(entries: Entries) -> str | None:
+    """The form of a linear with these state dict entries, be its factors in INT6 or not; None: it is in one piece."""
+    names = {key.partition(".")[0] for key in entries} - {"bias"}
+    return next((name for name, f in FORMS.items() if names == {f.inner, f.outer, *f.others}), None)
+
+
+def dense_weight(entries: Entries, in_features: int) -> torch.Tensor:
+    """The weight (m, n) in float64 that the state dict entries of a plain, factored or INT6 linear stand for."""
+
+    def matrix(prefix: str, columns: int) -> torch.Tensor:
+        if f"{prefix}weight" in entries:
+            return entries[f"{prefix}weight"].double()
+        code = (entries[prefix + key] for key in ("packed_weight", "metadata", "scales"))
+        return dequantize(*code, columns, torch.float64)
+
+    name = form_of(entries)
+    if name is None:
+        return matrix("", in_features)
+    inner = matrix(f"{FORMS[name].inner}.", in_features)
+    return FORMS[name].product(inner, matrix(f"{FORMS[name].outer}.", len(inner)), entries)
+
+
+def modules_of(path: str, entries: Entries) -> dict[str, dict]:
+    """The table for `component.low_rank.swap_linears` of the linear at `path` that has these state dict entries."""
+    codes = [f"{path}.{key}".removesuffix(".packed_weight") for key in entries if key.endswith("packed_weight")]
+    table: dict[str, dict] = {code: {"form": "int6"} for code in codes}
+    name = form_of(entries)
+    if name is not None:
+        rank = next(len(t) for key, t in entries.items() if key.startswith(f"{FORMS[name].inner}."))
+        table[path] = {"form": name, "rank": rank}
+    return table
