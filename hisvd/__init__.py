@@ -4,8 +4,11 @@ Importing it registers the quantization method `hisvd` with transformers, so tha
 `AutoModelForCausalLM.from_pretrained` loads compressed folders.
 """
 
+from hisvd.calibration import calibrate
 from hisvd.component import hf_quantizer as _registration  # noqa: F401 (imported for its effect)
 from hisvd.errors import HiSVDError
+from hisvd.estimates import estimate
+from hisvd.settings import CalibrationSettings, Resources
 from hisvd.utils.model_utils import load
 
-__all__ = ["HiSVDError", "load"]
+__all__ = ["CalibrationSettings", "HiSVDError", "Resources", "calibrate", "estimate", "load"]

@@ -1,26 +1,39 @@
 """What the three programs share: error messages, common options, tables."""
 
+import dataclasses
 import functools
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import click
+from tqdm import tqdm
 
 from hisvd.errors import HiSVDError
 from hisvd.utils import distributed
 from hisvd.utils.data_utils import default_data_dir
 
+Settings = TypeVar("Settings")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+class _BesideBars(logging.Handler):
+    """Writes to standard error without breaking into a progress bar's line."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), sys.stderr)
 
 
 def program(function: Callable) -> Callable:
     """Turn HiSVDError into one sentence and exit code 2, Ctrl-C into exit code 130."""
 
+    beside_bars = _BesideBars()
+
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> None:
         logging.getLogger("transformers").setLevel(logging.ERROR)
+        logging.getLogger("hisvd").addHandler(beside_bars)
         try:
             distributed.join()
             function(*args, **kwargs)
@@ -35,6 +48,7 @@ def program(function: Callable) -> Callable:
             sys.exit(130)
         finally:
             distributed.leave()
+            logging.getLogger("hisvd").removeHandler(beside_bars)
 
     return wrapper
 
@@ -79,6 +93,12 @@ def data_dir_option(function: Callable) -> Callable:
         show_default="HISVD_DATA_DIR or data",
         help="Where local copies of the data sets are looked for.",
     )(function)
+
+
+def settings_from(options: dict[str, Any], cls: type[Settings]) -> Settings:
+    """The settings of dataclass `cls` from the options that have its fields' names; the others keep their defaults."""
+    names = {field.name for field in dataclasses.fields(cls)}
+    return cls(**{name: value for name, value in options.items() if name in names})
 
 
 def say(text: str) -> None:
