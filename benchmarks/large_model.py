@@ -18,7 +18,7 @@ import click
 import torch
 from common import Usage, measured, random_llama
 
-from hisvd.estimates import estimated_stages, shapes_of
+from hisvd.estimates import RunSizes, estimated_stages, shapes_of
 from hisvd.tables import table
 from hisvd.utils.files import check_writable_file, make_folder, write_json
 from hisvd.utils.model_utils import Checkpoint, empty_model, open_checkpoint, resolve_device, resolve_dtype
@@ -114,10 +114,9 @@ def run_missing(
 
 def estimates(checkpoint: Checkpoint, nsamples: int, seqlen: int, device: str) -> dict[str, float]:
     """Estimated bytes of memory of the programs, one decoder layer at a time."""
-    shapes, stored = shapes_of(empty_model(checkpoint.config)), checkpoint.config.dtype
-    compute = resolve_dtype("auto", resolve_device(device), stored or torch.bfloat16)
-    sizes = {"nsamples": nsamples, "grad_nsamples": nsamples, "seqlen": seqlen}
-    forward, backward, compression, evaluation = estimated_stages(shapes, **sizes, compute=compute, stored=stored)
+    stored = checkpoint.config.dtype or torch.bfloat16
+    sizes = RunSizes(nsamples, nsamples, seqlen, resolve_dtype("auto", resolve_device(device), stored), stored)
+    forward, backward, compression, evaluation = estimated_stages(shapes_of(empty_model(checkpoint.config)), sizes)
     return {
         "calibrate": max(forward.memory, backward.memory),
         "compress": compression.memory,

@@ -4,21 +4,26 @@ Importing it registers the quantization method `hisvd` with transformers, so tha
 `AutoModelForCausalLM.from_pretrained` loads compressed folders.
 """
 
+from hisvd.calibration import calibrate
 from hisvd.component import hf_quantizer as _registration  # noqa: F401 (imported for its effect)
 from hisvd.compression import CompressedModel, compress
 from hisvd.errors import HiSVDError
+from hisvd.estimates import estimate
 from hisvd.int6_export import export_sparse_int6_model
 from hisvd.plan import Plan, plan
-from hisvd.settings import CompressionSettings, Resources
+from hisvd.settings import CalibrationSettings, CompressionSettings, Resources
 from hisvd.utils.model_utils import load
 
 __all__ = [
+    "CalibrationSettings",
     "CompressedModel",
     "CompressionSettings",
     "HiSVDError",
     "Plan",
     "Resources",
+    "calibrate",
     "compress",
+    "estimate",
     "export_sparse_int6_model",
     "load",
     "plan",

@@ -1,118 +1,141 @@
 """Stream text through the model layer by layer and store what compression needs to know of each layer."""
 
-import sys
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from torch import nn
-from tqdm import tqdm
 
-from hisvd.calibration_cache import MANIFEST, CalibrationCache, input_moment, read_cache
-from hisvd.component.adapter import Adapter
+from hisvd.calibration_cache import MANIFEST, CalibrationCache, read_cache
 from hisvd.errors import HiSVDError
+from hisvd.estimates import RunSizes, activation_bytes, cache_bytes, shapes_of
 from hisvd.gradient_pass import OutputGradientMoments, gradients_at_top, input_gradients
-from hisvd.rare_experts import pool_rare
-from hisvd.shape_utils import Sublayer
+from hisvd.input_moments import InputMoments
+from hisvd.layer_statistics import gradient_statistics, layer_statistics
+from hisvd.settings import CalibrationSettings, Resources
 from hisvd.utils import distributed
 from hisvd.utils.activation_files import ActivationFile, ActivationPair
-from hisvd.utils.files import make_folder
-from hisvd.utils.progress import progress_bar
-from hisvd.utils.streaming import StreamedModel
-from hisvd.whitening_svd import (
-    F_DAMPING,
-    H_DAMPING,
-    cholesky_root,
-    damped,
-    left_singular_vectors,
-    singular_values,
-    whitened,
+from hisvd.utils.data_utils import (
+    CALIBRATION_SPLIT,
+    calibration_windows,
+    default_batch_size,
+    default_data_dir,
+    load_text,
+    split_held_out,
+    token_fingerprint,
+    tokenize,
 )
+from hisvd.utils.files import check_disk, make_folder
+from hisvd.utils.model_utils import Checkpoint, load_tokenizer, open_checkpoint, resolve_device, resolve_dtype
+from hisvd.utils.progress import progress_bar, progress_shown
+from hisvd.utils.streaming import StreamedModel
 
-NUM_LEADING_VECTORS = 64  # right singular vectors of W that the cache keeps
 
+def calibrate(
+    model: str | os.PathLike,
+    folder: str | os.PathLike,
+    settings: CalibrationSettings = CalibrationSettings(),
+    resources: Resources = Resources(),
+) -> CalibrationCache:
+    """Measure what compression needs to know of a model, with one decoder layer in memory at a time.
 
-class InputMoments:
-    """Σ x xᵀ over tokens for every distinct input tensor of a layer's linears.
+    `model` is a folder with safetensors or a Hub id, `folder` the cache's own, made if need be. A run that was
+    interrupted resumes at its first missing layer, and a finished cache is left alone. Several processes (torchrun)
+    share the sequences.
 
-    Hooks note the tensor each linear receives; linears that receive the same tensor (by identity) share one
-    moment, summed in float32 within a batch and float64 across batches. `groups` names them by the adapter, else by
-    their first member.
+    Returns:
+        the finished cache.
+
+    Raises:
+        HiSVDError: the model, text or tokenizer cannot be used; the folder holds something else or a cache of other
+            settings; the disk is too small; weights, activations or gradients are not finite.
     """
+    check_shares(settings)
+    model, folder, device = os.fspath(model), Path(folder), resolve_device(resources.device)
+    checkpoint = open_checkpoint(model)
+    stored = checkpoint.config.dtype or torch.bfloat16
+    dtype = resolve_dtype(settings.dtype, device, stored)
+    tokens, held_out = calibration_text(checkpoint, settings)
+    sizes = RunSizes(settings.nsamples, settings.gradient_windows, settings.seqlen, dtype, stored)
+    identity = {
+        "model": checkpoint.fingerprint(),
+        "data": token_fingerprint(tokens),
+        "held_out": token_fingerprint(held_out),
+        "nsamples": sizes.nsamples,
+        "grad_nsamples": sizes.grad_nsamples,
+        "seqlen": sizes.seqlen,
+        "dtype": str(dtype),
+    }
+    options = {"model_path": model, "dataset": settings.dataset, "sampling": settings.sampling, "seed": settings.seed}
+    num_layers = checkpoint.config.get_text_config().num_hidden_layers
+    with distributed.first_alone():
+        cache = open_or_create_cache(CalibrationCache(folder, identity, num_layers, options))
+        cache.write_tokens(tokens, held_out)
+    if not cache.complete:
+        batch_size = settings.batch_size or default_batch_size(settings.seqlen)
+        streamed = StreamedModel(checkpoint, batch_size, device, dtype, 1e9 * resources.activation_budget_gb)
+        if distributed.is_first():
+            shapes = shapes_of(streamed.skeleton)
+            needed = cache_bytes(shapes, settings.gradients) + activation_bytes(shapes, sizes)
+            check_disk([folder], needed, "Calibration")
+        distributed.wait()
+        with progress_shown(resources.progress):
+            Calibration(streamed, tokens, cache).run()
+    distributed.wait()
+    if distributed.is_first():
+        cache.remove_activations()
+    return cache
 
-    def __init__(self, layer: nn.Module, layer_name: str, adapter: Adapter) -> None:
-        self.layer_name, self.adapter = layer_name, adapter
-        self.groups = {name: list(paths) for name, paths in adapter.groups(layer).items()}
-        self.moments: dict[str, torch.Tensor] = {}
-        self.tokens: dict[str, int] = {}
-        for name, paths in self.groups.items():
-            self._start(name, layer.get_submodule(paths[0]).weight)
-        self._seen: list[tuple[str, torch.Tensor]] = []
-        for path in adapter.sublayer_paths(layer):
-            layer.get_submodule(path).register_forward_pre_hook(self._noting(path))
 
-    def _start(self, group: str, like: torch.Tensor) -> None:
-        self.moments[group] = like.new_zeros(like.shape[-1], like.shape[-1], dtype=torch.float64)
-        self.tokens[group] = 0
+def check_shares(settings: CalibrationSettings) -> None:
+    """Refuse to start more processes than there are sequences.
 
-    def _noting(self, path: str):  # noqa: ANN202 (a hook's closure)
-        def hook(_: nn.Module, args: tuple[torch.Tensor]) -> None:
-            self._seen.append((path, args[0].detach()))
+    Raises:
+        HiSVDError: a process would have none.
+    """
+    if min(settings.nsamples, settings.gradient_windows or settings.nsamples) < distributed.count():
+        raise HiSVDError(
+            f"--nsamples {settings.nsamples} and --grad_nsamples {settings.grad_nsamples} must give each of the "
+            f"{distributed.count()} processes a sequence; raise them, or start fewer processes."
+        )
 
-        return hook
 
-    def add_batch(self) -> None:
-        """Add what the hooks noted during one forward.
+def calibration_text(checkpoint: Checkpoint, settings: CalibrationSettings) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids (nsamples, seqlen) to calibrate on, and windows (k, seqlen) of the same text held out from them.
 
-        Raises:
-            HiSVDError: the adapter's groups are not what the layer does.
-        """
-        observed: list[tuple[list[str], torch.Tensor]] = []
-        for path, x in self._seen:
-            same = next((paths for paths, y in observed if y.data_ptr() == x.data_ptr() and y.shape == x.shape), None)
-            if same is None:
-                observed.append(([path], x))
-            else:
-                same.append(path)
-        self._seen.clear()
-        for paths, x in observed:
-            group = self._name(paths)
-            if group not in self.moments:
-                self._start(group, x)
-            rows = x.reshape(-1, x.shape[-1]).float()
-            self.moments[group] += rows.T @ rows
-            self.tokens[group] += rows.shape[0]
+    Raises:
+        HiSVDError: the data set or the tokenizer cannot be read, or the text is too short.
+    """
+    text = load_text(settings.dataset, CALIBRATION_SPLIT, settings.data_dir or default_data_dir())
+    ids = tokenize(text, load_tokenizer(checkpoint.folder))
+    sizes = (settings.nsamples, settings.seqlen, settings.sampling)
+    ids, held_out = split_held_out(ids, *sizes)
+    return calibration_windows(ids, *sizes, settings.seed, settings.dataset), held_out
 
-    def _name(self, paths: list[str]) -> str:
-        name = next((n for n, members in self.groups.items() if sorted(members) == sorted(paths)), None)
-        if name is None and self.adapter.inputs:
-            raise HiSVDError(
-                f"In {self.layer_name} the linears that share an input are {paths}, which the '{self.adapter.family}' "
-                f"adapter does not say; this version of transformers changed the family."
-            )
-        if name is None:
-            name = paths[0]
-            self.groups[name] = paths
-        return name
 
-    def finish(self) -> None:
-        """Make the moments and the counts of tokens those of all processes, and pool those of rare experts.
+def open_or_create_cache(cache: CalibrationCache) -> CalibrationCache:
+    """What the folder of the empty `cache` holds of it already, else the cache itself, newly written.
 
-        Raises:
-            HiSVDError: a linear that every token should reach was not called.
-        """
-        self.moments = {group: distributed.total(moment) for group, moment in self.moments.items()}
-        self.tokens = {group: int(distributed.total(torch.tensor(count))) for group, count in self.tokens.items()}
-        rare = pool_rare(self.moments, self.tokens)
-        if rare and distributed.is_first():
-            names = ", ".join(rare)
-            tqdm.write(f"{self.layer_name}: too few tokens reach {names}; all experts' moments stand in.", sys.stderr)
-        for group, count in self.tokens.items():
-            if not count:
+    Raises:
+        HiSVDError: the folder holds a cache of other settings, or something else, or cannot be written.
+    """
+    folder = cache.folder
+    if (folder / MANIFEST).exists():
+        found = read_cache(folder)
+        for key, value in cache.identity.items():
+            if found.identity.get(key) != value:
                 raise HiSVDError(
-                    f"In {self.layer_name} nothing calls {self.groups[group]}, as the '{self.adapter.family}' adapter "
-                    "says; this version of transformers changed the family."
+                    f"The cache {folder} was made with another {key} ({found.identity.get(key)}, now {value}); "
+                    "choose another --model_name or --output_dir, or delete that folder."
                 )
+        return found
+    make_folder(folder)
+    if any(folder.iterdir()):
+        raise HiSVDError(
+            f"{folder} exists and is not a calibration cache; choose another --model_name or --output_dir."
+        )
+    cache.write_manifest()
+    return cache
 
 
 class Calibration:
@@ -127,7 +150,7 @@ class Calibration:
         self.streamed, self.tokens, self.cache = streamed, distributed.share(tokens), cache
 
     def run(self) -> None:
-        """Fill the cache, behind what it holds already.
+        """Add to the cache what it does not hold yet.
 
         Raises:
             HiSVDError: missing or non-finite weights, or non-finite activations.
@@ -201,75 +224,3 @@ class Calibration:
 
 def _progress(title: str, done: int, total: int) -> Iterable[int]:
     return progress_bar(range(done, total), title, total=total, initial=done)
-
-
-def layer_statistics(
-    layer: nn.Module, layer_name: str, index: int, moments: InputMoments
-) -> tuple[dict[str, torch.Tensor], list[Sublayer]]:
-    """The cache tensors of one layer (float32, CPU) and its sublayers in order.
-
-    Per input group: `{group}.eigenvalues` (n,) and `{group}.eigenvectors` (n, n) of H = E[x xᵀ], undamped.
-    Per sublayer: `{path}.singular_values` of W and `{path}.whitened_singular_values` of W H^{1/2}, both
-    (min(m, n),), largest first, and `{path}.Vh`, the leading right singular vectors of W as rows.
-    """
-    tensors: dict[str, torch.Tensor] = {}
-    sublayers = []
-    for group, paths in moments.groups.items():
-        moment = moments.moments.pop(group).div_(moments.tokens[group])  # popped: the largest tensors go early
-        tensors[f"{group}.eigenvalues"], tensors[f"{group}.eigenvectors"] = map(_stored, torch.linalg.eigh(moment))
-        root = cholesky_root(moment, H_DAMPING)
-        for path in paths:
-            weight = layer.get_submodule(path).weight
-            sublayers.append(Sublayer(f"{layer_name}.{path}", index, path, group, *weight.shape))
-            tensors[f"{path}.singular_values"] = _stored(singular_values(weight))
-            tensors[f"{path}.whitened_singular_values"] = _stored(singular_values(whitened(weight, root)))
-            tensors[f"{path}.Vh"] = _stored(left_singular_vectors(weight.T, NUM_LEADING_VECTORS).T)
-    return tensors, sublayers
-
-
-def gradient_statistics(
-    layer: nn.Module, cache: CalibrationCache, index: int, moments: OutputGradientMoments
-) -> dict[str, torch.Tensor]:
-    """The gradient pass's cache tensors of one layer (float32, CPU).
-
-    Per sublayer: `{path}.F_eigenvalues` (m,) and `{path}.F_eigenvectors` (m, m) of F = E[g gᵀ], undamped (a mean over
-    all tokens, so that F of an expert is small where few tokens reach it), and
-    `{path}.two_sided_singular_values` of F^{1/2} W H^{1/2}.
-    """
-    tensors: dict[str, torch.Tensor] = {}
-    forward = cache.read_forward(index)
-    for members in cache.groups_of(index):
-        root = cholesky_root(input_moment(members[0], forward, next(layer.parameters()).device), H_DAMPING)
-        for path in (s.path for s in members):
-            f = torch.linalg.eigh(moments.moments.pop(path).div_(moments.tokens))
-            tensors[f"{path}.F_eigenvalues"], tensors[f"{path}.F_eigenvectors"] = map(_stored, f)
-            a = whitened(layer.get_submodule(path).weight, root, damped(*f, F_DAMPING))
-            tensors[f"{path}.two_sided_singular_values"] = _stored(singular_values(a))
-    return tensors
-
-
-def _stored(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.float().cpu().contiguous()
-
-
-def open_or_create_cache(folder: Path, identity: dict, options: dict, num_layers: int) -> CalibrationCache:
-    """The cache in `folder`, to be filled or continued.
-
-    Raises:
-        HiSVDError: the folder holds a cache of other settings, or something else, or cannot be written.
-    """
-    if (folder / MANIFEST).exists():
-        cache = read_cache(folder)
-        for key, value in identity.items():
-            if cache.identity.get(key) != value:
-                raise HiSVDError(
-                    f"The cache {folder} was made with another {key} ({cache.identity.get(key)}, now {value}); "
-                    "choose another --model_name or --output_dir, or delete that folder."
-                )
-        return cache
-    make_folder(folder)
-    if any(folder.iterdir()):
-        raise HiSVDError(f"{folder} exists and is no calibration cache; choose another --model_name or --output_dir.")
-    cache = CalibrationCache(folder, identity, num_layers, options)
-    cache.write_manifest()
-    return cache

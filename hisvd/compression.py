@@ -36,8 +36,8 @@ def compress(
     cache: str | Path | CalibrationCache,
     output: str | Path,
     targets: float | Sequence[float],
-    settings: CompressionSettings = CompressionSettings(),  # noqa: B008 (frozen)
-    resources: Resources = Resources(),  # noqa: B008
+    settings: CompressionSettings = CompressionSettings(),
+    resources: Resources = Resources(),
 ) -> list[CompressedModel]:
     """Compress a model to one or several shares of its linear parameters, without training.
 

@@ -1,11 +1,12 @@
 """What a run will need, from the model's config alone: memory, disk and arithmetic of each stage.
 
 Memory counts what is alive at the worst moment of a stage, on one device: BASE for Python and its libraries, one layer
-(compress.py: one for the original and one a target), its second moments in float64, and the largest temporaries of a
+(compress.py: one for the original and one per target), its second moments in float64, and the largest temporaries of a
 decomposition; or, while tokens are embedded and logits computed, what lies outside the decoder layers. n is the width
 of an input, m that of an output. Products in float64 count twice, decompositions by themselves.
 """
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,10 +14,12 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from hisvd.calibration import NUM_LEADING_VECTORS
 from hisvd.component.families import adapter_for
+from hisvd.layer_statistics import NUM_LEADING_VECTORS
+from hisvd.settings import CalibrationSettings, Resources
 from hisvd.utils.data_utils import TOKENS_A_BATCH
 from hisvd.utils.eval_utils import LOGITS_AT_ONCE
+from hisvd.utils.model_utils import empty_model, local_folder, read_config, resolve_device, resolve_dtype
 from hisvd.utils.streaming import decoder_layers
 
 BASE = 0.55 * 2**30  # bytes: torch, transformers, tokenizer, text
@@ -30,7 +33,7 @@ class Layer:
     """Shapes of one decoder layer: `inputs` lists (n, [m of every linear that reads it])."""
 
     inputs: list[tuple[int, list[int]]]
-    numbers: int
+    parameters: int
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
@@ -40,7 +43,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Shapes:
-    """Shapes of a model: its decoder layers, hidden width, vocabulary, and numbers outside the layers."""
+    """Shapes of a model: its decoder layers, hidden width, vocabulary, and parameters outside the layers."""
 
     layers: list[Layer]
     hidden: int
@@ -48,9 +51,31 @@ class Shapes:
     outside: int
 
     @property
-    def numbers(self) -> int:
-        """Numbers in all tensors."""
-        return self.outside + sum(layer.numbers for layer in self.layers)
+    def parameters(self) -> int:
+        """The parameters of all tensors."""
+        return self.outside + sum(layer.parameters for layer in self.layers)
+
+
+@dataclass(frozen=True)
+class RunSizes:
+    """How much text a run reads, in which dtypes.
+
+    Second moments of inputs come from `nsamples` windows of `seqlen` tokens, those of output gradients from
+    `grad_nsamples` of them. `compute` is the dtype of the forward passes, `stored` that of the checkpoint; compression
+    is to `targets` ratios at once.
+    """
+
+    nsamples: int
+    grad_nsamples: int
+    seqlen: int
+    compute: torch.dtype
+    stored: torch.dtype
+    targets: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all windows."""
+        return self.nsamples * self.seqlen
 
 
 @dataclass(frozen=True)
@@ -62,6 +87,45 @@ class Stage:
     disk: float
     flops: float  # in the compute dtype
     flops_of_decompositions: float  # in float64
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a chain of stages takes on a device that makes so many floating-point operations per second."""
+
+    model_type: str
+    shapes: Shapes
+    sizes: RunSizes
+    device: torch.device
+    rate: float  # in the compute dtype
+    rate_of_decompositions: float  # in float64
+    stages: list[Stage]
+
+    def seconds(self, stage: Stage) -> float:
+        """The time that `stage` takes."""
+        return stage.flops / self.rate + stage.flops_of_decompositions / self.rate_of_decompositions
+
+
+def estimate(
+    model: str | os.PathLike,
+    settings: CalibrationSettings = CalibrationSettings(),
+    resources: Resources = Resources(),
+) -> Estimate:
+    """Memory, disk and time of `calibrate` and of compressing to one target with default settings.
+
+    Reads the config.json of `model` (a folder or a Hub id) alone, and measures the device for some seconds.
+
+    Raises:
+        HiSVDError: no usable config.json, an unknown device, or a family that cannot be compressed.
+    """
+    device = resolve_device(resources.device)
+    config = read_config(local_folder(os.fspath(model), ["config.json"]))
+    stored = config.dtype or torch.bfloat16
+    compute = resolve_dtype(settings.dtype, device, stored)
+    sizes = RunSizes(settings.nsamples, settings.gradient_windows, settings.seqlen, compute, stored)
+    shapes = shapes_of(empty_model(config))
+    rates = measured_rates(device, compute)
+    return Estimate(config.model_type, shapes, sizes, device, *rates, estimated_stages(shapes, sizes))
 
 
 def shapes_of(model: PreTrainedModel) -> Shapes:
@@ -78,44 +142,31 @@ def shapes_of(model: PreTrainedModel) -> Shapes:
         inputs = [(group[0].shape[1], [w.shape[0] for w in group]) for group in weights]
         layers.append(Layer(inputs, sum(p.numel() for p in layer.parameters())))
     text = model.config.get_text_config()
-    outside = sum(p.numel() for p in model.parameters()) - sum(layer.numbers for layer in layers)
+    outside = sum(p.numel() for p in model.parameters()) - sum(layer.parameters for layer in layers)
     return Shapes(layers, text.hidden_size, text.vocab_size, outside)
 
 
-def estimated_stages(
-    shapes: Shapes,
-    *,
-    nsamples: int,
-    grad_nsamples: int,
-    seqlen: int,
-    compute: torch.dtype,
-    stored: torch.dtype,
-    targets: int = 1,
-) -> list[Stage]:
+def estimated_stages(shapes: Shapes, sizes: RunSizes) -> list[Stage]:
     """The stages of calibrate.py, of compress.py with its default settings, and of evaluate.py layer by layer on
     WikiText-2's test split; one process.
-
-    `compute` is the dtype of the forward passes, `stored` that of the checkpoint.
     """
-    sizes = (nsamples, grad_nsamples, seqlen, compute, stored)
-    stages = [_forward(shapes, *sizes)]
-    if grad_nsamples:
-        stages.append(_backward(shapes, *sizes))
-    compression = _compression(shapes, nsamples, seqlen, compute, stored, targets, grad_nsamples > 0)
-    return [*stages, compression, _evaluation(shapes, seqlen, compute, stored)]
+    stages = [_forward(shapes, sizes)]
+    if sizes.grad_nsamples:
+        stages.append(_backward(shapes, sizes))
+    return [*stages, _compression(shapes, sizes), _evaluation(shapes, sizes)]
 
 
-def activation_bytes(shapes: Shapes, nsamples: int, grad_nsamples: int, seqlen: int, compute: torch.dtype) -> int:
+def activation_bytes(shapes: Shapes, sizes: RunSizes) -> int:
     """Bytes of the hidden states that calibrate.py keeps in files: two files of all sequences, which layers read and
     write in turn, and of those with gradients the inputs of all layers and two files of two gradients each.
     """
-    count = 2 * nsamples + grad_nsamples * (len(shapes.layers) + 1 + 4)
-    return count * seqlen * shapes.hidden * compute.itemsize
+    count = 2 * sizes.nsamples + sizes.grad_nsamples * (len(shapes.layers) + 1 + 4)
+    return count * sizes.seqlen * shapes.hidden * sizes.compute.itemsize
 
 
 def cache_bytes(shapes: Shapes, gradients: bool) -> int:
-    """Bytes of the finished cache: float32 eigenvectors of H (n, n) an input and of F (m, m) a linear, and the leading
-    singular vectors and spectra of each linear.
+    """Bytes of the finished cache: float32 eigenvectors of H (n, n) per input and of F (m, m) per linear, and the
+    leading singular vectors and spectra of each linear.
     """
     total = 0
     for layer in shapes.layers:
@@ -127,12 +178,12 @@ def cache_bytes(shapes: Shapes, gradients: bool) -> int:
 
 
 def stream_bytes(hidden: int, tokens: int, compute: torch.dtype, targets: int) -> int:
-    """Bytes of the hidden states that compress.py's update keeps in files: two of the original and two a target."""
+    """Bytes of the hidden states that compress.py's update keeps in files: two of the original and two per target."""
     return 2 * (1 + targets) * tokens * hidden * compute.itemsize
 
 
 def measured_rates(device: torch.device, compute: torch.dtype) -> tuple[float, float]:
-    """Floating-point operations a second of products in `compute` and of eigh in float64, measured now."""
+    """Floating-point operations per second of products in `compute` and of eigh in float64, measured now."""
     a = torch.randn(2048, 2048, device=device).to(compute)
     b = torch.randn(1024, 1024, device=device, dtype=torch.float64)
     b = b @ b.T
@@ -140,7 +191,7 @@ def measured_rates(device: torch.device, compute: torch.dtype) -> tuple[float, f
 
 
 def _seconds(function: Callable[[], object]) -> float:
-    """The faster of two calls behind a first one."""
+    """The faster of two calls after a first one."""
     times = []
     for _ in range(3):
         start = time.perf_counter()
@@ -151,11 +202,11 @@ def _seconds(function: Callable[[], object]) -> float:
     return min(times[1:])
 
 
-def _memory(shapes: Shapes, compute: torch.dtype, stored: torch.dtype, in_layer: float, layers: int = 1) -> float:
+def _memory(shapes: Shapes, sizes: RunSizes, in_layer: float, layers: int = 1) -> float:
     """BASE and the worse of two moments: inside a layer, of which so many copies are held, or outside of the layers."""
-    largest = max(layer.numbers for layer in shapes.layers)
-    outside = (compute.itemsize + stored.itemsize) * shapes.outside
-    return BASE + max(compute.itemsize * layers * largest + in_layer, outside)
+    largest = max(layer.parameters for layer in shapes.layers)
+    outside = (sizes.compute.itemsize + sizes.stored.itemsize) * shapes.outside
+    return BASE + max(sizes.compute.itemsize * layers * largest + in_layer, outside)
 
 
 def _batch(shapes: Shapes, compute: torch.dtype, graph: bool) -> float:
@@ -169,75 +220,72 @@ def _decomposition(m: int, n: int) -> float:
     return 8 * (4 * m * n + 3 * min(m, n) ** 2)
 
 
-def _forward(
-    shapes: Shapes, nsamples: int, grad_nsamples: int, seqlen: int, compute: torch.dtype, stored: torch.dtype
-) -> Stage:
-    tokens, peak, decompositions = nsamples * seqlen, 0.0, 0.0
-    flops = 2 * tokens * (shapes.numbers - shapes.outside) + _attention_flops(shapes, nsamples, seqlen)
+def _forward(shapes: Shapes, sizes: RunSizes) -> Stage:
+    tokens, peak, decompositions = sizes.tokens, 0.0, 0.0
+    flops = 2 * tokens * (shapes.parameters - shapes.outside) + _attention_flops(shapes, sizes.nsamples, sizes.seqlen)
     for layer in shapes.layers:
         sums = sum(8 * n * n for n, _ in layer.inputs)
         eigenvectors = sum(4 * n * n for n, _ in layer.inputs)
         for n, outputs in layer.inputs:
             # The moment is among the sums; eigh adds the vectors and two matrices of workspace, Cholesky two.
             work = max([24 * n * n, *(16 * n * n + _decomposition(m, n) for m in outputs)])
-            peak = max(peak, sums + max(_batch(shapes, compute, False) + 4 * n * n, eigenvectors + work))
+            peak = max(peak, sums + max(_batch(shapes, sizes.compute, False) + 4 * n * n, eigenvectors + work))
         decompositions += sum(FLOPS_OF_EIGH * n**3 for n, _ in layer.inputs)
         decompositions += sum((2 * FLOPS_OF_EIGVALSH + FLOPS_OF_EIGH) * min(s) ** 3 for s in layer.shapes)
         flops += sum(2 * tokens * n * n + 2 / 3 * n**3 for n, _ in layer.inputs)
         flops += sum(2 * (2 * m * n * n + 3 * 2 * m * n * min(m, n)) for m, n in layer.shapes)
-    disk = activation_bytes(shapes, nsamples, grad_nsamples, seqlen, compute) + cache_bytes(shapes, False)
-    return Stage("calibrate: inputs", _memory(shapes, compute, stored, peak), disk, flops, decompositions)
+    disk = activation_bytes(shapes, sizes) + cache_bytes(shapes, False)
+    return Stage("calibrate: inputs", _memory(shapes, sizes, peak), disk, flops, decompositions)
 
 
-def _backward(
-    shapes: Shapes, nsamples: int, grad_nsamples: int, seqlen: int, compute: torch.dtype, stored: torch.dtype
-) -> Stage:
-    tokens, peak, decompositions = grad_nsamples * seqlen, 0.0, 0.0
-    top = BASE + 6 * 4 * LOGITS_AT_ONCE + compute.itemsize * (shapes.outside + TOKENS_A_BATCH * 4 * shapes.hidden)
-    forward = 2 * tokens * (shapes.numbers - shapes.outside) + _attention_flops(shapes, grad_nsamples, seqlen)
+def _backward(shapes: Shapes, sizes: RunSizes) -> Stage:
+    tokens, peak, decompositions = sizes.grad_nsamples * sizes.seqlen, 0.0, 0.0
+    top = BASE + 6 * 4 * LOGITS_AT_ONCE + sizes.compute.itemsize * (shapes.outside + TOKENS_A_BATCH * 4 * shapes.hidden)
+    forward = 2 * tokens * (shapes.parameters - shapes.outside)
+    forward += _attention_flops(shapes, sizes.grad_nsamples, sizes.seqlen)
     flops = 3 * forward + 12 * tokens * shapes.hidden * shapes.vocabulary
     for layer in shapes.layers:
         sums = sum(8 * m * m for m, _ in layer.shapes)
         read = sum(4 * n * n for n, _ in layer.inputs)
         largest = max(max(m, n) for m, n in layer.shapes)
         work = max(24 * m * m + 8 * n * n + _decomposition(m, n) for m, n in layer.shapes)
-        peak = max(peak, sums + max(_batch(shapes, compute, True) + 4 * largest**2, read + work))
+        peak = max(peak, sums + max(_batch(shapes, sizes.compute, True) + 4 * largest**2, read + work))
         decompositions += sum(FLOPS_OF_EIGH * m**3 + FLOPS_OF_EIGVALSH * min(m, n) ** 3 for m, n in layer.shapes)
         flops += sum(2 * (2 + 1 / 3) * n**3 for n, _ in layer.inputs) + sum(4 * tokens * m * m for m, _ in layer.shapes)
         flops += sum(2 * 2 * m * n * (m + n + min(m, n)) for m, n in layer.shapes)
-    disk = activation_bytes(shapes, nsamples, grad_nsamples, seqlen, compute) + cache_bytes(shapes, True)
-    memory = max(top, _memory(shapes, compute, stored, peak))
+    disk = activation_bytes(shapes, sizes) + cache_bytes(shapes, True)
+    memory = max(top, _memory(shapes, sizes, peak))
     return Stage("calibrate: gradients", memory, disk, flops, decompositions)
 
 
-def _compression(
-    shapes: Shapes, nsamples: int, seqlen: int, compute: torch.dtype, stored: torch.dtype, targets: int, gradients: bool
-) -> Stage:
-    tokens, peak, decompositions, flops = nsamples * seqlen, 0.0, 0.0, 0.0
+def _compression(shapes: Shapes, sizes: RunSizes) -> Stage:
+    tokens, targets, gradients = sizes.tokens, sizes.targets, sizes.grad_nsamples > 0
+    peak, decompositions, flops = 0.0, 0.0, 0.0
     for layer in shapes.layers:
-        weights = layer.numbers * stored.itemsize * (1 + targets)
+        weights = layer.parameters * sizes.stored.itemsize * (1 + targets)
         for index, (n, outputs) in enumerate(layer.inputs):
             statistics = gradients * sum(4 * m * m for _, later in layer.inputs[index:] for m in later)
             sums = targets * 8 * (2 * n * n + shapes.hidden * n)
             work = max(16 * n * n + gradients * 8 * m * m + _decomposition(m, n) for m in outputs)
-            batch = _batch(shapes, compute, False) + 4 * n * (3 * TOKENS_A_BATCH + n)  # x, x', x − x', a product
+            batch = _batch(shapes, sizes.compute, False) + 4 * n * (3 * TOKENS_A_BATCH + n)  # x, x', x − x', a product
             peak = max(peak, statistics + weights + sums + max(work, batch))
             flops += 4 / 3 * targets * n**3
-            flops += 2 * tokens * (targets * 2 * n * n + (1 + targets) * layer.numbers / 2)  # half a layer before it
+            flops += 2 * tokens * (targets * 2 * n * n + (1 + targets) * layer.parameters / 2)  # half a layer before it
         decompositions += targets * sum(FLOPS_OF_EIGH * min(s) ** 3 for s in layer.shapes)
         products = sum(m * n * (3 * n + 3 * gradients * m + 3 * min(m, n)) for m, n in layer.shapes)
-        flops += targets * 2 * 2 * products + 2 * tokens * (1 + targets) * layer.numbers
-    flops += 3 * (1 + targets) * _attention_flops(shapes, nsamples, seqlen)
-    disk = targets * shapes.numbers * stored.itemsize + stream_bytes(shapes.hidden, tokens, compute, targets)
-    return Stage("compress", _memory(shapes, compute, stored, peak, 1 + targets), disk, flops, decompositions)
+        flops += targets * 2 * 2 * products + 2 * tokens * (1 + targets) * layer.parameters
+    flops += 3 * (1 + targets) * _attention_flops(shapes, sizes.nsamples, sizes.seqlen)
+    disk = targets * shapes.parameters * sizes.stored.itemsize
+    disk += stream_bytes(shapes.hidden, tokens, sizes.compute, targets)
+    return Stage("compress", _memory(shapes, sizes, peak, 1 + targets), disk, flops, decompositions)
 
 
-def _evaluation(shapes: Shapes, seqlen: int, compute: torch.dtype, stored: torch.dtype) -> Stage:
-    top = BASE + 3 * 4 * LOGITS_AT_ONCE + compute.itemsize * shapes.outside
-    memory = max(top, _memory(shapes, compute, stored, _batch(shapes, compute, False)))
-    flops = 2 * EVALUATED_TOKENS * (shapes.numbers - shapes.outside + shapes.hidden * shapes.vocabulary)
-    flops += _attention_flops(shapes, EVALUATED_TOKENS // seqlen, seqlen)
-    disk = 2 * EVALUATED_TOKENS * shapes.hidden * compute.itemsize
+def _evaluation(shapes: Shapes, sizes: RunSizes) -> Stage:
+    top = BASE + 3 * 4 * LOGITS_AT_ONCE + sizes.compute.itemsize * shapes.outside
+    memory = max(top, _memory(shapes, sizes, _batch(shapes, sizes.compute, False)))
+    flops = 2 * EVALUATED_TOKENS * (shapes.parameters - shapes.outside + shapes.hidden * shapes.vocabulary)
+    flops += _attention_flops(shapes, EVALUATED_TOKENS // sizes.seqlen, sizes.seqlen)
+    disk = 2 * EVALUATED_TOKENS * shapes.hidden * sizes.compute.itemsize
     return Stage("evaluate --offload_folder", memory, disk, flops, 0.0)
 
 

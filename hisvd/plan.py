@@ -35,7 +35,7 @@ class Plan:
 def plan(
     cache: str | Path | CalibrationCache,
     targets: float | Sequence[float],
-    settings: CompressionSettings = CompressionSettings(),  # noqa: B008 (frozen)
+    settings: CompressionSettings = CompressionSettings(),
 ) -> list[Plan]:
     """Decide the rank of every sublayer for each target, in seconds, from the calibration cache alone.
 

@@ -65,6 +65,11 @@ class CalibrationSettings:
         check_at_least("grad_nsamples", self.grad_nsamples, 1)
         check_at_least("batch_size", self.batch_size, 1)
 
+    @property
+    def gradient_windows(self) -> int:
+        """The number of windows whose gradients are measured."""
+        return min(self.grad_nsamples, self.nsamples) if self.gradients else 0
+
 
 @dataclass(frozen=True)
 class CompressionSettings:

@@ -3,6 +3,7 @@
 import json
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,11 +11,12 @@ from conftest import build_model, calibrate_arguments, run, start
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from hisvd.calibration import InputMoments
+import hisvd
 from hisvd.calibration_cache import SPECTRA, read_cache
 from hisvd.component.adapter import Adapter
 from hisvd.errors import HiSVDError
 from hisvd.gradient_pass import drawn_labels
+from hisvd.input_moments import InputMoments
 from hisvd.utils.data_utils import CALIBRATION_SPLIT, calibration_windows, load_text, split_held_out, tokenize
 
 
@@ -208,6 +210,21 @@ def test_finished_cache_is_left_alone(model_folders, tmp_path):
     again = run("calibrate", *arguments)
     assert again.code == 0 and "nothing to do" in again.output
     assert before == {f: f.stat().st_mtime_ns for f in (tmp_path / "tiny_n6_s32_with_hessian").iterdir()}
+
+
+def test_the_function_fills_the_same_cache_and_prints_nothing(model_folders, caches, tmp_path, capfd):
+    settings = hisvd.CalibrationSettings(nsamples=6, seqlen=32, dataset="python-docs", batch_size=4)
+    quiet = hisvd.Resources(progress=False)
+    for _ in range(2):  # the second time it is finished already
+        cache = hisvd.calibrate(model_folders["llama"], tmp_path / "any name", settings, quiet)
+        assert cache.complete and cache.folder == tmp_path / "any name"
+    output, error = capfd.readouterr()
+    assert output == "" and "layers" not in error
+    assert sorted(f.name for f in cache.folder.iterdir()) == sorted(f.name for f in caches["llama"].iterdir())
+    for file in caches["llama"].iterdir():
+        assert (cache.folder / file.name).read_bytes() == file.read_bytes()
+    with pytest.raises(HiSVDError, match="made with another data"):
+        hisvd.calibrate(model_folders["llama"], cache.folder, replace(settings, seqlen=16), quiet)
 
 
 def test_batch_size_changes_only_rounding(model_folders, caches, tmp_path):

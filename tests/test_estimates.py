@@ -12,7 +12,7 @@ from transformers import LlamaConfig, MixtralConfig
 
 import hisvd
 from hisvd.calibration_cache import read_cache
-from hisvd.estimates import activation_bytes, cache_bytes, estimated_stages, shapes_of, stream_bytes
+from hisvd.estimates import RunSizes, activation_bytes, cache_bytes, estimated_stages, shapes_of, stream_bytes
 from hisvd.utils import save_utils
 from hisvd.utils.activation_files import ActivationFile
 from hisvd.utils.model_utils import empty_model, open_checkpoint
@@ -24,7 +24,7 @@ TB = 10**12
 
 def test_shapes_are_those_of_the_model():
     shapes = shapes_of(empty_model(LlamaConfig(**LLAMA_7B)))
-    assert shapes.numbers == 6_738_415_616  # the published count
+    assert shapes.parameters == 6_738_415_616  # the published count
     assert shapes.layers[0].shapes == [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
     mixture = shapes_of(empty_model(MixtralConfig(**SHARED, **HEADS, num_local_experts=3)))
     assert len(mixture.layers[0].shapes) == 4 + 9
@@ -43,8 +43,8 @@ def test_disk_of_a_calibration_is_what_its_files_take(model_folders, caches, tmp
     assert run("calibrate", *calibrate_arguments(model_folders["llama"], tmp_path)).code == 0
     checkpoint = open_checkpoint(str(model_folders["llama"]))
     shapes = shapes_of(empty_model(checkpoint.config))
-    sizes = {"nsamples": 6, "grad_nsamples": 6, "seqlen": 32, "compute": torch.float32}
-    assert sum(written.values()) == activation_bytes(shapes, **sizes)
+    sizes = RunSizes(nsamples=6, grad_nsamples=6, seqlen=32, compute=torch.float32, stored=torch.float32)
+    assert sum(written.values()) == activation_bytes(shapes, sizes)
     eigenvalues = sum(n + sum(ms) for layer in shapes.layers for n, ms in layer.inputs)  # not worth counting
     stored = [file for file in caches["llama"].glob("*.safetensors") if file.name != "tokens.safetensors"]
     numbers = sum(t.numel() for file in stored for t in load_file(file).values())
@@ -91,8 +91,8 @@ def test_dry_run_needs_a_config_alone(tmp_path):
 def test_estimates_grow_with_what_they_depend_on():
     def peak(layers=2, nsamples=8, targets=1, **shape):
         config = LlamaConfig(**{**SHARED, **HEADS, **shape, "num_hidden_layers": layers})
-        sizes = {"nsamples": nsamples, "grad_nsamples": 4, "seqlen": 32, "compute": torch.float32}
-        return estimated_stages(shapes_of(empty_model(config)), **sizes, stored=torch.float32, targets=targets)[:3]
+        sizes = RunSizes(nsamples, 4, 32, torch.float32, torch.float32, targets)
+        return estimated_stages(shapes_of(empty_model(config)), sizes)[:3]
 
     one, deeper, longer = peak(), peak(layers=20), peak(nsamples=16)
     for base, deep, long in zip(one, deeper, longer, strict=True):

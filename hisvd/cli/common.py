@@ -2,12 +2,14 @@
 
 import functools
 import logging
+import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, NoReturn, TypeVar
 
 import click
+from tqdm import tqdm
 
 from hisvd.errors import HiSVDError
 from hisvd.utils import distributed
@@ -17,12 +19,22 @@ Settings = TypeVar("Settings")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
+class _BesideBars(logging.Handler):
+    """Writes to standard error without breaking into a progress bar's line."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), sys.stderr)
+
+
 def program(function: Callable) -> Callable:
     """Turn HiSVDError into one sentence and exit code 2, Ctrl-C into exit code 130; several processes end together."""
+
+    beside_bars = _BesideBars()
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> None:
         logging.getLogger("transformers").setLevel(logging.ERROR)
+        logging.getLogger("hisvd").addHandler(beside_bars)
         try:
             distributed.join()
             function(*args, **kwargs)
@@ -40,6 +52,8 @@ def program(function: Callable) -> Callable:
                 error.show()
                 distributed.fail(error.exit_code)
             stop(traceback.format_exc().rstrip(), 1)
+        finally:
+            logging.getLogger("hisvd").removeHandler(beside_bars)
 
     return wrapper
 
@@ -92,12 +106,13 @@ def data_dir_option(function: Callable) -> Callable:
     )(function)
 
 
+def settings_from(options: dict[str, Any], cls: type[Settings]) -> Settings:
+    """The settings of dataclass `cls` from the options that have its fields' names; the others keep their defaults."""
+    names = {field.name for field in fields(cls)}
+    return cls(**{name: value for name, value in options.items() if name in names})
+
+
 def say(text: str) -> None:
     """Print, in the first of several processes."""
     if distributed.is_first():
         click.echo(text)
-
-
-def settings_from(options: dict[str, Any], cls: type[Settings]) -> Settings:
-    """The settings dataclass `cls` with those of its fields that a program's options bear."""
-    return cls(**{field.name: options[field.name] for field in fields(cls) if field.name in options})

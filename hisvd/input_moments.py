@@ -1,0 +1,96 @@
+"""The forward half of calibration: second moments of what the linears of a decoder layer receive."""
+
+import logging
+
+import torch
+from torch import nn
+
+from hisvd.component.adapter import Adapter
+from hisvd.errors import HiSVDError
+from hisvd.rare_experts import pool_rare
+from hisvd.utils import distributed
+
+
+class InputMoments:
+    """Σ x xᵀ over tokens for every distinct input tensor of a layer's linears.
+
+    Hooks note the tensor each linear receives; linears that receive the same tensor (by identity) share one
+    moment, summed in float32 within a batch and float64 across batches. `groups` names them by the adapter, else by
+    their first member.
+    """
+
+    def __init__(self, layer: nn.Module, layer_name: str, adapter: Adapter) -> None:
+        self.layer_name, self.adapter = layer_name, adapter
+        self.groups = {name: list(paths) for name, paths in adapter.groups(layer).items()}
+        self.moments: dict[str, torch.Tensor] = {}
+        self.tokens: dict[str, int] = {}
+        for name, paths in self.groups.items():
+            self._start(name, layer.get_submodule(paths[0]).weight)
+        self._seen: list[tuple[str, torch.Tensor]] = []
+        for path in adapter.sublayer_paths(layer):
+            layer.get_submodule(path).register_forward_pre_hook(self._noting(path))
+
+    def _start(self, group: str, like: torch.Tensor) -> None:
+        self.moments[group] = like.new_zeros(like.shape[-1], like.shape[-1], dtype=torch.float64)
+        self.tokens[group] = 0
+
+    def _noting(self, path: str):  # noqa: ANN202 (a hook's closure)
+        def hook(_: nn.Module, args: tuple[torch.Tensor]) -> None:
+            self._seen.append((path, args[0].detach()))
+
+        return hook
+
+    def add_batch(self) -> None:
+        """Add what the hooks noted during one forward.
+
+        Raises:
+            HiSVDError: the adapter's groups are not what the layer does.
+        """
+        observed: list[tuple[list[str], torch.Tensor]] = []
+        for path, x in self._seen:
+            same = next((paths for paths, y in observed if y.data_ptr() == x.data_ptr() and y.shape == x.shape), None)
+            if same is None:
+                observed.append(([path], x))
+            else:
+                same.append(path)
+        self._seen.clear()
+        for paths, x in observed:
+            group = self._name(paths)
+            if group not in self.moments:
+                self._start(group, x)
+            rows = x.reshape(-1, x.shape[-1]).float()
+            self.moments[group] += rows.T @ rows
+            self.tokens[group] += rows.shape[0]
+
+    def _name(self, paths: list[str]) -> str:
+        name = next((n for n, members in self.groups.items() if sorted(members) == sorted(paths)), None)
+        if name is None and self.adapter.inputs:
+            raise HiSVDError(
+                f"In {self.layer_name} the linears that share an input are {paths}, which the '{self.adapter.family}' "
+                f"adapter does not say; this version of transformers changed the family."
+            )
+        if name is None:
+            name = paths[0]
+            self.groups[name] = paths
+        return name
+
+    def finish(self) -> None:
+        """Make the moments and the counts of tokens those of all processes, and pool those of rare experts.
+
+        Raises:
+            HiSVDError: a linear that every token should reach was not called.
+        """
+        self.moments = {group: distributed.total(moment) for group, moment in self.moments.items()}
+        self.tokens = {group: int(distributed.total(torch.tensor(count))) for group, count in self.tokens.items()}
+        rare = pool_rare(self.moments, self.tokens)
+        if rare and distributed.is_first():
+            names = ", ".join(rare)
+            logging.getLogger("hisvd").warning(
+                "%s: too few tokens reach %s; all experts' moments stand in.", self.layer_name, names
+            )
+        for group, count in self.tokens.items():
+            if not count:
+                raise HiSVDError(
+                    f"In {self.layer_name} nothing calls {self.groups[group]}, as the '{self.adapter.family}' adapter "
+                    "says; this version of transformers changed the family."
+                )
