@@ -1,0 +1,144 @@
+"""compress.py started again after a kill at an awkward moment: nothing finished is lost, nothing foreign is deleted."""
+
+import json
+
+import pytest
+import torch
+from conftest import expect_sentence, run, saved_tensors
+
+from hisvd import compression, int6_gate
+from hisvd.utils import save_utils
+from hisvd.utils.save_utils import ModelWriter
+
+
+@pytest.fixture
+def command(model_folders, caches, tmp_path):
+    """compress.py to OUT in the test's folder."""
+
+    def call(targets, *options, output="out"):
+        where = ["--model_path", model_folders["llama"], "--calib_cache", caches["llama"]]
+        goal = ["--target_compression", targets, "--save_model", tmp_path / output]
+        return run("compress", *where, *goal, *options)
+
+    return call
+
+
+@pytest.fixture
+def factored(monkeypatch):
+    """The numbers of the layers that are factored from now on."""
+    layers, real = [], compression.factor_layer
+    monkeypatch.setattr(
+        compression,
+        "factor_layer",
+        lambda job, update, index, *rest: layers.append(index) or real(job, update, index, *rest),
+    )
+    return layers
+
+
+def kill_once(monkeypatch, owner, name, when=lambda *args: True):
+    """The first call of owner.name for which `when` holds is interrupted."""
+    real, killed = getattr(owner, name), []
+
+    def interrupted(*args, **kwargs):
+        if not killed and when(*args):
+            killed.append(True)
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, interrupted)
+
+
+def assert_same(left, right):
+    left, right = saved_tensors(left), saved_tensors(right)
+    assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize("moment", ["complete", "save"])
+def test_a_kill_while_the_file_is_put_together_keeps_all_shards(command, factored, tmp_path, monkeypatch, moment):
+    if moment == "save":
+        kill_once(monkeypatch, save_utils.torch, "save")
+    else:
+        kill_once(monkeypatch, ModelWriter, "complete")
+    options = ("--update", "none")
+    assert command("0.6", *options, output="out.pt").code == 130
+    assert factored == [0, 1, 2, 3] and not (tmp_path / "out.pt").exists()
+    assert command("0.6", *options, output="out.pt").code == 0
+    assert factored == [0, 1, 2, 3] and not (tmp_path / "out.pt.partial").exists()
+    assert command("0.6", *options, output="whole.pt").code == 0
+    assert_same(tmp_path / "out.pt", tmp_path / "whole.pt")
+
+
+@pytest.mark.parametrize("ending", ["", ".pt"])
+def test_a_kill_after_the_first_of_two_outputs_resumes_with_the_second(
+    command, factored, tmp_path, monkeypatch, ending
+):
+    kill_once(monkeypatch, ModelWriter, "finish", lambda writer: "50p" in writer.output.name)
+    assert command("0.8,0.5", output=f"out{ending}").code == 130
+    first = tmp_path / f"out_80p{ending}"
+    stamp = first.stat().st_mtime_ns
+    again = command("0.8,0.5", output=f"out{ending}")
+    assert again.code == 0, again
+    assert factored == [0, 1, 2, 3] and first.stat().st_mtime_ns == stamp and again.output.count("Saved to") == 2
+    assert sorted(p.name for p in tmp_path.glob("out*")) == [f"out_50p{ending}", f"out_80p{ending}"]
+
+
+def test_a_finished_output_is_left_as_it_is(command, factored, tmp_path):
+    assert command("0.6", "--update", "none").code == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    factored.clear()
+    assert command("0.6", "--update", "none").code == 0
+    assert not factored and before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    expect_sentence(command("0.6", "--update", "none", "--factors", "svd"), str(tmp_path / "out"), "exists already")
+
+
+def test_the_decision_of_the_quality_gate_outlives_a_kill(command, tmp_path, monkeypatch):
+    options = ("--export", "int6", "--quality_gate_delta", "0.5", "--update", "none")
+    kill_once(monkeypatch, ModelWriter, "complete")
+    assert command("1", *options).code == 130
+    monkeypatch.setattr(int6_gate, "longest_within", None)  # measured once, on the shards before their codes
+    assert command("1", *options).code == 0
+    monkeypatch.undo()
+    assert command("1", *options, output="whole").code == 0
+    assert_same(tmp_path / "out", tmp_path / "whole")
+    gates = [json.loads((tmp_path / name / "hisvd.json").read_text())["quality_gate"] for name in ("out", "whole")]
+    assert gates[0] == gates[1] and gates[0]["exported"]
+
+
+@pytest.mark.parametrize("lost", ["streams", "processes"])
+def test_without_its_hidden_states_an_update_redoes_only_what_is_missing(
+    command, factored, tmp_path, monkeypatch, lost
+):
+    kill_once(monkeypatch, ModelWriter, "write_shard", lambda writer, index, tensors: index == 3)
+    assert command("0.6").code == 130
+    assert factored == [0, 1, 2, 3]
+    for file in (tmp_path / "out.partial" / "work").glob("*.bin"):
+        if lost == "streams":
+            file.unlink()
+        else:  # two processes name theirs so
+            file.rename(file.with_name(file.name.replace("_even", "_0_of_2_even").replace("_odd", "_0_of_2_odd")))
+    factored.clear()
+    assert command("0.6").code == 0
+    assert factored == [3]
+    assert command("0.6", output="whole").code == 0
+    assert_same(tmp_path / "out", tmp_path / "whole")
+    assert not list((tmp_path / "out").glob("*.bin")) and not (tmp_path / "out" / "work").exists()
+
+
+def test_folders_that_are_not_ours_are_never_deleted(command, tmp_path):
+    mine = tmp_path / "out.partial" / "thesis.bin"
+    mine.parent.mkdir()
+    mine.write_text("years of work")
+    expect_sentence(command("0.6", "--update", "none"), str(mine.parent), "not an unfinished run")
+    assert mine.read_text() == "years of work"
+    mine.rename(tmp_path / "out.pt.partial.bin")
+    mine.parent.rmdir()
+    assert command("0.6", "--update", "none").code == 0
+
+
+def test_an_unfinished_run_of_other_settings_is_kept(command, tmp_path, monkeypatch):
+    kill_once(monkeypatch, ModelWriter, "write_shard", lambda writer, index, tensors: index == 2)
+    assert command("0.6", "--update", "none").code == 130
+    shards = {path: path.stat().st_mtime_ns for path in (tmp_path / "out.partial").glob("*.safetensors")}
+    expect_sentence(command("0.7", "--update", "none"), "out.partial", "other settings", "--save_model")
+    assert len(shards) == 2 and all(path.stat().st_mtime_ns == stamp for path, stamp in shards.items())
+    assert command("0.6", "--update", "none").code == 0
