@@ -45,7 +45,7 @@ def _linear(weight: torch.Tensor) -> nn.Linear:
 
 
 def kind_of(path: str) -> str:
-    """`path` with a star for the number of an expert: the same for all experts' linears of one kind."""
+    """`path` with a star for an expert's number: the same for all experts' linears of one kind."""
     return re.sub(r"\bexperts\.\d+\.", "experts.*.", path)
 
 

@@ -21,7 +21,7 @@ from hisvd.sparse_int6 import (
     rows_at_once,
 )
 
-FEW_TOKENS = 4  # up to which the fused product is quicker than dequantizing for a matrix product
+FEW_TOKENS = 4  # up to which the fused product is faster than dequantizing for a matrix product
 # Every chunk keeps its pairs 0 and 1: legal metadata for a module that waits for its weights.
 EMPTY_METADATA = 0x44444444
 
@@ -131,7 +131,7 @@ def fused_product(device: str) -> Callable | None:
         compiled(torch.ones(1, 128, device=device), example.packed_weight, example.metadata, example.scales)
     except Exception as error:  # whatever a missing or broken compiler raises
         logging.getLogger("hisvd").warning(
-            "INT6 products of few tokens run without torch.compile, slower: %s", str(error).strip().split("\n")[0]
+            "INT6 products of few tokens run without torch.compile, more slowly: %s", str(error).strip().split("\n")[0]
         )
         return None
     return compiled

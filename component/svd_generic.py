@@ -9,7 +9,7 @@ from hisvd.component.adapter import Adapter
 from hisvd.component.int6_linear import INT6SparseLinear
 from hisvd.errors import HiSVDError
 
-LINEARS = (nn.Linear, Conv1D, INT6SparseLinear)  # factored modules hold one of them, too
+LINEARS = (nn.Linear, Conv1D, INT6SparseLinear)  # factored modules hold one of them as well
 
 
 def generic_adapter(model: nn.Module, num_layers: int, mixtures: Sequence[str]) -> Adapter:
@@ -25,8 +25,8 @@ def generic_adapter(model: nn.Module, num_layers: int, mixtures: Sequence[str]) 
     fused = next((name for name, p in model.named_parameters() if p.dim() == 3 and ".experts." in name), None)
     if fused:
         raise HiSVDError(
-            f"The experts of the model type '{model.config.model_type}' ({fused}) are not supported; of the mixtures "
-            f"of experts HiSVD compresses {', '.join(mixtures)}."
+            f"The experts of the model type '{model.config.model_type}' ({fused}) are not supported; the mixtures of "
+            f"experts that HiSVD compresses are {', '.join(mixtures)}."
         )
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == num_layers:

@@ -1,9 +1,9 @@
 """Which pairs an INT6 weight keeps, and their values, by what they do to the outputs on the model's own inputs.
 
-The error is ‖(W − Ŵ) H^{1/2}‖, as in whitening_svd. A first pass goes through the chunks of 8 columns with the columns
-still open free to make good what the chunk errs (SparseGPT, arXiv 2301.00774, chunk by chunk with its saliency of
-optimal brain surgeon); then every chunk is chosen again, given all others, until little changes (coordinate descent,
-as QuantEase, arXiv 2309.01885). No step raises the error.
+The error is ‖(W − Ŵ) H^{1/2}‖, as in whitening_svd. A first pass goes through the chunks of 8 columns; the columns not
+yet chosen are free to compensate for the error of the chunk (SparseGPT, arXiv 2301.00774, chunk by chunk with its
+saliency of optimal brain surgeon); then every chunk is chosen again, given all others, until little changes (coordinate
+descent, as QuantEase, arXiv 2309.01885). No step raises the error.
 """
 
 import itertools
@@ -132,15 +132,16 @@ def _first_pass(
 ) -> torch.Tensor:
     """Kept values (m, n), from the last chunk to the first; `root` is lower triangular, root rootᵀ = H.
 
-    With the columns before a chunk free, what the chunk and those behind it err is measured by the root alone.
+    With the columns before a chunk free, the error of the chunk and of the columns after it is measured by the root
+    alone.
     """
     error, values = torch.zeros_like(weight), torch.zeros_like(weight)
     for block_end in range(weight.shape[1], 0, -BLOCK):
         block = max(0, block_end - BLOCK)
-        behind = error[:, block_end:] @ root[block_end:, block:block_end]
+        after = error[:, block_end:] @ root[block_end:, block:block_end]
         for start in range(block_end - CHUNK, block - 1, -CHUNK):
             end = start + CHUNK
-            shift = behind[:, start - block : end - block] + error[:, end:block_end] @ root[end:block_end, start:end]
+            shift = after[:, start - block : end - block] + error[:, end:block_end] @ root[end:block_end, start:end]
             diagonal = root[start:end, start:end]
             wanted = weight[:, start:end] + torch.linalg.solve_triangular(diagonal, shift, upper=False, left=False)
             values[:, start:end] = best_chunk(wanted, metrics.of(start), scales)
@@ -168,8 +169,8 @@ def _sweep(
 class ChunkMetrics(NamedTuple):
     """What `best_chunk` needs of the metrics (..., 8, 8) of one chunk or of all.
 
-    For every choice of two pairs, `fill` (..., 6, 4, 8) gives the best kept values, kept = fill · wanted, which make
-    good what the dropped ones did as far as they can; `slope` (..., 6, 4, 4) feeds errors of rounding back.
+    For every choice of two pairs, `fill` (..., 6, 4, 8) gives the best kept values, kept = fill · wanted, which
+    compensate for the dropped ones as far as they can; `slope` (..., 6, 4, 4) feeds rounding errors back.
     """
 
     metric: torch.Tensor

@@ -1,4 +1,4 @@
-"""Lossless packing of a low-rank pair: the same matrix from r² fewer numbers and fewer FLOPs.
+"""Lossless packing of a low-rank pair: the same matrix from r² fewer parameters and with fewer FLOPs.
 
 A rank-r matrix is determined by r of its rows and the coefficients that rebuild the other rows from them.
 Source: PIFA, arXiv 2501.19090; the exchange of rows is maxvol (Goreinov et al., "How to find a good submatrix", 2010).
@@ -53,7 +53,7 @@ def _exchange_rows(order: torch.Tensor, coefficients: torch.Tensor) -> None:
 
 
 def _row_order(pivots: torch.Tensor, rows: int) -> torch.Tensor:
-    """LAPACK's list of row swaps (1-based, one a column) as an order of the rows, shape (rows,)."""
+    """LAPACK's list of row swaps (1-based, one per column) as an order of the rows, shape (rows,)."""
     order = list(range(rows))
     for i, j in enumerate(pivots.tolist()):
         order[i], order[j - 1] = order[j - 1], order[i]

@@ -1,6 +1,6 @@
 """Stage 1 and the loss-aware allocation: the ranks of all sublayers that spend exactly the budget.
 
-A share is a count of stored numbers (float) for one sublayer; shares become ranks only at the end.
+A share is a count of stored parameters (float) for one sublayer; shares become ranks only at the end.
 """
 
 import math
@@ -11,9 +11,11 @@ import torch
 from hisvd.errors import HiSVDError
 from hisvd.shape_utils import Sublayer, largest_rank, next_rank, stored_parameters
 
+SMALLEST_SHARE = 1e-12  # of a sublayer's size: one that asks for nothing gets what the others have no room for
+
 
 def budget_of(sublayers: Sequence[Sublayer], target: float) -> int:
-    """Numbers that may be stored in all: floor(target · Σ mn)."""
+    """Parameters that may be stored in all: floor(target · Σ mn)."""
     return math.floor(target * sum(s.size for s in sublayers) + 1e-6)
 
 
@@ -39,7 +41,7 @@ def stage1_shares(
 
 
 def project_shares(shares: Sequence[float], sublayers: Sequence[Sublayer], target: float, form: str) -> list[float]:
-    """Clip every share to [numbers of rank 1, mn] and rescale the others until the sum is the budget.
+    """Clip every share to [parameters of rank 1, mn] and rescale the others until the sum is the budget.
 
     The clipped sum grows with the common scale, so that the scale is found by bisection.
 
@@ -47,7 +49,8 @@ def project_shares(shares: Sequence[float], sublayers: Sequence[Sublayer], targe
         HiSVDError: the budget does not even hold rank 1 everywhere.
     """
     budget = budget_of(sublayers, target)
-    floors = _rank_one_numbers(sublayers, target, form)
+    floors = _rank_one_parameters(sublayers, target, form)
+    shares = [max(share, SMALLEST_SHARE * s.size) for share, s in zip(shares, sublayers, strict=True)]
 
     def clipped(scale: float) -> list[float]:
         return [
@@ -63,8 +66,8 @@ def project_shares(shares: Sequence[float], sublayers: Sequence[Sublayer], targe
     return clipped(low if sum(clipped(high)) > budget else high)
 
 
-def _rank_one_numbers(sublayers: Sequence[Sublayer], target: float, form: str) -> list[int]:
-    """The numbers of rank 1 of every sublayer, which must fit the budget."""
+def _rank_one_parameters(sublayers: Sequence[Sublayer], target: float, form: str) -> list[int]:
+    """The parameters of rank 1 of every sublayer, which must fit the budget."""
     floors = [stored_parameters(1, s.shape, form) for s in sublayers]
     if sum(floors) > budget_of(sublayers, target):
         smallest = sum(floors) / sum(s.size for s in sublayers)
@@ -76,7 +79,7 @@ def _rank_one_numbers(sublayers: Sequence[Sublayer], target: float, form: str) -
 
 
 def ranks_from_shares(shares: Sequence[float], sublayers: Sequence[Sublayer], target: float, form: str) -> list[int]:
-    """Ranks whose stored numbers sum to at most the budget, with no room left for one more rank.
+    """Ranks whose stored parameters sum to at most the budget, with no room left for one more rank.
 
     Every share is rounded down to a rank; what is left goes one rank at a time to the sublayer that is
     furthest below its share.
@@ -109,20 +112,17 @@ def loss_ranks(
 
     `singular_values` holds those of the whitened weights, largest first; with two-sided whitening half the sum
     estimates the loss added. For a multiplier λ every sublayer takes the rank (or dense, tail 0) that minimises
-    tail + λ · numbers, and λ is bisected: exact on the convex hull. What is left of the budget is spent on the
-    ranks that lower the tail most per number.
+    tail + λ · parameters, and λ is bisected: exact on the convex hull. What is left of the budget is spent on the
+    ranks that lower the tail most per parameter, and where no rank lowers a tail any more, on all alike.
 
     Raises:
         HiSVDError: the budget does not even hold rank 1 everywhere.
     """
     budget = budget_of(sublayers, target)
-    _rank_one_numbers(sublayers, target, form)  # refuses a target that is too small
-    tails, costs = [], []
-    for sigma, s in zip(singular_values, sublayers, strict=True):
-        energy = sigma.double().square()
-        tails.append((energy.sum() - energy.cumsum(0)).clamp_min(0))  # tails[k][r − 1] is tail_k(r)
-        tails[-1][-1] = 0
-        costs.append(torch.tensor([stored_parameters(r, s.shape, form) for r in range(1, s.full_rank + 1)]).double())
+    _rank_one_parameters(sublayers, target, form)  # refuses a target that is too small
+    cost_of = {shape: _costs(shape, form) for shape in {s.shape for s in sublayers}}
+    costs = [cost_of[s.shape] for s in sublayers]
+    tails = [_tails(sigma) for sigma in singular_values]
 
     def ranks_at(multiplier: float) -> list[int]:
         return [int((t + multiplier * c).argmin()) + 1 for t, c in zip(tails, costs, strict=True)]
@@ -149,6 +149,29 @@ def loss_ranks(
                 gains.append((float(rates[best]), k, r + int(affordable[best]) + 1))
         if not gains:
             return ranks
-        _, k, rank = max(gains)
+        rate, k, rank = max(gains)
+        if rate <= 0 or low == 0:  # low: however little a tail counts, the budget holds all that lowers it
+            return _spread(left, ranks, sublayers, target, form)
         left -= float(costs[k][rank - 1] - costs[k][ranks[k] - 1])
         ranks[k] = rank
+
+
+def _costs(shape: tuple[int, int], form: str) -> torch.Tensor:
+    """Parameters stored at the ranks 1 … min(m, n), float64."""
+    return torch.tensor([stored_parameters(r, shape, form) for r in range(1, min(shape) + 1)]).double()
+
+
+def _tails(singular_values: torch.Tensor) -> torch.Tensor:
+    """Σ_{i>r} σ_i² for the ranks r = 1 … len(σ), float64; the last is 0."""
+    energy = singular_values.double().square()
+    tails = (energy.sum() - energy.cumsum(0)).clamp_min(0)
+    tails[-1] = 0
+    return tails
+
+
+def _spread(left: float, ranks: list[int], sublayers: Sequence[Sublayer], target: float, form: str) -> list[int]:
+    """Larger `ranks` for the `left` parameters of the budget, each sublayer's part by what it lacks to be dense."""
+    stored = [stored_parameters(r, s.shape, form) for r, s in zip(ranks, sublayers, strict=True)]
+    lacking = sum(s.size for s in sublayers) - sum(stored)
+    shares = [n + (s.size - n) * left / lacking for n, s in zip(stored, sublayers, strict=True)]
+    return ranks_from_shares(shares, sublayers, target, form)

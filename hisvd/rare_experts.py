@@ -9,8 +9,8 @@ def pool_rare(sums: dict[str, torch.Tensor], tokens: dict[str, int]) -> list[str
     """Replace Σ v vᵀ (n, n) over an expert's tokens, where these are fewer than n, by the sum over all experts.
 
     Fewer tokens than channels leave directions unseen. The pooled sum is scaled to the expert's own count of tokens
-    (at least one, which `tokens` then says, too). Both arguments are changed in place and keyed by the name of a linear
-    or of a group of them. Returns the names of those replaced.
+    (at least one, which `tokens` then says as well). Both arguments are changed in place and keyed by the name of a
+    linear or of a group of them. Returns the names of those replaced.
     """
     rare = [name for name in sums if is_routed(name) and tokens[name] < len(sums[name])]
     for kind in {kind_of(name) for name in rare}:

@@ -17,7 +17,7 @@ def round_with_feedback(weight: torch.Tensor, root: torch.Tensor, dtype: torch.d
     """`weight` (m, n) on the grid of `dtype`, as float64, with a small ‖(weight − rounded) root‖_F.
 
     `root` is lower triangular (n, n). From the last column to the first, each takes up what the errors of the columns
-    behind it do to the same entry of the product.
+    after it do to the same entry of the product.
     """
     slope = root / root.diagonal()
     rounded, error = torch.empty_like(weight), torch.zeros_like(weight)

@@ -49,7 +49,7 @@ def quantize(pruned: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def make_encodable(q: torch.Tensor) -> torch.Tensor:
-    """The nearest code the format can hold: two kept pairs a chunk, two non-zero values each.
+    """The nearest code the format can hold: two kept pairs per chunk, two non-zero values each.
 
     The first two pairs that are not zero are kept, the lowest others added where there are fewer. A zero beside a
     non-zero value becomes ±1 with its sign, a kept pair of zeros (1, 1).
@@ -86,7 +86,7 @@ def kept_pairs(metadata: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def unpack(payload: torch.Tensor, metadata: torch.Tensor, dtype: torch.dtype = torch.int8) -> torch.Tensor:
-    """q (rows, cols) of a payload and its metadata, as numbers of `dtype` (any of 1, 2 or 4 bytes)."""
+    """q (rows, cols) of a payload and its metadata, in `dtype` (any of 1, 2 or 4 bytes)."""
     low, middle, high = payload.unflatten(1, (-1, 3)).to(torch.int32).unbind(-1)
     codes = torch.stack([low | (middle & 15) << 8, middle >> 4 | high << 4], -1)
     code = torch.arange(4096, device=payload.device)
@@ -138,7 +138,7 @@ def dequantize(
 def check_packed(
     packed_weight: torch.Tensor, metadata: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int]
 ) -> None:
-    """Refuse what is no packed weight of `shape` (out_features, in_features).
+    """Refuse what is not a packed weight of `shape` (out_features, in_features).
 
     Raises:
         HiSVDError: a wrong size or dtype, kept pairs out of order, or a scale that is not finite.
@@ -153,7 +153,7 @@ def check_packed(
         if tensor.dtype != dtype or tensor.shape != size:
             raise HiSVDError(
                 f"{name} is {tensor.dtype} {tuple(tensor.shape)}, but an INT6 weight of shape {shape} needs "
-                f"{dtype} {size}; the file is damaged or of another program."
+                f"{dtype} {size}; the file is damaged or from another program."
             )
     first, second = kept_pairs(metadata)
     if not (first < second).all():

@@ -14,6 +14,10 @@ import torch
 
 H_DAMPING = 1e-4  # added to H as a fraction of its mean diagonal entry
 F_DAMPING = 1e-2  # the same for F, which is inverted
+# Added at least, for a moment that is zero: in float64 its root can be inverted and its square is not 0, so that such a
+# moment weighs all directions alike; in float32 it is 0, so that what it weighs counts for nothing beside the others.
+SMALLEST = 1e-100
+VANISHING = 1e-20  # the largest entry of F's root below which factors as large as its inverse could not be stored
 
 
 class Whitening(NamedTuple):
@@ -34,18 +38,18 @@ class SecondMoment(NamedTuple):
 
 
 def damped(eigenvalues: torch.Tensor, eigenvectors: torch.Tensor, damping: float) -> SecondMoment:
-    """Add damping · mean diagonal entry · I; eigenvalues that rounding left below zero count as zero."""
+    """Add damping · mean diagonal entry · I, SMALLEST at least; eigenvalues that rounding left below 0 count as 0."""
     values = eigenvalues.double().clamp_min(0)
-    return SecondMoment(values + damping * values.mean(), eigenvectors.double())
+    return SecondMoment(values + (damping * values.mean()).clamp_min(SMALLEST), eigenvectors.double())
 
 
 def cholesky_root(moment: torch.Tensor, damping: float) -> torch.Tensor:
-    """Lower-triangular L (n, n) in float64, L Lᵀ = `moment` + damping · mean diagonal entry · I.
+    """Lower-triangular L (n, n) in float64, L Lᵀ = `moment` + damping · mean diagonal entry (SMALLEST at least) · I.
 
     Eigenvalues that rounding left below zero count as zero.
     """
     shifted = moment.to(torch.float64, copy=True)
-    shift = (damping * shifted.diagonal().mean()).clamp_min(torch.finfo(torch.float64).tiny)
+    shift = (damping * shifted.diagonal().mean()).clamp_min(SMALLEST)
     shifted.diagonal().add_(shift)
     root, failed = torch.linalg.cholesky_ex(shifted)
     if not failed:
@@ -96,10 +100,13 @@ def low_rank_factors(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(left, right) of shapes (m, r), (r, n) in float64: left @ right = F^{−1/2} U_r U_rᵀ F^{1/2} W.
 
-    `left_basis` holds the left singular vectors of `whitened(weight, root, f)` for the same f.
+    `left_basis` holds the left singular vectors of `whitened(weight, root, f)` for the same f. An F that is zero, or
+    nearly so, gives factors of no extreme size: only ratios within F matter to the product.
     """
     left = left_basis[:, :rank]
     if f is None:
         return left, left.T @ weight.double()
     root = f.eigenvalues.sqrt()[:, None]
+    if root.max() < VANISHING:
+        root = root / root.max()
     return f.eigenvectors @ (left / root), (f.eigenvectors @ (left * root)).T @ weight.double()

@@ -55,7 +55,7 @@ def second_moment(n, seed=0):
 
 
 def legal_codes(rows, chunks, seed=0):
-    """Random codes that the format can hold: two pairs a chunk, no zero in them."""
+    """Random codes that the format can hold: two pairs per chunk, no zero in them."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randint(-32, 31, (rows, chunks, 4, 2), generator=generator)
     values[values >= 0] += 1

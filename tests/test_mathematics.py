@@ -78,9 +78,9 @@ def random_psd(n, rank, seed):
 def test_largest_rank_is_the_largest_that_fits(shape, form):
     m, n = shape
     useful = [r for r in range(1, min(shape)) if not is_dense(r, shape, form)] + [min(shape)]
-    for numbers in range(m + n, m * n + 1):
-        fitting = [r for r in useful if stored_parameters(r, shape, form) <= numbers]
-        assert largest_rank(numbers, shape, form) == max(fitting, default=1), numbers
+    for parameters in range(m + n, m * n + 1):
+        fitting = [r for r in useful if stored_parameters(r, shape, form) <= parameters]
+        assert largest_rank(parameters, shape, form) == max(fitting, default=1), parameters
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -328,7 +328,7 @@ def test_singular_values_and_vectors_agree_with_the_svd_also_when_rank_deficient
 
 
 @pytest.mark.parametrize(("m", "n", "rank"), [(12, 20, 5), (20, 12, 11), (9, 9, 1), (5, 40, 4)])
-def test_packing_is_lossless_and_stores_r_squared_fewer_numbers(m, n, rank):
+def test_packing_is_lossless_and_stores_r_squared_fewer_parameters(m, n, rank):
     torch.manual_seed(rank)
     left, right = torch.randn(m, rank), torch.randn(rank, n)
     base, coefficients, permutation = pack_pivoted(left, right)
