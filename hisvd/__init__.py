@@ -6,6 +6,6 @@ Importing it registers the quantization method `hisvd` with transformers, so tha
 
 from hisvd.component import hf_quantizer as _registration  # noqa: F401 (imported for its effect)
 from hisvd.errors import HiSVDError
-from hisvd.utils.model_utils import load
+from hisvd.utils.load_utils import load
 
 __all__ = ["HiSVDError", "load"]

@@ -13,13 +13,8 @@ from hisvd.component.hf_quantizer import METHOD
 from hisvd.errors import HiSVDError
 from hisvd.sparse_int6 import COLUMNS, FORMAT_NAME, USER_ALIAS
 from hisvd.utils.files import atomic_path, make_folder, sync_file, write_json, write_tensors
-from hisvd.utils.model_utils import (
-    INDEX_NAME,
-    PT_FILE_PREFIX,
-    PT_FORMAT,
-    Checkpoint,
-    open_safetensors,
-)
+from hisvd.utils.load_utils import PT_FILE_PREFIX, PT_FORMAT
+from hisvd.utils.model_utils import INDEX_NAME, Checkpoint, open_safetensors
 
 REPORT = "hisvd.json"
 PLAN = "plan.json"

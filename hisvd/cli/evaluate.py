@@ -23,14 +23,13 @@ from hisvd.utils.eval_utils import (
     weight_file_bytes,
 )
 from hisvd.utils.files import check_writable_file, make_folder, write_json
+from hisvd.utils.load_utils import load, tokenizer_of
 from hisvd.utils.model_utils import (
-    load,
     local_folder,
     open_checkpoint,
     read_config,
     resolve_device,
     resolve_dtype,
-    tokenizer_of,
 )
 from hisvd.utils.streaming import StreamedModel
 
