@@ -18,6 +18,7 @@ class Adapter:
     An empty `inputs` means: every nn.Linear inside the decoder layers, grouped by the tensor they receive.
     `stream` names the sublayers whose outputs are added to the residual stream as they are, in order.
     `experts` takes the place of the inputs named mlp_… in layers with experts; a star stands for each of them.
+    `needs_bos` is set where text that does not start with BOS breaks the model: every window then gets it.
     """
 
     family: str
@@ -25,6 +26,7 @@ class Adapter:
     inputs: Groups
     stream: tuple[str, ...] = ()
     experts: Groups = field(default_factory=dict)
+    needs_bos: bool = False
 
     def groups(self, layer: nn.Module) -> Groups:
         """The sublayers of `layer` by the input they share; empty: to be found out."""

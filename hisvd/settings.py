@@ -2,11 +2,15 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 from hisvd.errors import HiSVDError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SAMPLINGS = ("random", "first")
+# How the text of an evaluation is tokenized. Published tables (SVD-LLM's code and those built on it) let the tokenizer
+# add its special tokens once, at the ends of the joined text: for Llama one BOS, which shifts every window by a token.
+PROTOCOLS = {"default": {"add_special_tokens": False}, "svd-llm": {"add_special_tokens": True}}
 
 
 @dataclass(frozen=True)
@@ -61,27 +65,54 @@ class EvaluationSettings:
     """How a model is evaluated.
 
     `seqlen` tokens per window (None: 2048, or the model's limit if that is lower), `nsamples` windows of each data set
-    (None: all). `offload_folder` measures perplexity with one decoder layer in memory at a time, with hidden states in
-    that folder meanwhile. `speed` also measures prefill and decoding. `data_dir` and `dtype` are as in
+    (None: all). `protocol` is "default" (text tokenized without special tokens) or "svd-llm" (with the tokenizer's
+    own, as in published tables). `offload_folder` measures perplexity with one decoder layer in memory at a time, with
+    hidden states in that folder meanwhile. `speed` also measures prefill and decoding. `data_dir` and `dtype` are as in
     CalibrationSettings.
     """
 
     data_dir: str | None = None
     seqlen: int | None = None
     nsamples: int | None = None
-    offload_folder: str | None = None
+    protocol: str = "default"
+    offload_folder: str | Path | None = None
     speed: bool = False
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
         """Refuse what no run could use."""
         check_choice("dtype", self.dtype, DTYPES)
+        check_choice("protocol", self.protocol, PROTOCOLS)
         check_at_least("seqlen", self.seqlen, 2)
         check_at_least("nsamples", self.nsamples, 1)
         if self.offload_folder and self.speed:
             raise HiSVDError(
                 "--speed needs the whole model in memory, so it does not go with --offload_folder; leave one out."
             )
+
+
+@dataclass(frozen=True)
+class StudySettings:
+    """Which text the attention-residual study reads, and what it shows.
+
+    A row of token ids is cut into windows of `seqlen` tokens (None: 256, or the model's limit if that is lower), each
+    with the token `bos` in front if it is given; ids that come as windows stay as they are. The first `calib_blocks`
+    windows give the residuals' directions, the next `n_blocks` (fewer where the text ends) the perplexities. `source`
+    names the text in messages and progress bars, which `progress` shows on standard error.
+    """
+
+    seqlen: int | None = None
+    n_blocks: int = 30
+    calib_blocks: int = 4
+    bos: int | None = None
+    source: str = "the given ids"
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse what no run could use."""
+        check_at_least("seqlen", self.seqlen, 2)
+        check_at_least("n_blocks", self.n_blocks, 1)
+        check_at_least("calib_blocks", self.calib_blocks, 1)
 
 
 def check_choice(name: str, value: str, choices: object) -> None:

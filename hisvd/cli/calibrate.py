@@ -11,14 +11,15 @@ from hisvd.calibration_cache import cache_folder
 from hisvd.cli.common import activation_budget_option, data_dir_option, device_option, dtype_option, program, say, table
 from hisvd.errors import HiSVDError
 from hisvd.estimates import activation_bytes, cache_bytes, estimated_stages, measured_rates, shapes_of
+from hisvd.settings import CalibrationSettings
 from hisvd.utils import distributed
 from hisvd.utils.data_utils import (
     CALIBRATION_SPLIT,
-    calibration_windows,
+    calibration_tokens,
     default_batch_size,
     file_safe,
+    leading_bos,
     load_text,
-    split_held_out,
     token_fingerprint,
     tokenize,
 )
@@ -103,9 +104,10 @@ def main(
         return
     checkpoint = open_checkpoint(model_path)
     torch_dtype = resolve_dtype(dtype, torch_device, checkpoint.config.dtype or torch.bfloat16)
-    ids = tokenize(load_text(dataset, CALIBRATION_SPLIT, data_dir), load_tokenizer(checkpoint.folder))
-    ids, held_out = split_held_out(ids, nsamples, seqlen, sampling)
-    tokens = calibration_windows(ids, nsamples, seqlen, sampling, seed, dataset)
+    tokenizer = load_tokenizer(checkpoint.folder)
+    ids = tokenize(load_text(dataset, CALIBRATION_SPLIT, data_dir), tokenizer)
+    text_settings = CalibrationSettings(nsamples, seqlen, dataset, data_dir, sampling, seed)
+    tokens, held_out = calibration_tokens(ids, text_settings, leading_bos(checkpoint.config, tokenizer))
     identity = {
         "model": checkpoint.fingerprint(),
         "data": token_fingerprint(tokens),
