@@ -3,19 +3,25 @@
 import json
 import math
 
+import datasets
 import psutil
 import pytest
 import torch
-from conftest import HEADS, SHARED, build_model, expect_sentence, run
-from transformers import AutoModelForCausalLM, Gemma2Config
+from conftest import CONFIGS, HEADS, SHARED, build_model, calibrate_arguments, expect_sentence, run
+from tokenizers import Tokenizer, processors
+from transformers import AutoModelForCausalLM, Gemma2Config, PreTrainedTokenizerFast
 
+from hisvd import evaluation
+from hisvd.calibration_cache import read_cache
 from hisvd.errors import HiSVDError
+from hisvd.settings import PROTOCOLS
 from hisvd.utils import eval_utils
 from hisvd.utils.data_utils import (
     CALIBRATION_SPLIT,
     EVALUATION_SPLIT,
     calibration_windows,
     evaluation_windows,
+    load_documents,
     load_text,
     tokenize,
 )
@@ -80,11 +86,9 @@ def test_int6_layer_by_layer_and_what_does_not_go_with_it(chain, tmp_path, monke
 
 
 def test_bfloat16_keeps_the_rotary_frequencies_in_float32(chain, monkeypatch):
-    from hisvd.cli import evaluate
-
     seen = []
-    real = evaluate.perplexity
-    monkeypatch.setattr(evaluate, "perplexity", lambda model, *a: seen.append(model) or real(model, *a))
+    real = evaluation.perplexity
+    monkeypatch.setattr(evaluation, "perplexity", lambda model, *a: seen.append(model) or real(model, *a))
     options = ["--datasets", "python-docs", "--nsamples", 1, "--seqlen", 32, "--dtype", "bfloat16"]
     assert run("evaluate", "--model_path", chain("llama", "0.8", "out"), *options).code == 0
     assert seen[0].dtype == torch.bfloat16
@@ -97,15 +101,122 @@ def test_seqlen_beyond_the_models_limit_is_refused(model_folders):
     assert run("evaluate", *options, "--nsamples", 1).code == 0  # by default the limit itself
 
 
-def test_named_data_sets_from_the_data_dir(tmp_path):
-    (tmp_path / "wikitext2-test.txt").write_text(" = A = \n text\n")
-    (tmp_path / "ptb-test.txt").write_text("no it was n't\n")
-    documents = [json.dumps({"text": f"document {i}", "url": ""}) for i in range(2005)]
-    (tmp_path / "c4-validation.json").write_text("\n".join(documents))
-    assert load_text("wikitext2", EVALUATION_SPLIT, str(tmp_path)) == " = A = \n text\n"
-    assert load_text("ptb", EVALUATION_SPLIT, str(tmp_path)) == "no it was n't\n"
-    c4 = load_text("c4", EVALUATION_SPLIT, str(tmp_path))
-    assert c4.startswith("document 0\n\ndocument 1\n\n") and c4.endswith("document 1999")
+RAW = {
+    "wikitext2": " \r\n = A = \r\n \r\n text , and more \r\n \r\n",
+    "ptb": " no it was n't black monday \n but while <unk> \n",
+}
+HUB_ROWS = {  # what the Hub's loading scripts made of those files
+    "wikitext2": ["", " = A = \n", "", " text , and more \n", ""],
+    "ptb": ["no it was n't black monday", "but while <unk>"],
+    "c4": [f"document {i}" for i in range(2005)],
+}
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """The Hub's rows in place of the Hub."""
+    names = {"Salesforce/wikitext": "wikitext2", "ptb-text-only/ptb_text_only": "ptb", "allenai/c4": "c4"}
+
+    def load_dataset(repository, *_, split, streaming=False, **__):
+        assert split in ("test", "train", "validation")
+        rows = HUB_ROWS[names[repository]]
+        return [{"text": row} for row in rows] if streaming else {"text": rows, "sentence": rows}
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+
+
+@pytest.mark.parametrize("splits", [EVALUATION_SPLIT, CALIBRATION_SPLIT])
+@pytest.mark.parametrize("name", HUB_ROWS)
+def test_local_files_of_named_data_sets_are_joined_as_the_hubs_rows(tmp_path, hub, name, splits):
+    rows = HUB_ROWS[name][: 2000 if splits is EVALUATION_SPLIT else None]
+    from_hub = load_documents(name, splits, str(tmp_path))
+    assert from_hub == rows
+    if name == "c4":
+        lines = "\n\n".join(json.dumps({"text": row, "url": ""}) for row in HUB_ROWS[name])
+        (tmp_path / f"c4-{splits[name]}.json").write_text(lines)
+    else:
+        (tmp_path / f"{name}-{splits[name]}.txt").write_bytes(RAW[name].encode())
+    datasets.load_dataset = None  # the local file is enough; the fixture restores it
+    assert load_documents(name, splits, str(tmp_path)) == from_hub
+    assert load_text(name, splits, str(tmp_path)) == "\n\n".join(rows)
+
+
+def test_file_given_by_its_path_is_read_as_it_is(tmp_path):
+    (tmp_path / "wikitext2-test.txt").write_bytes(RAW["wikitext2"].encode())
+    documents = load_documents(str(tmp_path / "wikitext2-test.txt"), EVALUATION_SPLIT)
+    assert documents == [RAW["wikitext2"].replace("\r\n", "\n")]
+    (tmp_path / "text.md").write_text("a\n\nb")
+    assert load_documents(str(tmp_path / "text.md"), EVALUATION_SPLIT) == ["a\n\nb"]
+    (tmp_path / "lines.jsonl").write_text('{"text": "a"}\n\n{"text": "b"}\n')
+    assert load_documents(str(tmp_path / "lines.jsonl"), EVALUATION_SPLIT) == ["a", "b"]
+    (tmp_path / "lines.json").write_text('{"text": 1}\n')
+    with pytest.raises(HiSVDError, match="'text' string"):
+        load_documents(str(tmp_path / "lines.json"), EVALUATION_SPLIT)
+
+
+@pytest.fixture(scope="module")
+def bos_tokenizer(tokenizer):
+    """One that starts a text with BOS, as Llama's and Gemma's do."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    bos = backend.token_to_id("~")
+    backend.post_processor = processors.TemplateProcessing(single="~ $A", special_tokens=[("~", bos)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="~")
+
+
+@pytest.fixture(scope="module")
+def bos_folders(tmp_path_factory, bos_tokenizer):
+    root, gemma = tmp_path_factory.mktemp("bos"), Gemma2Config(**SHARED, **HEADS, head_dim=16)
+    configs = {"gemma2": gemma, "llama": CONFIGS["llama"]}
+    return {name: build_model(config, root / name, bos_tokenizer) for name, config in configs.items()}
+
+
+def scored_windows(monkeypatch, measure, *arguments):
+    """The windows that evaluate.py passes to `measure`."""
+    seen, real = [], getattr(evaluation, measure)
+    monkeypatch.setattr(
+        evaluation, measure, lambda model, windows, *a: seen.append(windows) or real(model, windows, *a)
+    )
+    result = run("evaluate", *arguments, "--datasets", "python-docs", "--seqlen", 32, "--nsamples", 4)
+    assert result.code == 0, result
+    return seen[0]
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_family_that_needs_bos_gets_it_in_every_window(bos_folders, bos_tokenizer, tmp_path, monkeypatch, protocol):
+    text = load_text("python-docs", EVALUATION_SPLIT)
+    ids = bos_tokenizer(text, add_special_tokens=False)["input_ids"]
+    options = ["--model_path", bos_folders["gemma2"], "--protocol", protocol]
+    windows = scored_windows(monkeypatch, "perplexity", *options)
+    assert windows.shape == (4, 32) and (windows[:, 0] == bos_tokenizer.bos_token_id).all()
+    assert windows[:, 1:].flatten().tolist() == ids[: 4 * 31]
+    offload = ["--offload_folder", tmp_path / "offload"]
+    assert torch.equal(scored_windows(monkeypatch, "streamed_perplexity", *options, *offload), windows)
+
+
+def test_family_that_needs_bos_is_calibrated_with_it(bos_folders, bos_tokenizer, tmp_path):
+    for name, folder in bos_folders.items():
+        assert run("calibrate", *calibrate_arguments(folder, tmp_path, name)).code == 0
+        cache = read_cache(tmp_path / f"{name}_n6_s32_with_hessian")
+        assert cache.read_tokens().shape == (6, 32)
+        for windows in (cache.read_tokens(), cache.read_held_out()):
+            starts = windows[:, 0] == bos_tokenizer.bos_token_id
+            assert starts.all() if name == "gemma2" else not starts.any()
+    other = load_text("python-docs", CALIBRATION_SPLIT)
+    assert bos_tokenizer.decode(read_cache(tmp_path / "gemma2_n6_s32_with_hessian").read_tokens()[0, 1:]) in other
+
+
+def test_protocol_of_published_tables(bos_folders, bos_tokenizer, tmp_path, monkeypatch):
+    """As SVD-LLM's code cuts windows: one BOS starts the stream, and every window shifts by one token."""
+    documents = load_documents("python-docs", EVALUATION_SPLIT)
+    published = torch.tensor(bos_tokenizer("\n\n".join(documents))["input_ids"])
+    where = ["--model_path", bos_folders["llama"], "--json", tmp_path / "e.json"]
+    windows = scored_windows(monkeypatch, "perplexity", *where, "--protocol", "svd-llm")
+    assert torch.equal(windows.flatten(), published[: 4 * 32])
+    (figures,) = json.loads((tmp_path / "e.json").read_text())
+    assert figures["protocol"] == "svd-llm" and figures["documents"] == {"python-docs": len(documents)}
+    assert torch.equal(scored_windows(monkeypatch, "perplexity", *where).flatten(), published[1 : 4 * 32 + 1])
+    (figures,) = json.loads((tmp_path / "e.json").read_text())
+    assert figures["protocol"] == "default"
 
 
 def test_python_docs_splits_are_disjoint():

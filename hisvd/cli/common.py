@@ -3,16 +3,18 @@
 import functools
 import logging
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any, TypeVar
 
 import click
 
 from hisvd.errors import HiSVDError
+from hisvd.settings import DTYPES
 from hisvd.utils import distributed
 from hisvd.utils.data_utils import default_data_dir
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+Settings = TypeVar("Settings")
 
 
 def program(function: Callable) -> Callable:
@@ -79,6 +81,16 @@ def data_dir_option(function: Callable) -> Callable:
         show_default="HISVD_DATA_DIR or data",
         help="Where local copies of the data sets are looked for.",
     )(function)
+
+
+def settings_from(options: Mapping[str, Any], cls: type[Settings], **others: Any) -> Settings:
+    """The settings dataclass `cls` made of the options that have its fields' names, and of `others`."""
+    return cls(**{field.name: options[field.name] for field in fields(cls) if field.name in options}, **others)
+
+
+def comma_separated(text: str) -> list[str]:
+    """The parts of a comma-separated option that are not blank."""
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def say(text: str) -> None:
