@@ -94,17 +94,22 @@ def evaluate_texts(model: str | Path, texts: Texts, settings: EvaluationSettings
             name: evaluation_windows(ids, tokens.seqlen, settings.nsamples, name, tokens.bos)
             for name, ids in tokens.ids.items()
         }
+        measured: dict[str, dict] = {}
         loaded: PreTrainedModel | StreamedModel
         if settings.offload_folder:
             loaded = streamed_model(path, device, settings.dtype, tokens.seqlen)
+            stored, dense = linear_numbers(loaded.skeleton)
             make_folder(Path(settings.offload_folder))
             with tempfile.TemporaryDirectory(dir=settings.offload_folder) as folder:
                 ppl = {name: streamed_perplexity(loaded, w, name, Path(folder)) for name, w in windows.items()}
         else:
             loaded = whole_model(path, device, settings.dtype)
+            stored, dense = linear_numbers(loaded)
             ppl = {name: perplexity(loaded, w, name) for name, w in windows.items()}
-        stored, dense = linear_numbers(loaded.skeleton if isinstance(loaded, StreamedModel) else loaded)
-        figures = {
+            if settings.speed:
+                rates = speed(loaded, next(iter(windows.values()))[0])
+                measured["speed"] = {**rates, "peak_memory_bytes": peak_memory(device)}
+        return {
             "model": path,
             "linear_numbers_stored": stored,
             "linear_numbers_dense": dense,
@@ -116,11 +121,8 @@ def evaluate_texts(model: str | Path, texts: Texts, settings: EvaluationSettings
             "protocol": settings.protocol,
             "documents": {name: len(documents) for name, documents in texts.items()},
             "perplexity": ppl,
+            **measured,
         }
-        if settings.speed:
-            figures["speed"] = speed(loaded, next(iter(windows.values()))[0])
-            figures["speed"]["peak_memory_bytes"] = peak_memory(loaded.device)
-        return figures
 
 
 @dataclass(frozen=True)

@@ -66,9 +66,9 @@ class EvaluationSettings:
 
     `seqlen` tokens per window (None: 2048, or the model's limit if that is lower), `nsamples` windows of each data set
     (None: all). `protocol` is "default" (text tokenized without special tokens) or "svd-llm" (with the tokenizer's
-    own, as in published tables). `offload_folder` measures perplexity with one decoder layer in memory at a time, with
-    hidden states in that folder meanwhile. `speed` also measures prefill and decoding. `data_dir` and `dtype` are as in
-    CalibrationSettings.
+    own, as in published tables); under both every window of a family that needs it (Gemma) starts with BOS.
+    `offload_folder` measures perplexity with one decoder layer in memory at a time, with hidden states in that folder
+    meanwhile. `speed` also measures prefill and decoding. `data_dir` and `dtype` are as in CalibrationSettings.
     """
 
     data_dir: str | None = None

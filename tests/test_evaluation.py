@@ -2,17 +2,22 @@
 
 import json
 import math
+import shutil
+from dataclasses import replace
 
 import datasets
 import psutil
 import pytest
 import torch
 from conftest import CONFIGS, HEADS, SHARED, build_model, calibrate_arguments, expect_sentence, run
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, processors
 from transformers import AutoModelForCausalLM, Gemma2Config, PreTrainedTokenizerFast
 
+import hisvd
 from hisvd import evaluation
 from hisvd.calibration_cache import read_cache
+from hisvd.cli import attention_study
 from hisvd.errors import HiSVDError
 from hisvd.settings import PROTOCOLS
 from hisvd.utils import eval_utils
@@ -25,6 +30,7 @@ from hisvd.utils.data_utils import (
     load_text,
     tokenize,
 )
+from hisvd.utils.load_utils import bytes_in_memory, load
 
 
 def test_perplexity_equals_the_models_own_loss_in_any_chunking(model_folders, monkeypatch):
@@ -93,6 +99,112 @@ def test_bfloat16_keeps_the_rotary_frequencies_in_float32(chain, monkeypatch):
     assert run("evaluate", "--model_path", chain("llama", "0.8", "out"), *options).code == 0
     assert seen[0].dtype == torch.bfloat16
     assert seen[0].model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+def test_api_gives_the_programs_figures_and_shows_nothing(chain, tmp_path, capfd):
+    folder = chain("llama", "0.8", "out")
+    options = ["--datasets", "python-docs", "--seqlen", 32, "--nsamples", 3, "--json", tmp_path / "e.json"]
+    assert run("evaluate", "--model_path", folder, *options).code == 0
+    (expected,) = json.loads((tmp_path / "e.json").read_text())
+    capfd.readouterr()
+    settings, quiet = hisvd.EvaluationSettings(seqlen=32, nsamples=3), hisvd.Resources(progress=False)
+    assert hisvd.evaluate(folder, ["python-docs"], settings, quiet) == expected
+    offload = replace(settings, offload_folder=tmp_path / "offload")
+    streamed = hisvd.evaluate(str(folder), ["python-docs"], offload, quiet)
+    assert streamed["perplexity"]["python-docs"] == pytest.approx(expected["perplexity"]["python-docs"], rel=1e-5)
+    assert capfd.readouterr() == ("", "")
+    hisvd.evaluate(folder, ["python-docs"], settings)
+    assert "perplexity on python-docs" in capfd.readouterr().err
+
+
+def test_settings_that_no_run_could_use():
+    for settings in ({"protocol": "gptq"}, {"dtype": "float8"}, {"seqlen": 1}, {"nsamples": 0}):
+        (name, value), *_ = settings.items()
+        with pytest.raises(HiSVDError, match=f"--{name} .*{value}"):
+            hisvd.EvaluationSettings(**settings)
+    with pytest.raises(HiSVDError, match="--datasets"):
+        hisvd.evaluate("nowhere", [])
+
+
+def test_perplexity_that_is_not_finite_is_refused(model_folders, tmp_path):
+    folder = shutil.copytree(model_folders["llama"], tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    options = ["--model_path", folder, "--datasets", "python-docs", "--seqlen", 32, "--nsamples", 2]
+    study = [*options[:-2], "--n_blocks", 1, "--calib_blocks", 1, "--attention_residual"]
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    expect_sentence(run("evaluate", *options, "--json", tmp_path / "e.json"), "python-docs", "nan")
+    expect_sentence(run("evaluate", *study), "python-docs", "nan")
+    assert not (tmp_path / "e.json").exists()
+    tensors["model.norm.weight"][0] = 1
+    tensors["model.layers.3.self_attn.q_proj.weight"][0] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    expect_sentence(run("evaluate", *study), "layer 3", "NaN")
+
+
+@pytest.fixture
+def accelerator(monkeypatch):
+    """An accelerator whose free memory a test sets; nothing can be computed on it."""
+    free = {"bytes": 10**9}
+    for module in (evaluation, attention_study):
+        monkeypatch.setattr(module, "resolve_device", lambda device: torch.device("cuda:0"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free["bytes"], 10**10))
+    return free
+
+
+@pytest.mark.parametrize("output", ["out", "out.pt"])
+def test_free_memory_is_the_accelerators(chain, accelerator, monkeypatch, output):
+    path = chain("llama", "0.8", output)
+    options = ["--model_path", path, "--datasets", "python-docs", "--seqlen", 32, "--nsamples", 1]
+    accelerator["bytes"] = 1000
+    expect_sentence(run("evaluate", *options), str(path), "on cuda:0", "--offload_folder")
+    expect_sentence(run("evaluate", *options[:4], "--attention_residual"), str(path), "on cuda:0")
+    # The host may be full: the model does not pass through its memory.
+    accelerator["bytes"] = 10**9
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: None)
+    loaded = []
+    monkeypatch.setattr(evaluation, "load", lambda *arguments: loaded.append(arguments) or load(path))
+    assert run("evaluate", *options).code == 0
+    assert loaded == [(str(path), None, torch.device("cuda:0"))]
+
+
+def test_pt_is_checked_against_the_hosts_memory(chain, monkeypatch):
+    path = chain("llama", "0.8", "out.pt")
+    needed = bytes_in_memory(path, None)
+    assert 0.9 * path.stat().st_size < needed < path.stat().st_size
+    options = ["--model_path", path, "--datasets", "python-docs", "--seqlen", 32, "--nsamples", 1]
+    memory = psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=needed))
+    assert run("evaluate", *options).code == 0
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=needed - 1))
+    expect_sentence(run("evaluate", *options), "out.pt", "as a folder", "--offload_folder", "--dtype")
+
+
+def test_bytes_in_memory_are_those_of_the_loaded_model(chain):
+    for output in ("out", "out.pt"):
+        path = chain("llama", "0.8", output)
+        for dtype in (None, torch.bfloat16):
+            state = load(path, dtype).state_dict()
+            tensors = [tensor for name, tensor in state.items() if name != "lm_head.weight"]  # tied
+            assert bytes_in_memory(path, dtype) == sum(tensor.nbytes for tensor in tensors)
+
+
+@pytest.mark.parametrize("stage", ["load", "perplexity"])
+def test_exhausted_accelerator_names_the_way_out(chain, accelerator, monkeypatch, stage):
+    path = chain("llama", "0.8", "out")
+
+    def exhausted(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    monkeypatch.setattr(evaluation, "load", lambda path, *_: load(path))
+    if stage == "load":
+        monkeypatch.setattr(evaluation, "load", load)
+        monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", exhausted)
+    else:
+        monkeypatch.setattr(evaluation, "perplexity", exhausted)
+    result = run("evaluate", "--model_path", path, "--datasets", "python-docs", "--seqlen", 32, "--nsamples", 1)
+    expect_sentence(result, str(path), "memory is exhausted", "--offload_folder")
 
 
 def test_seqlen_beyond_the_models_limit_is_refused(model_folders):
