@@ -19,7 +19,8 @@ from hisvd.tables import table
 from hisvd.utils.data_utils import evaluation_windows, tokenize
 from hisvd.utils.eval_utils import perplexity
 from hisvd.utils.files import write_json
-from hisvd.utils.model_utils import load, load_tokenizer
+from hisvd.utils.load_utils import load
+from hisvd.utils.model_utils import load_tokenizer
 from hisvd.utils.streaming import decoder_layers
 from hisvd.whitening_svd import left_singular_vectors, low_rank_factors
 

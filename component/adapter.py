@@ -33,6 +33,7 @@ class Adapter:
     `stream` names the sublayers whose outputs are added to the residual stream as they are, in order.
     `checkpoint_names` maps parts of parameter names to what published checkpoints have in their place.
     `variants` maps (entry of config.json, value) to the adapter that holds for such models of the family instead.
+    `needs_bos` is set where text that does not start with BOS breaks the model: every window then gets it.
     """
 
     family: str
@@ -42,6 +43,7 @@ class Adapter:
     experts: Experts | None = None
     checkpoint_names: Mapping[str, str] = field(default_factory=dict)
     variants: Mapping[tuple[str, object], "Adapter"] = field(default_factory=dict)
+    needs_bos: bool = False
 
     def groups(self, layer: nn.Module) -> Groups:
         """The sublayers of `layer` by the input they share; empty: to be found out."""

@@ -4,5 +4,5 @@ from dataclasses import replace
 
 from hisvd.component import svd_llama
 
-GEMMA2 = replace(svd_llama.ADAPTER, family="gemma2", stream=())
-GEMMA3 = replace(svd_llama.ADAPTER, family="gemma3", stream=())
+GEMMA2 = replace(svd_llama.ADAPTER, family="gemma2", stream=(), needs_bos=True)
+GEMMA3 = replace(svd_llama.ADAPTER, family="gemma3", stream=(), needs_bos=True)

@@ -16,11 +16,14 @@ from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from hisvd.errors import HiSVDError
-from hisvd.utils.data_utils import default_batch_size
-from hisvd.utils.eval_utils import perplexity
+from hisvd.settings import StudySettings
+from hisvd.utils.data_utils import default_batch_size, evaluation_windows
+from hisvd.utils.eval_utils import perplexity, window_length
+from hisvd.utils.progress import progress_shown
 
 NAME = "hisvd_attention_residual"
-RANKS = (1, 2, 4, 8, 16, 32)  # d_r that are tried by default, as far as the heads are that wide
+STUDY_SEQLEN = 256  # tokens per window by default
+RANKS = (1, 2, 4, 8, 16, 32)  # d_r tried by default, as far as the heads are that wide
 VARIANCE = 0.9  # share that the effective dimension reaches
 RECOVERED = 0.9  # share of the loss of top-1 that the verdict asks for
 Variant = Callable[[torch.Tensor], torch.Tensor]  # residuals (b, heads, queries, d) float32 → what is left of them
@@ -146,12 +149,9 @@ def residual_spectra(
     """ResidualMoments.spectra of decoder layers `layers` over windows (count, seqlen).
 
     Raises:
-        HiSVDError: a layer out of range, or one without attention that goes through transformers' interface.
+        HiSVDError: a layer without attention that goes through transformers' interface, or residuals that are not
+            finite.
     """
-    count = model.config.get_text_config().num_hidden_layers
-    for layer in layers:
-        if not 0 <= layer < count:
-            raise HiSVDError(f"--layers {layer} is out of range: the model has the layers 0 to {count - 1}.")
     moments = ResidualMoments()
     with residual_variants(model, {layer: moments.variant(layer) for layer in layers}):
         for batch in windows.split(default_batch_size(windows.shape[1])):
@@ -161,60 +161,140 @@ def residual_spectra(
             f"Layer {missing[0]} of this '{model.config.model_type}' model has no attention that goes through "
             "transformers' attention interface; choose other --layers, or another model."
         )
+    for layer, moment in moments.moments.items():
+        if not torch.isfinite(moment).all():
+            raise HiSVDError(
+                f"The attention of layer {layer} gives NaN or infinite values; check the model's weights, or use "
+                "--dtype float32."
+            )
     return moments.spectra()
 
 
-def residual_study(
+def attention_residual_study(
     model: PreTrainedModel,
-    basis_windows: torch.Tensor,
-    windows: torch.Tensor,
-    layers: Sequence[int],
-    ranks: Sequence[int] | None,
-    name: str,
+    ids: torch.Tensor,
+    layers: Sequence[int] | None = None,
+    d_r: Sequence[int] | None = None,
+    settings: StudySettings = StudySettings(),
 ) -> dict:
-    """Perplexities of all variants on windows (count, seqlen), with bases from other ones, and every head's spectrum.
+    """Is attention one value vector plus a small correction? What a model loses if the correction is made small.
 
-    `ranks` are the d_r, in rising order (None: RANKS). `recovered` is the share of the loss of top-1, in perplexity,
-    that a d_r makes good: None where top-1 loses nothing.
+    On the chosen layers every head's output is replaced by the value of its most probable token, plus a part of the
+    residual that is left: nothing ("top_1"), all of it ("full", a check), or its projection on the `d_r` directions
+    that hold most of the head's residuals on other text ("low_rank").
+
+        model = hisvd.load("compressed_models/llama7b_80p")
+        study = hisvd.attention_residual_study(model, ids, layers=[30, 31], d_r=[1, 2, 4, 8])
+
+    Args:
+        model: a loaded causal language model; it is as before afterwards.
+        ids: token ids, int64: one row (tokens,), to be cut into windows, or windows (count, seqlen).
+        layers: decoder layers, from 0. None: the last quarter.
+        d_r: numbers of directions. None: 1, 2, 4, 8, 16 and 32, as far as the heads are that wide.
+        settings: how many windows, of which length.
+
+    Returns:
+        "baseline", "top_1" and "full": perplexities. "low_rank": for every "d_r" its "perplexity", the "delta" from the
+        baseline, and "recovered", the share of the perplexity lost by top_1 that it makes good (None where top_1 loses
+        nothing). "enough": the smallest d_r that recovers 90 %, or None. "heads": for every "layer" and "head" the
+        "cumulative_variance" of its residuals by number of directions, and the "effective_dimension" that reaches 90 %.
+        Besides "layers", "basis_blocks", "blocks", "seqlen" and "tokens_scored".
 
     Raises:
-        HiSVDError: a layer or rank out of range, or attention that cannot be studied.
+        HiSVDError: a layer or d_r out of range, too little text, attention that cannot be studied, or a perplexity that
+            is not finite.
     """
-    spectra = residual_spectra(model, basis_windows, layers)
-    width = min(vectors.shape[-1] for _, vectors in spectra.values())
-    if ranks is None:
-        ranks = [rank for rank in RANKS if rank <= width]
-    for rank in ranks:
-        if not 0 <= rank <= width:
-            raise HiSVDError(f"--d_r {rank} is out of range: the heads have {width} dimensions.")
+    layers = chosen_layers(model, layers)
+    basis_windows, windows = study_windows(model, ids, settings)
+    with progress_shown(settings.progress):
+        spectra = residual_spectra(model, basis_windows, layers)
+        ranks = chosen_ranks(min(vectors.shape[-1] for _, vectors in spectra.values()), d_r)
 
-    def measured(variants: dict[int, Variant], title: str) -> float:
-        with residual_variants(model, variants):
-            return perplexity(model, windows, f"{name}, {title}")["perplexity"]
+        def measured(variants: dict[int, Variant], title: str) -> float:
+            with residual_variants(model, variants):
+                return perplexity(model, windows, f"{settings.source}, {title}")["perplexity"]
 
-    baseline = perplexity(model, windows, name)
-    top = measured(dict.fromkeys(layers, top_1), "A")
-    rows = []
-    for rank in ranks:
-        bases = {layer: vectors[..., :rank] for layer, (_, vectors) in spectra.items()}
-        ppl = measured({layer: partial(low_rank, basis) for layer, basis in bases.items()}, f"C {rank}")
-        recovered = (top - ppl) / (top - baseline["perplexity"]) if top > baseline["perplexity"] else None
-        rows.append({"d_r": rank, "perplexity": ppl, "delta": ppl - baseline["perplexity"], "recovered": recovered})
-    heads = []
-    for layer, (energies, _) in spectra.items():
-        shares, dimensions = cumulative_variance(energies), effective_dimension(energies)
-        for head, (share, dimension) in enumerate(zip(shares.tolist(), dimensions.tolist(), strict=True)):
-            heads.append({"layer": layer, "head": head, "effective_dimension": dimension, "cumulative_variance": share})
+        baseline = perplexity(model, windows, settings.source)
+        top = measured(dict.fromkeys(layers, top_1), "A")
+        whole = measured(dict.fromkeys(layers, full), "B")
+        rows = []
+        for rank in ranks:
+            bases = {layer: vectors[..., :rank] for layer, (_, vectors) in spectra.items()}
+            ppl = measured({layer: partial(low_rank, basis) for layer, basis in bases.items()}, f"C {rank}")
+            recovered = (top - ppl) / (top - baseline["perplexity"]) if top > baseline["perplexity"] else None
+            rows.append({"d_r": rank, "perplexity": ppl, "delta": ppl - baseline["perplexity"], "recovered": recovered})
     return {
-        "layers": list(layers),
+        "layers": layers,
         "basis_blocks": len(basis_windows),
         "blocks": len(windows),
         "seqlen": windows.shape[1],
         "tokens_scored": baseline["tokens_scored"],
         "baseline": baseline["perplexity"],
         "top_1": top,
-        "full": measured(dict.fromkeys(layers, full), "B"),
+        "full": whole,
         "low_rank": rows,
         "enough": next((row["d_r"] for row in rows if (row["recovered"] or 0) >= RECOVERED), None),
-        "heads": heads,
+        "heads": head_spectra(spectra),
     }
+
+
+def chosen_layers(model: PreTrainedModel, layers: Sequence[int] | None) -> list[int]:
+    """`layers` in order, or the last quarter of the decoder layers.
+
+    Raises:
+        HiSVDError: a layer is out of range.
+    """
+    count = model.config.get_text_config().num_hidden_layers
+    if layers is None:
+        return list(range(count - max(1, count // 4), count))
+    for layer in layers:
+        if not 0 <= layer < count:
+            raise HiSVDError(f"--layers {layer} is out of range: the model has the layers 0 to {count - 1}.")
+    return sorted(set(layers))
+
+
+def chosen_ranks(width: int, d_r: Sequence[int] | None) -> list[int]:
+    """`d_r` in order, or RANKS as far as heads of `width` dimensions allow.
+
+    Raises:
+        HiSVDError: one is out of range.
+    """
+    if d_r is None:
+        return [rank for rank in RANKS if rank <= width]
+    for rank in d_r:
+        if not 0 <= rank <= width:
+            raise HiSVDError(f"--d_r {rank} is out of range: the heads have {width} dimensions.")
+    return sorted(set(d_r))
+
+
+def study_windows(
+    model: PreTrainedModel, ids: torch.Tensor, settings: StudySettings
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(windows for the residuals' directions, windows for the perplexities), each (count, seqlen), disjoint.
+
+    Raises:
+        HiSVDError: the text has no window for each of the two, or the windows exceed the model's positions.
+    """
+    count = settings.calib_blocks + settings.n_blocks
+    if ids.dim() == 1:
+        seqlen = window_length(model.config, settings.seqlen, STUDY_SEQLEN, model.name_or_path or "the model")
+        windows = evaluation_windows(ids, seqlen, count, settings.source, settings.bos)
+    else:
+        windows = ids[:count]
+    if len(windows) <= settings.calib_blocks:
+        raise HiSVDError(
+            f"The text of {settings.source} has {len(windows)} windows of {windows.shape[1]} tokens, but the bases "
+            f"take {settings.calib_blocks} and at least one more is needed; lower --calib_blocks or --seqlen, or use "
+            "a longer text."
+        )
+    return windows[: settings.calib_blocks], windows[settings.calib_blocks :]
+
+
+def head_spectra(spectra: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> list[dict]:
+    """By layer and head: cumulative variance by number of directions, and effective dimension."""
+    heads = []
+    for layer, (energies, _) in spectra.items():
+        shares, dimensions = cumulative_variance(energies), effective_dimension(energies)
+        for head, (share, dimension) in enumerate(zip(shares.tolist(), dimensions.tolist(), strict=True)):
+            heads.append({"layer": layer, "head": head, "effective_dimension": dimension, "cumulative_variance": share})
+    return heads

@@ -17,11 +17,10 @@ from hisvd.utils import distributed
 from hisvd.utils.activation_files import ActivationFile, ActivationPair
 from hisvd.utils.data_utils import (
     CALIBRATION_SPLIT,
-    calibration_windows,
+    calibration_tokens,
     default_batch_size,
-    default_data_dir,
+    leading_bos,
     load_text,
-    split_held_out,
     token_fingerprint,
     tokenize,
 )
@@ -106,11 +105,9 @@ def calibration_text(checkpoint: Checkpoint, settings: CalibrationSettings) -> t
     Raises:
         HiSVDError: the data set or the tokenizer cannot be read, or the text is too short.
     """
-    text = load_text(settings.dataset, CALIBRATION_SPLIT, settings.data_dir or default_data_dir())
-    ids = tokenize(text, load_tokenizer(checkpoint.folder))
-    sizes = (settings.nsamples, settings.seqlen, settings.sampling)
-    ids, held_out = split_held_out(ids, *sizes)
-    return calibration_windows(ids, *sizes, settings.seed, settings.dataset), held_out
+    text = load_text(settings.dataset, CALIBRATION_SPLIT, settings.data_dir)
+    tokenizer = load_tokenizer(checkpoint.folder)
+    return calibration_tokens(tokenize(text, tokenizer), settings, leading_bos(checkpoint.config, tokenizer))
 
 
 def open_or_create_cache(cache: CalibrationCache) -> CalibrationCache:

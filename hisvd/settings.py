@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from hisvd.allocations import ALLOCATIONS, CLUSTERINGS
 from hisvd.calibration_cache import CalibrationCache
@@ -11,6 +12,7 @@ from hisvd.factor_forms import FORMS
 from hisvd.rank_metrics import RANK_METRICS
 from hisvd.refinement import MODULATIONS
 from hisvd.sparse_int6 import COLUMNS
+from hisvd.utils.data_utils import PROTOCOLS
 from hisvd.whitening_svd import WHITENINGS
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -153,27 +155,54 @@ class EvaluationSettings:
     """How a model is evaluated.
 
     `seqlen` tokens per window (None: 2048, or the model's limit if that is lower), `nsamples` windows of each data set
-    (None: all). `offload_folder` measures perplexity with one decoder layer in memory at a time, with hidden states in
-    that folder meanwhile. `speed` also measures prefill and decoding. `data_dir` and `dtype` are as in
-    CalibrationSettings.
+    (None: all). `protocol` is "default" (text tokenized without special tokens) or "svd-llm" (with the tokenizer's
+    own, as in published tables); under both every window of a family that needs it (Gemma) starts with BOS.
+    `offload_folder` measures perplexity with one decoder layer in memory at a time, with hidden states in that folder
+    meanwhile. `speed` also measures prefill and decoding. `data_dir` and `dtype` are as in CalibrationSettings.
     """
 
     data_dir: str | None = None
     seqlen: int | None = None
     nsamples: int | None = None
-    offload_folder: str | None = None
+    protocol: str = "default"
+    offload_folder: str | Path | None = None
     speed: bool = False
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
         """Refuse what no run could use."""
         check_choice("dtype", self.dtype, DTYPES)
+        check_choice("protocol", self.protocol, PROTOCOLS)
         check_at_least("seqlen", self.seqlen, 2)
         check_at_least("nsamples", self.nsamples, 1)
         if self.offload_folder and self.speed:
             raise HiSVDError(
                 "--speed needs the whole model in memory, so it does not go with --offload_folder; leave one out."
             )
+
+
+@dataclass(frozen=True)
+class StudySettings:
+    """Which text the attention-residual study reads, and what it shows.
+
+    A row of token ids is cut into windows of `seqlen` tokens (None: 256, or the model's limit if that is lower), each
+    with the token `bos` in front if it is given; ids that come as windows stay as they are. The first `calib_blocks`
+    windows give the residuals' directions, the next `n_blocks` (fewer where the text ends) the perplexities. `source`
+    names the text in messages and progress bars, which `progress` shows on standard error.
+    """
+
+    seqlen: int | None = None
+    n_blocks: int = 30
+    calib_blocks: int = 4
+    bos: int | None = None
+    source: str = "the given ids"
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse what no run could use."""
+        check_at_least("seqlen", self.seqlen, 2)
+        check_at_least("n_blocks", self.n_blocks, 1)
+        check_at_least("calib_blocks", self.calib_blocks, 1)
 
 
 def check_choice(name: str, value: str, choices: object) -> None:

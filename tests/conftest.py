@@ -24,7 +24,7 @@ from transformers import (
 
 from hisvd.cli import calibrate, compress, evaluate
 from hisvd.utils.data_utils import CALIBRATION_SPLIT, load_text
-from hisvd.utils.model_utils import read_pt
+from hisvd.utils.load_utils import read_pt
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = {"calibrate": calibrate.main, "compress": compress.main, "evaluate": evaluate.main}

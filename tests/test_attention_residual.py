@@ -8,6 +8,7 @@ import torch
 from conftest import HEADS, IDS, SHARED, build_model, expect_sentence, run
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, MambaConfig, OPTConfig
 
+import hisvd
 from hisvd.attention_residual import (
     ResidualMoments,
     cumulative_variance,
@@ -16,6 +17,7 @@ from hisvd.attention_residual import (
     low_rank,
     residual_spectra,
     residual_variants,
+    study_windows,
     top_1,
 )
 from hisvd.cli import attention_study
@@ -132,13 +134,32 @@ def test_variance_and_effective_dimension():
     assert torch.isfinite(cumulative_variance(energies)).all()
 
 
-def test_blocks_for_bases_and_for_perplexity_are_disjoint(models, monkeypatch):
-    seen = []
-    monkeypatch.setattr(attention_study, "residual_study", lambda model, *arguments: seen.append(arguments))
-    attention_study.study_model(models["llama"], {"a": torch.arange(1000)}, 32, None, None, calib_blocks=4, n_blocks=30)
-    basis, evaluated, layers, *_ = seen[0]
-    assert basis.shape == (4, 32) and evaluated.shape == (27, 32) and layers == [3]
-    assert not set(basis.flatten().tolist()) & set(evaluated.flatten().tolist())
+def test_blocks_for_bases_and_for_perplexity_are_disjoint(models):
+    settings = hisvd.StudySettings(seqlen=32, bos=7)
+    basis, evaluated = study_windows(models["llama"], torch.arange(1000), settings)
+    assert basis.shape == (4, 32) and evaluated.shape == (28, 32)
+    assert basis[:, 1:].flatten().tolist() == list(range(4 * 31))
+    assert evaluated[:, 1:].flatten().tolist() == list(range(4 * 31, 32 * 31))
+    assert (basis[:, 0] == 7).all() and (evaluated[:, 0] == 7).all()
+    basis, evaluated = study_windows(models["llama"], IDS, hisvd.StudySettings(seqlen=5, calib_blocks=1))
+    assert torch.equal(basis, IDS[:1]) and torch.equal(evaluated, IDS[1:])
+
+
+def test_study_of_a_loaded_model_as_a_function(models, capfd):
+    model, windows = models["llama"], torch.randint(300, (4, 24), generator=torch.Generator().manual_seed(0))
+    settings = hisvd.StudySettings(seqlen=24, n_blocks=2, calib_blocks=2, progress=False)
+    study = hisvd.attention_residual_study(model, windows, [3, 1], [16, 0, 4], settings)
+    assert study == hisvd.attention_residual_study(model, windows.flatten(), (1, 3), (0, 4, 16), settings)
+    assert (study["layers"], study["basis_blocks"], study["blocks"], study["seqlen"]) == ([1, 3], 2, 2, 24)
+    assert study["baseline"] == pytest.approx(study["full"], rel=1e-5)
+    assert study["low_rank"][0]["perplexity"] == study["top_1"]
+    assert capfd.readouterr() == ("", "")
+    default = hisvd.attention_residual_study(model, windows, settings=settings)
+    assert default["layers"] == [3] and [row["d_r"] for row in default["low_rank"]] == [1, 2, 4, 8, 16]
+    with pytest.raises(hisvd.HiSVDError, match="129 exceeds the 128 positions"):
+        hisvd.attention_residual_study(model, windows.flatten(), settings=hisvd.StudySettings(seqlen=129))
+    with pytest.raises(hisvd.HiSVDError, match="4 windows"):
+        hisvd.attention_residual_study(model, windows, settings=hisvd.StudySettings(calib_blocks=4))
 
 
 def study_arguments(folder, *options):

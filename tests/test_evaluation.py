@@ -2,23 +2,35 @@
 
 import json
 import math
+import shutil
+from dataclasses import replace
 
+import datasets
 import psutil
 import pytest
 import torch
-from conftest import HEADS, SHARED, build_model, expect_sentence, run
-from transformers import AutoModelForCausalLM, Gemma2Config
+from conftest import CONFIGS, HEADS, SHARED, build_model, calibrate_arguments, expect_sentence, run
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, processors
+from transformers import AutoModelForCausalLM, Gemma2Config, PreTrainedTokenizerFast
 
+import hisvd
+from hisvd import evaluation
+from hisvd.calibration_cache import read_cache
+from hisvd.cli import attention_study
 from hisvd.errors import HiSVDError
+from hisvd.settings import PROTOCOLS
 from hisvd.utils import eval_utils
 from hisvd.utils.data_utils import (
     CALIBRATION_SPLIT,
     EVALUATION_SPLIT,
     calibration_windows,
     evaluation_windows,
+    load_documents,
     load_text,
     tokenize,
 )
+from hisvd.utils.load_utils import bytes_in_memory, load
 
 
 def test_perplexity_equals_the_models_own_loss_in_any_chunking(model_folders, monkeypatch):
@@ -80,15 +92,119 @@ def test_int6_layer_by_layer_and_what_does_not_go_with_it(chain, tmp_path, monke
 
 
 def test_bfloat16_keeps_the_rotary_frequencies_in_float32(chain, monkeypatch):
-    from hisvd.cli import evaluate
-
     seen = []
-    real = evaluate.perplexity
-    monkeypatch.setattr(evaluate, "perplexity", lambda model, *a: seen.append(model) or real(model, *a))
+    real = evaluation.perplexity
+    monkeypatch.setattr(evaluation, "perplexity", lambda model, *a: seen.append(model) or real(model, *a))
     options = ["--datasets", "python-docs", "--nsamples", 1, "--seqlen", 32, "--dtype", "bfloat16"]
     assert run("evaluate", "--model_path", chain("llama", "0.8", "out"), *options).code == 0
     assert seen[0].dtype == torch.bfloat16
     assert seen[0].model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+def test_api_gives_the_programs_figures_and_shows_nothing(chain, tmp_path, capfd):
+    folder = chain("llama", "0.8", "out")
+    options = ["--datasets", "python-docs", "--seqlen", 32, "--nsamples", 3, "--json", tmp_path / "e.json"]
+    assert run("evaluate", "--model_path", folder, *options).code == 0
+    (expected,) = json.loads((tmp_path / "e.json").read_text())
+    capfd.readouterr()
+    settings, quiet = hisvd.EvaluationSettings(seqlen=32, nsamples=3), hisvd.Resources(progress=False)
+    assert hisvd.evaluate(folder, ["python-docs"], settings, quiet) == expected
+    offload = replace(settings, offload_folder=tmp_path / "offload")
+    streamed = hisvd.evaluate(str(folder), ["python-docs"], offload, quiet)
+    assert streamed["perplexity"]["python-docs"] == pytest.approx(expected["perplexity"]["python-docs"], rel=1e-5)
+    assert capfd.readouterr() == ("", "")
+    hisvd.evaluate(folder, ["python-docs"], settings)
+    assert "perplexity on python-docs" in capfd.readouterr().err
+
+
+def test_settings_that_no_run_could_use():
+    for settings in ({"protocol": "gptq"}, {"dtype": "float8"}, {"seqlen": 1}, {"nsamples": 0}):
+        (name, value), *_ = settings.items()
+        with pytest.raises(HiSVDError, match=f"--{name} .*{value}"):
+            hisvd.EvaluationSettings(**settings)
+    with pytest.raises(HiSVDError, match="--datasets"):
+        hisvd.evaluate("nowhere", [])
+
+
+def test_perplexity_that_is_not_finite_is_refused(model_folders, tmp_path):
+    folder = shutil.copytree(model_folders["llama"], tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    options = ["--model_path", folder, "--datasets", "python-docs", "--seqlen", 32, "--nsamples", 2]
+    study = [*options[:-2], "--n_blocks", 1, "--calib_blocks", 1, "--attention_residual"]
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    expect_sentence(run("evaluate", *options, "--json", tmp_path / "e.json"), "python-docs", "nan")
+    expect_sentence(run("evaluate", *study), "python-docs", "nan")
+    assert not (tmp_path / "e.json").exists()
+    tensors["model.norm.weight"][0] = 1
+    tensors["model.layers.3.self_attn.q_proj.weight"][0] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    expect_sentence(run("evaluate", *study), "layer 3", "NaN")
+
+
+@pytest.fixture
+def accelerator(monkeypatch):
+    """An accelerator whose free memory a test sets; nothing can be computed on it."""
+    free = {"bytes": 10**9}
+    for module in (evaluation, attention_study):
+        monkeypatch.setattr(module, "resolve_device", lambda device: torch.device("cuda:0"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free["bytes"], 10**10))
+    return free
+
+
+@pytest.mark.parametrize("output", ["out", "out.pt"])
+def test_free_memory_is_the_accelerators(chain, accelerator, monkeypatch, output):
+    path = chain("llama", "0.8", output)
+    options = ["--model_path", path, "--datasets", "python-docs", "--seqlen", 32, "--nsamples", 1]
+    accelerator["bytes"] = 1000
+    expect_sentence(run("evaluate", *options), str(path), "on cuda:0", "--offload_folder")
+    expect_sentence(run("evaluate", *options[:4], "--attention_residual"), str(path), "on cuda:0")
+    # The host may be full: the model does not pass through its memory.
+    accelerator["bytes"] = 10**9
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: None)
+    loaded = []
+    monkeypatch.setattr(evaluation, "load", lambda *arguments: loaded.append(arguments) or load(path))
+    assert run("evaluate", *options).code == 0
+    assert loaded == [(str(path), None, torch.device("cuda:0"))]
+
+
+def test_pt_is_checked_against_the_hosts_memory(chain, monkeypatch):
+    path = chain("llama", "0.8", "out.pt")
+    needed = bytes_in_memory(path, None)
+    assert 0.9 * path.stat().st_size < needed < path.stat().st_size
+    options = ["--model_path", path, "--datasets", "python-docs", "--seqlen", 32, "--nsamples", 1]
+    memory = psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=needed))
+    assert run("evaluate", *options).code == 0
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=needed - 1))
+    expect_sentence(run("evaluate", *options), "out.pt", "as a folder", "--offload_folder", "--dtype")
+
+
+def test_bytes_in_memory_are_those_of_the_loaded_model(chain):
+    for output in ("out", "out.pt"):
+        path = chain("llama", "0.8", output)
+        for dtype in (None, torch.bfloat16):
+            state = load(path, dtype).state_dict()
+            tensors = [tensor for name, tensor in state.items() if name != "lm_head.weight"]  # tied
+            assert bytes_in_memory(path, dtype) == sum(tensor.nbytes for tensor in tensors)
+
+
+@pytest.mark.parametrize("stage", ["load", "perplexity"])
+def test_exhausted_accelerator_names_the_way_out(chain, accelerator, monkeypatch, stage):
+    path = chain("llama", "0.8", "out")
+
+    def exhausted(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    monkeypatch.setattr(evaluation, "load", lambda path, *_: load(path))
+    if stage == "load":
+        monkeypatch.setattr(evaluation, "load", load)
+        monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", exhausted)
+    else:
+        monkeypatch.setattr(evaluation, "perplexity", exhausted)
+    result = run("evaluate", "--model_path", path, "--datasets", "python-docs", "--seqlen", 32, "--nsamples", 1)
+    expect_sentence(result, str(path), "memory is exhausted", "--offload_folder")
 
 
 def test_seqlen_beyond_the_models_limit_is_refused(model_folders):
@@ -97,15 +213,122 @@ def test_seqlen_beyond_the_models_limit_is_refused(model_folders):
     assert run("evaluate", *options, "--nsamples", 1).code == 0  # by default the limit itself
 
 
-def test_named_data_sets_from_the_data_dir(tmp_path):
-    (tmp_path / "wikitext2-test.txt").write_text(" = A = \n text\n")
-    (tmp_path / "ptb-test.txt").write_text("no it was n't\n")
-    documents = [json.dumps({"text": f"document {i}", "url": ""}) for i in range(2005)]
-    (tmp_path / "c4-validation.json").write_text("\n".join(documents))
-    assert load_text("wikitext2", EVALUATION_SPLIT, str(tmp_path)) == " = A = \n text\n"
-    assert load_text("ptb", EVALUATION_SPLIT, str(tmp_path)) == "no it was n't\n"
-    c4 = load_text("c4", EVALUATION_SPLIT, str(tmp_path))
-    assert c4.startswith("document 0\n\ndocument 1\n\n") and c4.endswith("document 1999")
+RAW = {
+    "wikitext2": " \r\n = A = \r\n \r\n text , and more \r\n \r\n",
+    "ptb": " no it was n't black monday \n but while <unk> \n",
+}
+HUB_ROWS = {  # what the Hub's loading scripts made of those files
+    "wikitext2": ["", " = A = \n", "", " text , and more \n", ""],
+    "ptb": ["no it was n't black monday", "but while <unk>"],
+    "c4": [f"document {i}" for i in range(2005)],
+}
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """The Hub's rows in place of the Hub."""
+    names = {"Salesforce/wikitext": "wikitext2", "ptb-text-only/ptb_text_only": "ptb", "allenai/c4": "c4"}
+
+    def load_dataset(repository, *_, split, streaming=False, **__):
+        assert split in ("test", "train", "validation")
+        rows = HUB_ROWS[names[repository]]
+        return [{"text": row} for row in rows] if streaming else {"text": rows, "sentence": rows}
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+
+
+@pytest.mark.parametrize("splits", [EVALUATION_SPLIT, CALIBRATION_SPLIT])
+@pytest.mark.parametrize("name", HUB_ROWS)
+def test_local_files_of_named_data_sets_are_joined_as_the_hubs_rows(tmp_path, hub, name, splits):
+    rows = HUB_ROWS[name][: 2000 if splits is EVALUATION_SPLIT else None]
+    from_hub = load_documents(name, splits, str(tmp_path))
+    assert from_hub == rows
+    if name == "c4":
+        lines = "\n\n".join(json.dumps({"text": row, "url": ""}) for row in HUB_ROWS[name])
+        (tmp_path / f"c4-{splits[name]}.json").write_text(lines)
+    else:
+        (tmp_path / f"{name}-{splits[name]}.txt").write_bytes(RAW[name].encode())
+    datasets.load_dataset = None  # the local file is enough; the fixture restores it
+    assert load_documents(name, splits, str(tmp_path)) == from_hub
+    assert load_text(name, splits, str(tmp_path)) == "\n\n".join(rows)
+
+
+def test_file_given_by_its_path_is_read_as_it_is(tmp_path):
+    (tmp_path / "wikitext2-test.txt").write_bytes(RAW["wikitext2"].encode())
+    documents = load_documents(str(tmp_path / "wikitext2-test.txt"), EVALUATION_SPLIT)
+    assert documents == [RAW["wikitext2"].replace("\r\n", "\n")]
+    (tmp_path / "text.md").write_text("a\n\nb")
+    assert load_documents(str(tmp_path / "text.md"), EVALUATION_SPLIT) == ["a\n\nb"]
+    (tmp_path / "lines.jsonl").write_text('{"text": "a"}\n\n{"text": "b"}\n')
+    assert load_documents(str(tmp_path / "lines.jsonl"), EVALUATION_SPLIT) == ["a", "b"]
+    (tmp_path / "lines.json").write_text('{"text": 1}\n')
+    with pytest.raises(HiSVDError, match="'text' string"):
+        load_documents(str(tmp_path / "lines.json"), EVALUATION_SPLIT)
+
+
+@pytest.fixture(scope="module")
+def bos_tokenizer(tokenizer):
+    """One that starts a text with BOS, as Llama's and Gemma's do."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    bos = backend.token_to_id("~")
+    backend.post_processor = processors.TemplateProcessing(single="~ $A", special_tokens=[("~", bos)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="~")
+
+
+@pytest.fixture(scope="module")
+def bos_folders(tmp_path_factory, bos_tokenizer):
+    root, gemma = tmp_path_factory.mktemp("bos"), Gemma2Config(**SHARED, **HEADS, head_dim=16)
+    configs = {"gemma2": gemma, "llama": CONFIGS["llama"]}
+    return {name: build_model(config, root / name, bos_tokenizer) for name, config in configs.items()}
+
+
+def scored_windows(monkeypatch, measure, *arguments):
+    """The windows that evaluate.py passes to `measure`."""
+    seen, real = [], getattr(evaluation, measure)
+    monkeypatch.setattr(
+        evaluation, measure, lambda model, windows, *a: seen.append(windows) or real(model, windows, *a)
+    )
+    result = run("evaluate", *arguments, "--datasets", "python-docs", "--seqlen", 32, "--nsamples", 4)
+    assert result.code == 0, result
+    return seen[0]
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_family_that_needs_bos_gets_it_in_every_window(bos_folders, bos_tokenizer, tmp_path, monkeypatch, protocol):
+    text = load_text("python-docs", EVALUATION_SPLIT)
+    ids = bos_tokenizer(text, add_special_tokens=False)["input_ids"]
+    options = ["--model_path", bos_folders["gemma2"], "--protocol", protocol]
+    windows = scored_windows(monkeypatch, "perplexity", *options)
+    assert windows.shape == (4, 32) and (windows[:, 0] == bos_tokenizer.bos_token_id).all()
+    assert windows[:, 1:].flatten().tolist() == ids[: 4 * 31]
+    offload = ["--offload_folder", tmp_path / "offload"]
+    assert torch.equal(scored_windows(monkeypatch, "streamed_perplexity", *options, *offload), windows)
+
+
+def test_family_that_needs_bos_is_calibrated_with_it(bos_folders, bos_tokenizer, tmp_path):
+    for name, folder in bos_folders.items():
+        assert run("calibrate", *calibrate_arguments(folder, tmp_path, name)).code == 0
+        cache = read_cache(tmp_path / f"{name}_n6_s32_with_hessian")
+        assert cache.read_tokens().shape == (6, 32)
+        for windows in (cache.read_tokens(), cache.read_held_out()):
+            starts = windows[:, 0] == bos_tokenizer.bos_token_id
+            assert starts.all() if name == "gemma2" else not starts.any()
+    other = load_text("python-docs", CALIBRATION_SPLIT)
+    assert bos_tokenizer.decode(read_cache(tmp_path / "gemma2_n6_s32_with_hessian").read_tokens()[0, 1:]) in other
+
+
+def test_protocol_of_published_tables(bos_folders, bos_tokenizer, tmp_path, monkeypatch):
+    """As SVD-LLM's code cuts windows: one BOS starts the stream, and every window shifts by one token."""
+    documents = load_documents("python-docs", EVALUATION_SPLIT)
+    published = torch.tensor(bos_tokenizer("\n\n".join(documents))["input_ids"])
+    where = ["--model_path", bos_folders["llama"], "--json", tmp_path / "e.json"]
+    windows = scored_windows(monkeypatch, "perplexity", *where, "--protocol", "svd-llm")
+    assert torch.equal(windows.flatten(), published[: 4 * 32])
+    (figures,) = json.loads((tmp_path / "e.json").read_text())
+    assert figures["protocol"] == "svd-llm" and figures["documents"] == {"python-docs": len(documents)}
+    assert torch.equal(scored_windows(monkeypatch, "perplexity", *where).flatten(), published[1 : 4 * 32 + 1])
+    (figures,) = json.loads((tmp_path / "e.json").read_text())
+    assert figures["protocol"] == "default"
 
 
 def test_python_docs_splits_are_disjoint():

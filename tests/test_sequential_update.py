@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 import hisvd
 from hisvd.calibration_cache import read_cache
 from hisvd.sequential_update import UpdateMoments, input_and_stream, update_target
-from hisvd.utils.model_utils import load
+from hisvd.utils.load_utils import load
 from hisvd.whitening_svd import cholesky_root
 
 

@@ -4,22 +4,31 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from hisvd.component.families import ADAPTERS
 from hisvd.errors import HiSVDError
 
-C4_DOCUMENTS = {"train": 20_000, "validation": 2_000}
-# The splits that calibrate and evaluate read; C4 has no test split.
+if TYPE_CHECKING:  # the settings name the protocols, so that they import this module
+    from hisvd.settings import CalibrationSettings
+
+# The splits that evaluation and calibration read; C4 has no test split.
 EVALUATION_SPLIT = {"wikitext2": "test", "ptb": "test", "c4": "validation", "python-docs": "test"}
 CALIBRATION_SPLIT = dict.fromkeys(EVALUATION_SPLIT, "train")
+MOST_DOCUMENTS = {"c4": {"train": 20_000, "validation": 2_000}}  # read from the start of a split
 PYTHON_DOCS_TRAIN_SHARE = 0.8
 HELD_OUT_WINDOWS = 16
-TOKENS_A_BATCH = 4096  # a compromise of speed and memory
+TOKENS_A_BATCH = 4096  # a compromise between speed and memory
+
+# How the text of an evaluation is tokenized. Published tables (SVD-LLM's code and those built on it) let the tokenizer
+# add its special tokens once, at the ends of the joined text: for Llama one BOS, which shifts every window by a token.
+PROTOCOLS = {"default": {"add_special_tokens": False}, "svd-llm": {"add_special_tokens": True}}
 
 
 def default_data_dir() -> str:
@@ -27,10 +36,12 @@ def default_data_dir() -> str:
     return os.environ.get("HISVD_DATA_DIR", "data")
 
 
-def load_text(dataset: str, splits: dict[str, str], data_dir: str) -> str:
-    """The text of a named data set (its split taken from `splits`) or of a local .txt, .json or .jsonl file.
+def load_documents(dataset: str, splits: dict[str, str], data_dir: str | None = None) -> list[str]:
+    """The documents of a named data set (its split taken from `splits`) or of a local text file.
 
-    A named data set is looked for in `data_dir`, then on the Hugging Face Hub.
+    A named data set is looked for in `data_dir` (None: `default_data_dir()`), then on the Hugging Face Hub; either way
+    its documents are the Hub's rows: lines of WikiText-2, sentences of PTB, web pages of C4. A file is one document, or
+    one per line if it is .json or .jsonl.
 
     Raises:
         HiSVDError: an unknown name, a missing or unreadable file, or the Hub is out of reach.
@@ -41,15 +52,16 @@ def load_text(dataset: str, splits: dict[str, str], data_dir: str) -> str:
             raise HiSVDError(
                 f"'{dataset}' is neither a file nor one of the data sets {', '.join(splits)}; pass one of those."
             )
-        return read_text_file(path)
+        return _read_file(path, FILE_READERS.get(path.suffix, _whole_text))
     split = splits[dataset]
-    if dataset == "python-docs":
-        return _python_docs(split)
-    local = Path(data_dir) / f"{dataset}-{split}.{'json' if dataset == 'c4' else 'txt'}"
+    if dataset in BUNDLED_READERS:
+        return BUNDLED_READERS[dataset](split)
+    most = MOST_DOCUMENTS.get(dataset, {}).get(split)
+    local = Path(data_dir or default_data_dir()) / f"{dataset}-{split}{LOCAL_SUFFIXES[dataset]}"
     if local.is_file():
-        return read_text_file(local, C4_DOCUMENTS[split] if dataset == "c4" else None)
+        return _read_file(local, LOCAL_READERS[dataset], most)
     try:
-        return HUB_READERS[dataset](split)
+        return list(islice(HUB_READERS[dataset](split), most))
     except Exception as error:  # datasets, its file systems and the hub client raise dozens of types
         raise HiSVDError(
             f"'{dataset}' was not found as {local} and could not be fetched from the Hugging Face Hub "
@@ -58,17 +70,25 @@ def load_text(dataset: str, splits: dict[str, str], data_dir: str) -> str:
         ) from None
 
 
-def read_text_file(path: Path, max_documents: int | None = None) -> str:
-    """A .txt file as it is, or the `text` fields of a .json / .jsonl file's lines joined with blank lines.
+def load_text(dataset: str, splits: dict[str, str], data_dir: str | None = None) -> str:
+    """What `load_documents` gives, joined with blank lines."""
+    return join_documents(load_documents(dataset, splits, data_dir))
+
+
+def join_documents(documents: Iterable[str]) -> str:
+    """One text, with blank lines between the documents."""
+    return "\n\n".join(documents)
+
+
+def _read_file(path: Path, reader: Callable[[TextIO], Iterable[str]], most: int | None = None) -> list[str]:
+    """The documents that `reader` finds in a file, at most the first `most` of them.
 
     Raises:
-        HiSVDError: not UTF-8, or a line that is no JSON object with a `text` string.
+        HiSVDError: the file is not UTF-8, or a line is not a JSON object with a `text` string.
     """
     try:
         with open(path, encoding="utf-8") as file:
-            if path.suffix not in (".json", ".jsonl"):
-                return file.read()
-            return _join(json.loads(line)["text"] for line in islice(file, max_documents) if line.strip())
+            return list(islice(reader(file), most))
     except UnicodeDecodeError:
         raise HiSVDError(f"{path} is not UTF-8 text; convert it first.") from None
     except (ValueError, KeyError, TypeError):
@@ -77,59 +97,97 @@ def read_text_file(path: Path, max_documents: int | None = None) -> str:
         raise HiSVDError(f"Cannot read {path}: {error.strerror}.") from None
 
 
-def _join(documents: Iterable[str]) -> str:
-    return "\n\n".join(documents)
+def _whole_text(file: TextIO) -> Iterator[str]:
+    yield file.read()
 
 
-def _python_docs(split: str) -> str:
+def _json_lines(file: TextIO) -> Iterator[str]:
+    for line in file:
+        if line.strip():
+            text = json.loads(line)["text"]
+            if not isinstance(text, str):
+                raise TypeError
+            yield text
+
+
+def _wikitext2_lines(file: TextIO) -> Iterator[str]:
+    """The Hub's rows: lines with their line break, blank ones as empty strings."""
+    return (line if line.strip() else "" for line in file)
+
+
+def _ptb_lines(file: TextIO) -> Iterator[str]:
+    """The Hub's rows: sentences without the space and the line break around them."""
+    return map(str.strip, file)
+
+
+def _python_docs(split: str) -> list[str]:
     """The language reference that CPython carries; its first 80 % of topics is the training split."""
     from pydoc_data.topics import topics
 
     texts = [topics[name] for name in sorted(topics)]
     cut = int(len(texts) * PYTHON_DOCS_TRAIN_SHARE)
-    return _join(texts[:cut] if split == "train" else texts[cut:])
+    return {"train": texts[:cut], "test": texts[cut:]}[split]
 
 
-def _hub_wikitext2(split: str) -> str:
+def _hub_wikitext2(split: str) -> Iterable[str]:
     from datasets import load_dataset
 
-    return _join(load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)["text"])
+    return load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)["text"]
 
 
-def _hub_ptb(split: str) -> str:
+def _hub_ptb(split: str) -> Iterable[str]:
     from datasets import load_dataset
 
     # The repository's loading script no longer runs; the Hub keeps its output as parquet on this branch.
-    data = load_dataset("ptb-text-only/ptb_text_only", split=split, revision="refs/convert/parquet")
-    return _join(data["sentence"])
+    return load_dataset("ptb-text-only/ptb_text_only", split=split, revision="refs/convert/parquet")["sentence"]
 
 
-def _hub_c4(split: str) -> str:
+def _hub_c4(split: str) -> Iterable[str]:
     from datasets import load_dataset
 
-    shards = 1024 if split == "train" else 8
-    file = f"en/c4-{split}.00000-of-{shards:05d}.json.gz"
+    file = f"en/c4-{split}.00000-of-{C4_SHARDS[split]:05d}.json.gz"
     stream = load_dataset("allenai/c4", data_files={split: file}, split=split, streaming=True)
-    return _join(document["text"] for document in islice(stream, C4_DOCUMENTS[split]))
+    return (document["text"] for document in stream)
 
 
-HUB_READERS: dict[str, Callable[[str], str]] = {
-    "wikitext2": _hub_wikitext2,
-    "ptb": _hub_ptb,
-    "c4": _hub_c4,
-}
+C4_SHARDS = {"train": 1024, "validation": 8}
+FILE_READERS = {".json": _json_lines, ".jsonl": _json_lines}  # by suffix; every other file is one document
+BUNDLED_READERS = {"python-docs": _python_docs}
+LOCAL_SUFFIXES = {"wikitext2": ".txt", "ptb": ".txt", "c4": ".json"}
+LOCAL_READERS = {"wikitext2": _wikitext2_lines, "ptb": _ptb_lines, "c4": _json_lines}
+HUB_READERS = {"wikitext2": _hub_wikitext2, "ptb": _hub_ptb, "c4": _hub_c4}
 
 
-def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    """The whole text as one row of token ids (tokens,), without added special tokens."""
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.long)
+def tokenize(text: str, tokenizer: PreTrainedTokenizerBase, protocol: str = "default") -> torch.Tensor:
+    """The whole text as one row of token ids (tokens,); PROTOCOLS says which special tokens are added."""
+    return torch.tensor(tokenizer(text, verbose=False, **PROTOCOLS[protocol])["input_ids"], dtype=torch.long)
+
+
+def leading_bos(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that every window of a family that breaks without it (Gemma) starts with; None: windows are all text.
+
+    Text for such windows is tokenized without special tokens, so that none comes twice.
+    """
+    adapter = ADAPTERS.get(config.get_text_config().model_type)
+    if adapter is None or not adapter.needs_bos:
+        return None
+    return config.get_text_config().bos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
+
+def with_bos(windows: torch.Tensor, bos: int | None) -> torch.Tensor:
+    """Windows (count, n) with the token `bos` in front of each, (count, n + 1); None leaves them as they are."""
+    return windows if bos is None else torch.cat([windows.new_full((len(windows), 1), bos), windows], dim=1)
+
+
+def text_length(seqlen: int, bos: int | None) -> int:
+    """Tokens of text in a window of `seqlen` tokens."""
+    return seqlen if bos is None else seqlen - 1
 
 
 def split_held_out(ids: torch.Tensor, nsamples: int, seqlen: int, sampling: str) -> tuple[torch.Tensor, torch.Tensor]:
     """(ids to calibrate on, held-out windows (k, seqlen) from the end of the text).
 
-    k is at most 16 and at most a twentieth of the text; the first windows (`first`) go before. It can be 0.
+    k is at most 16 and at most a twentieth of the text; the first windows (`first`) take precedence. It can be 0.
     """
     spare = len(ids) - nsamples * seqlen if sampling == "first" else len(ids)
     count = max(0, min(HELD_OUT_WINDOWS, len(ids) // (20 * seqlen), spare // seqlen))
@@ -158,24 +216,45 @@ def calibration_windows(
     return torch.stack([ids[start : start + seqlen] for start in starts.tolist()])
 
 
-def evaluation_windows(ids: torch.Tensor, seqlen: int, nsamples: int | None, source: str) -> torch.Tensor:
+def calibration_tokens(
+    ids: torch.Tensor, settings: "CalibrationSettings", bos: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(windows to calibrate on (nsamples, seqlen), held-out windows (k, seqlen)) from the text's ids (tokens,).
+
+    With `bos` each window is that token and seqlen - 1 tokens of text.
+
+    Raises:
+        HiSVDError: the text is too short.
+    """
+    nsamples, length, sampling = settings.nsamples, text_length(settings.seqlen, bos), settings.sampling
+    ids, held_out = split_held_out(ids, nsamples, length, sampling)
+    windows = calibration_windows(ids, nsamples, length, sampling, settings.seed, settings.dataset)
+    return with_bos(windows, bos), with_bos(held_out, bos)
+
+
+def evaluation_windows(
+    ids: torch.Tensor, seqlen: int, nsamples: int | None, source: str, bos: int | None = None
+) -> torch.Tensor:
     """(windows, seqlen) consecutive, non-overlapping windows from the start, at most `nsamples`.
+
+    With `bos` each window is that token and seqlen - 1 tokens of text.
 
     Raises:
         HiSVDError: the text is shorter than one window.
     """
-    count = len(ids) // seqlen
+    length = text_length(seqlen, bos)
+    count = len(ids) // length
     if count == 0:
         raise HiSVDError(
             f"The text of {source} has {len(ids)} tokens, less than one window of {seqlen}; lower --seqlen or use a "
             "longer text."
         )
     count = min(count, nsamples or count)
-    return ids[: count * seqlen].view(count, seqlen)
+    return with_bos(ids[: count * length].view(count, length), bos)
 
 
 def default_batch_size(seqlen: int) -> int:
-    """Sequences of one forward, so that it sees about TOKENS_A_BATCH tokens."""
+    """Sequences per forward pass, so that it sees about TOKENS_A_BATCH tokens."""
     return max(1, TOKENS_A_BATCH // seqlen)
 
 

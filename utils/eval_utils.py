@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import psutil
 import torch
 from torch import nn
-from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from hisvd.component.conv1d import linear_shape
@@ -21,13 +21,30 @@ from hisvd.component.families import adapter_for
 from hisvd.component.int6_linear import INT6SparseLinear, check_int6_modules
 from hisvd.component.low_rank import MODULE_OF_FORM
 from hisvd.component.svd_generic import LINEARS
+from hisvd.errors import HiSVDError
 from hisvd.utils import distributed
 from hisvd.utils.activation_files import ActivationPair
+from hisvd.utils.load_utils import weight_files
+from hisvd.utils.progress import progress_bar
 from hisvd.utils.streaming import Arguments, StreamedModel, decoder_layers, replaced_forwards
 
-LOGITS_AT_ONCE = 2**25  # numbers: 128 MiB in float32, whatever the vocabulary
+LOGITS_AT_ONCE = 2**25  # logits: 128 MiB in float32, whatever the vocabulary
+DEFAULT_SEQLEN = 2048  # tokens per window
 PROMPT_TOKENS = 32
 DECODED_TOKENS = 32
+
+
+def window_length(config: PreTrainedConfig, seqlen: int | None, default: int, model: str) -> int:
+    """Tokens per window: `seqlen` or the default, as far as the model (named `model` in messages) has positions.
+
+    Raises:
+        HiSVDError: `seqlen` exceeds them.
+    """
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or DEFAULT_SEQLEN
+    length = seqlen or min(default, limit)
+    if length > limit:
+        raise HiSVDError(f"--seqlen {length} exceeds the {limit} positions of {model}; choose at most {limit}.")
+    return length
 
 
 @torch.inference_mode()
@@ -36,14 +53,17 @@ def perplexity(model: PreTrainedModel, windows: torch.Tensor, name: str, tokens_
 
     Every token of a window but its first is scored; several processes share the windows. Returns
     perplexity, nll and the number of scored tokens.
+
+    Raises:
+        HiSVDError: the loss is not a finite number.
     """
     total, mine = 0.0, distributed.share(windows)
     batches = mine.split(max(1, tokens_a_batch // windows.shape[1])) if len(mine) else ()
-    for batch in tqdm(batches, f"perplexity on {name}", leave=False, disable=not distributed.is_first()):
+    for batch in progress_bar(batches, f"perplexity on {name}", leave=False):
         ids = batch.to(model.device)
         hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
         total += summed_loss(hidden, ids, partial(head_logits, model), tokens_at_once(model))
-    return _figures(total, mine[:, 1:].numel())
+    return _figures(total, mine[:, 1:].numel(), name)
 
 
 def summed_loss(
@@ -82,7 +102,11 @@ def streamed_loss(
 
 
 def streamed_perplexity(streamed: StreamedModel, windows: torch.Tensor, name: str, folder: Path) -> dict:
-    """What `perplexity` returns, with one decoder layer in memory at a time; hidden states go through `folder`."""
+    """What `perplexity` returns, with one decoder layer in memory at a time; hidden states go through `folder`.
+
+    Raises:
+        HiSVDError: a weight is missing, or a weight, an activation or the loss is not finite.
+    """
     mine, total = distributed.share(windows), 0.0
 
     def layer_of(index: int) -> nn.Module:
@@ -92,23 +116,33 @@ def streamed_perplexity(streamed: StreamedModel, windows: torch.Tensor, name: st
         return layer
 
     layers = streamed.checkpoint.config.get_text_config().num_hidden_layers
-    with tqdm(total=layers, desc=f"perplexity on {name}", leave=False, disable=not distributed.is_first()) as bar:
+    with progress_bar(None, f"perplexity on {name}", total=layers, leave=False) as bar:
         if len(mine):
             hidden = streamed.pair(folder / distributed.own_name(Path(name).name), mine)
             arguments = streamed.embed(mine, hidden[0])
             total = streamed_loss(streamed, mine, hidden, arguments, layer_of)
-    return _figures(total, mine[:, 1:].numel())
+    return _figures(total, mine[:, 1:].numel(), name)
 
 
-def _figures(total: float, scored: int) -> dict:
-    """Perplexity, nll and the number of scored tokens, of all processes."""
+def _figures(total: float, scored: int, name: str) -> dict:
+    """Perplexity, nll and the number of scored tokens, of all processes.
+
+    Raises:
+        HiSVDError: the loss is not a finite number, or its exponential is not.
+    """
     total, scored = distributed.total(torch.tensor([total, scored], dtype=torch.float64)).tolist()
     nll = total / scored
-    return {"perplexity": float(torch.tensor(nll, dtype=torch.float64).exp()), "nll": nll, "tokens_scored": int(scored)}
+    ppl = float(torch.tensor(nll, dtype=torch.float64).exp())
+    if not math.isfinite(ppl):
+        raise HiSVDError(
+            f"The perplexity on {name} is {ppl} (mean loss {nll:g}), which measures nothing; check the model's "
+            "weights, or use --dtype float32."
+        )
+    return {"perplexity": ppl, "nll": nll, "tokens_scored": int(scored)}
 
 
 def tokens_at_once(model: PreTrainedModel) -> int:
-    """Tokens whose logits are computed at once, so that they take no more than LOGITS_AT_ONCE numbers."""
+    """Tokens whose logits are computed at once, so that they are no more than LOGITS_AT_ONCE."""
     return max(1, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
 
 
@@ -136,7 +170,7 @@ def head_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
 def speed(model: PreTrainedModel, window: torch.Tensor, repeats: int = 3) -> dict:
     """Tokens per second of one forward over `window` (seqlen,) and of greedy decoding with the KV cache.
 
-    Medians over `repeats` runs behind one warm-up; decoding makes 32 tokens from a prompt of 32.
+    Medians over `repeats` runs after one warm-up; decoding makes 32 tokens from a prompt of 32.
     """
     ids = window[None].to(model.device)
     prompt = ids[:, : min(PROMPT_TOKENS, ids.shape[1])]
@@ -161,7 +195,7 @@ def speed(model: PreTrainedModel, window: torch.Tensor, repeats: int = 3) -> dic
 
 
 def median_seconds(function: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """The median time of `repeats` calls behind one warm-up."""
+    """The median time of `repeats` calls after one warm-up."""
     seconds = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
@@ -192,8 +226,20 @@ def peak_memory(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process can still allocate on an accelerator, or of the host's memory.
+
+    An accelerator that tells nothing (MPS) shares the host's memory.
+    """
+    module = torch.get_device_module(device)
+    if not hasattr(module, "mem_get_info"):
+        return psutil.virtual_memory().available
+    cached = module.memory_reserved(device) - module.memory_allocated(device)  # by PyTorch, for the next tensors
+    return module.mem_get_info(device)[0] + cached
+
+
 def linear_numbers(model: PreTrainedModel) -> tuple[int, int]:
-    """(stored, dense) numbers in the linear weights of the decoder layers; INT6 stores half of a weight's."""
+    """(stored, dense) parameters in the decoder layers' linear weights; INT6 stores half of a weight's."""
     stored = dense = 0
     factors: set[nn.Module] = set()
     for module in decoder_layers(model, adapter_for(model)).modules():
@@ -211,4 +257,4 @@ def linear_numbers(model: PreTrainedModel) -> tuple[int, int]:
 
 def weight_file_bytes(path: Path) -> int:
     """Bytes of a model's weights on disk: a .pt file, or the safetensors files of a folder."""
-    return path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.glob("*.safetensors"))
+    return sum(file.stat().st_size for file in weight_files(path))

@@ -3,9 +3,7 @@
 import hashlib
 import json
 import math
-import os
 import struct
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,11 +14,9 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -36,8 +32,6 @@ from hisvd.utils import distributed
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
-PT_FORMAT = "hisvd-pt-1"
-PT_FILE_PREFIX = "file:"
 # Entries of config.json that say nothing about what the model computes.
 COSMETIC_CONFIG_KEYS = {
     "_name_or_path",
@@ -113,7 +107,7 @@ class Checkpoint:
         """The safetensors header entry of every tensor: dtype, shape, file and the byte range in it."""
         entries = {}
         for path in set(self.files.values()):
-            offset, header = _safetensors_header(path)
+            offset, header = safetensors_header(path)
             for name, entry in header.items():
                 if self.files.get(name) == path:
                     start, end = entry["data_offsets"]
@@ -147,7 +141,7 @@ def open_safetensors(path: Path) -> Any:
         raise HiSVDError(f"Cannot read {path}: it is missing, truncated or no safetensors file ({error}).") from None
 
 
-def _safetensors_header(path: Path) -> tuple[int, dict]:
+def safetensors_header(path: Path) -> tuple[int, dict]:
     """(offset of the data, header) of a safetensors file; the caller has opened it successfully before."""
     with open(path, "rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
@@ -280,64 +274,3 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # tokenizers raises bare Exception for a broken file
         raise HiSVDError(f"No usable tokenizer in {folder}: {first_line(error)}") from None
-
-
-def load(path: str | os.PathLike, dtype: Any = None, device: Any = None) -> PreTrainedModel:
-    """Load a compressed model (folder or .pt), or any Hugging Face folder or Hub id, in eval mode.
-
-    `dtype` is a torch dtype, None keeps the stored one; `device` is a torch device, None the CPU.
-
-    Raises:
-        HiSVDError: nothing is there, or the file is not one of ours.
-    """
-    dtype = dtype or "auto"
-    if Path(path).is_file():
-        side_files, tensors = read_pt(Path(path))
-        config = AutoConfig.for_model(**json.loads(side_files["config.json"]))
-        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        model = model_class.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
-        if "generation_config.json" in side_files:
-            model.generation_config = GenerationConfig.from_dict(json.loads(side_files["generation_config.json"]))
-    else:
-        folder = local_folder(os.fspath(path))
-        read_config(folder)
-        try:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-        except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
-            raise HiSVDError(f"The model in {folder} cannot be loaded: {first_line(error)}") from None
-    return model.eval().to(device or "cpu")
-
-
-def read_pt(path: Path) -> tuple[dict[str, str | torch.Tensor], dict[str, torch.Tensor]]:
-    """(side files, weights) of a `.pt` model. Weights stay memory-mapped.
-
-    Side files are config.json, hisvd.json, the tokenizer …: text as str, binary as a uint8 tensor.
-
-    Raises:
-        HiSVDError: the file is truncated or was not written by compress.py.
-    """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:  # the zip reader, the unpickler and its allow-list each raise types of their own
-        content = None
-    if not isinstance(content, dict) or content.get("format") != PT_FORMAT:
-        raise HiSVDError(f"{path} is not a model written by compress.py, or is truncated; make it again.")
-    side_files = {k.removeprefix(PT_FILE_PREFIX): v for k, v in content.items() if k.startswith(PT_FILE_PREFIX)}
-    weights = {k: v for k, v in content.items() if k != "format" and not k.startswith(PT_FILE_PREFIX)}
-    return side_files, weights
-
-
-def unpack_side_files(path: Path, folder: Path) -> None:
-    """Write the side files of a `.pt` model into `folder`."""
-    for name, content in read_pt(path)[0].items():
-        data = content.encode() if isinstance(content, str) else content.numpy().tobytes()
-        (folder / Path(name).name).write_bytes(data)
-
-
-def tokenizer_of(path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer that belongs to a model: folder, Hub id or `.pt`."""
-    if Path(path).is_file():
-        with tempfile.TemporaryDirectory() as folder:
-            unpack_side_files(Path(path), Path(folder))
-            return load_tokenizer(Path(folder))
-    return load_tokenizer(local_folder(path))

@@ -6,6 +6,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
 
 from hisvd.utils import distributed
 
@@ -14,12 +15,16 @@ _shown: ContextVar[bool] = ContextVar("hisvd_progress_shown", default=True)
 
 @contextmanager
 def progress_shown(shown: bool) -> Iterator[None]:
-    """Inside: progress bars are shown, or not."""
-    token = _shown.set(shown)
+    """Inside: progress bars are shown, or not, those that transformers shows when it loads a model included."""
+    token, before = _shown.set(shown), transformers_logging.is_progress_bar_enabled()
+    if not shown:
+        transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         _shown.reset(token)
+        if before:
+            transformers_logging.enable_progress_bar()
 
 
 def progress_bar(iterable: Iterable | None, title: str, **options: Any) -> tqdm:

@@ -12,14 +12,8 @@ from safetensors.torch import load_file
 from hisvd.component.hf_quantizer import METHOD
 from hisvd.errors import HiSVDError
 from hisvd.utils.files import atomic_path, make_folder, sync_file, write_json, write_tensors
-from hisvd.utils.model_utils import (
-    INDEX_NAME,
-    PT_FILE_PREFIX,
-    PT_FORMAT,
-    Checkpoint,
-    open_safetensors,
-    read_pt,
-)
+from hisvd.utils.load_utils import PT_FILE_PREFIX, PT_FORMAT, read_pt
+from hisvd.utils.model_utils import INDEX_NAME, Checkpoint, open_safetensors
 
 REPORT = "hisvd.json"
 PLAN = "plan.json"

@@ -1,53 +1,55 @@
 """The attention-residual study of evaluate.py: its arguments, tables, verdict and plot."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import torch
-from transformers import PreTrainedModel
-
-from hisvd.attention_residual import RECOVERED, residual_study
+from hisvd.attention_residual import RECOVERED, STUDY_SEQLEN, attention_residual_study
+from hisvd.cli.common import settings_from
 from hisvd.errors import HiSVDError
+from hisvd.evaluation import Texts, exhaustion_explained, tokens_for, whole_model
+from hisvd.settings import EvaluationSettings, Resources, StudySettings
 from hisvd.tables import table
-from hisvd.utils.data_utils import evaluation_windows
 from hisvd.utils.files import atomic_path, check_writable_file
-
-STUDY_SEQLEN = 256
+from hisvd.utils.model_utils import resolve_device
 
 
 def numbers(text: str | None, option: str) -> list[int] | None:
-    """Comma-separated numbers in rising order; None for None.
+    """Comma-separated whole numbers; None for None.
 
     Raises:
-        HiSVDError: one is no whole number.
+        HiSVDError: one is not a whole number.
     """
     try:
-        return None if text is None else sorted({int(part) for part in text.split(",")})
+        return None if text is None else [int(part) for part in text.split(",")]
     except ValueError:
-        raise HiSVDError(f"{option} '{text}' is no comma-separated list of whole numbers.") from None
+        raise HiSVDError(f"{option} '{text}' is not a comma-separated list of whole numbers.") from None
 
 
-def study_model(
-    model: PreTrainedModel,
-    ids: dict[str, torch.Tensor],
-    seqlen: int,
-    layers: list[int] | None,
-    ranks: list[int] | None,
-    calib_blocks: int,
-    n_blocks: int,
-) -> dict[str, dict]:
-    """The attention-residual study of one model, by data set; bases from the windows before those evaluated on."""
-    count = model.config.get_text_config().num_hidden_layers
-    layers = layers or list(range(count - max(1, count // 4), count))
-    studies = {}
-    for name, tokens in ids.items():
-        windows = evaluation_windows(tokens, seqlen, calib_blocks + n_blocks, name)
-        if len(windows) <= calib_blocks:
-            raise HiSVDError(
-                f"The text of {name} has {len(windows)} windows of {seqlen} tokens, but the bases take {calib_blocks} "
-                "and at least one more is needed; lower --calib_blocks or --seqlen, or use a longer text."
-            )
-        studies[name] = residual_study(model, windows[:calib_blocks], windows[calib_blocks:], layers, ranks, name)
-    return studies
+def study_model(model: str, texts: Texts, options: Mapping[str, Any]) -> dict:
+    """The attention-residual study of one model on each text, as it is printed and written.
+
+    Raises:
+        HiSVDError: the model cannot be loaded or studied, or a text or option does not fit it.
+    """
+    layers, d_r = (numbers(options[name], f"--{name}") for name in ("layers", "d_r"))
+    settings, resources = settings_from(options, EvaluationSettings), settings_from(options, Resources)
+    with exhaustion_explained(model, None):
+        tokens = tokens_for(model, texts, settings, STUDY_SEQLEN)
+        loaded = whole_model(model, resolve_device(resources.device), settings.dtype)
+        studies = {}
+        for name, ids in tokens.ids.items():
+            study = replace(settings_from(options, StudySettings), seqlen=tokens.seqlen, bos=tokens.bos, source=name)
+            studies[name] = attention_residual_study(loaded, ids, layers, d_r, study)
+    return {
+        "model": model,
+        "device": str(loaded.device),
+        "dtype": str(loaded.dtype),
+        "protocol": settings.protocol,
+        "documents": {name: len(documents) for name, documents in texts.items()},
+        "attention_residual": studies,
+    }
 
 
 def study_tables(model: str, dataset: str, study: dict) -> str:
@@ -67,7 +69,7 @@ def study_tables(model: str, dataset: str, study: dict) -> str:
     return "\n\n".join(
         [
             f"{Path(model).name} on {Path(dataset).name}: layers {', '.join(map(str, study['layers']))}, "
-            f"{study['blocks']} blocks of {study['seqlen']} tokens, bases from {study['basis_blocks']} other ones",
+            f"{study['blocks']} blocks of {study['seqlen']} tokens, bases from {study['basis_blocks']} others",
             table(["variant", "d_r", "perplexity", "ΔPPL", "recovered"], variants),
             table(["layer.head", "effective dim", *(f"var {rank}" for rank in ranks)], heads),
             verdict(study),
@@ -93,7 +95,7 @@ def check_plot(path: Path) -> None:
     """Refuse a plot that could not be drawn at the end.
 
     Raises:
-        HiSVDError: matplotlib is missing, or the file is no image it can write, or cannot be written.
+        HiSVDError: matplotlib is missing, or the file is not an image it can write, or cannot be written.
     """
     try:
         from matplotlib.backend_bases import FigureCanvasBase
@@ -108,7 +110,7 @@ def check_plot(path: Path) -> None:
 
 
 def draw_studies(results: list[dict], path: Path) -> None:
-    """A row a model and data set: cumulative variance by rank, a line a head; ΔPPL against d_r."""
+    """A row per model and data set: cumulative variance by rank, a line per head; ΔPPL against d_r."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -4,7 +4,7 @@ import functools
 import logging
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any, NoReturn, TypeVar
 
@@ -12,11 +12,11 @@ import click
 from tqdm import tqdm
 
 from hisvd.errors import HiSVDError
+from hisvd.settings import DTYPES
 from hisvd.utils import distributed
 from hisvd.utils.data_utils import default_data_dir
 
 Settings = TypeVar("Settings")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class _BesideBars(logging.Handler):
@@ -106,10 +106,14 @@ def data_dir_option(function: Callable) -> Callable:
     )(function)
 
 
-def settings_from(options: dict[str, Any], cls: type[Settings]) -> Settings:
-    """The settings of dataclass `cls` from the options that have its fields' names; the others keep their defaults."""
-    names = {field.name for field in fields(cls)}
-    return cls(**{name: value for name, value in options.items() if name in names})
+def settings_from(options: Mapping[str, Any], cls: type[Settings], **others: Any) -> Settings:
+    """The settings dataclass `cls` made of the options that have its fields' names, and of `others`."""
+    return cls(**{field.name: options[field.name] for field in fields(cls) if field.name in options}, **others)
+
+
+def comma_separated(text: str) -> list[str]:
+    """The parts of a comma-separated option that are not blank."""
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def say(text: str) -> None:

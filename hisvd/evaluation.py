@@ -1,0 +1,202 @@
+"""Evaluate models: perplexity, and on request speed and memory. evaluate.py stands on this."""
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from hisvd.errors import HiSVDError
+from hisvd.settings import EvaluationSettings, Resources
+from hisvd.utils.data_utils import (
+    EVALUATION_SPLIT,
+    default_batch_size,
+    evaluation_windows,
+    join_documents,
+    leading_bos,
+    load_documents,
+    tokenize,
+)
+from hisvd.utils.eval_utils import (
+    DEFAULT_SEQLEN,
+    free_memory,
+    linear_numbers,
+    peak_memory,
+    perplexity,
+    reset_peak_memory,
+    speed,
+    streamed_perplexity,
+    weight_file_bytes,
+    window_length,
+)
+from hisvd.utils.files import make_folder
+from hisvd.utils.load_utils import bytes_in_memory, check_layer_count, config_of, load, tokenizer_of
+from hisvd.utils.model_utils import local_folder, open_checkpoint, resolve_device, resolve_dtype
+from hisvd.utils.progress import progress_shown
+from hisvd.utils.streaming import StreamedModel
+
+Texts = dict[str, list[str]]  # data set → its documents
+
+
+def evaluate(
+    model: str | Path,
+    datasets: Sequence[str],
+    settings: EvaluationSettings = EvaluationSettings(),
+    resources: Resources = Resources(),
+) -> dict:
+    """Perplexity of a model on each data set, its size, and on request its speed and memory.
+
+        figures = hisvd.evaluate("compressed_models/llama7b_80p", ["wikitext2", "c4"])
+        figures["perplexity"]["wikitext2"]["perplexity"]
+
+    Args:
+        model: a folder or .pt file of compress.py, another Hugging Face model folder, or a Hub id.
+        datasets: names (wikitext2, ptb, c4, python-docs) or paths of .txt, .json or .jsonl files.
+        settings: windows, protocol, compute dtype, and what else is measured.
+        resources: the device, and whether progress bars are shown.
+
+    Returns:
+        "model", "linear_numbers_stored" and "linear_numbers_dense" (parameters in the decoder layers' linear weights,
+        now and before compression), "linear_kept" (their ratio), "weight_file_bytes", "seqlen", "device", "dtype",
+        "protocol"; by data set "documents" (how many were read) and "perplexity" ("perplexity", "nll" and
+        "tokens_scored"); with settings.speed also "speed".
+
+    Raises:
+        HiSVDError: a model or text that cannot be read, weights that are missing or left over, windows longer than the
+            model or the text, too little memory, or a perplexity that is not finite.
+    """
+    return evaluate_texts(model, load_texts(datasets, settings.data_dir), settings, resources)
+
+
+def load_texts(datasets: Sequence[str], data_dir: str | None = None) -> Texts:
+    """The documents of each data set's evaluation split, or of each file.
+
+    Raises:
+        HiSVDError: no data set is given, or one cannot be read.
+    """
+    if not datasets:
+        raise HiSVDError(f"--datasets is empty; give text files, or some of {', '.join(EVALUATION_SPLIT)}.")
+    return {name: load_documents(name, EVALUATION_SPLIT, data_dir) for name in datasets}
+
+
+def evaluate_texts(model: str | Path, texts: Texts, settings: EvaluationSettings, resources: Resources) -> dict:
+    """`evaluate` on texts that are loaded already, once for several models."""
+    path = os.fspath(model)
+    with progress_shown(resources.progress), exhaustion_explained(path, settings.offload_folder):
+        device = resolve_device(resources.device)
+        reset_peak_memory(device)
+        tokens = tokens_for(path, texts, settings, DEFAULT_SEQLEN)
+        windows = {
+            name: evaluation_windows(ids, tokens.seqlen, settings.nsamples, name, tokens.bos)
+            for name, ids in tokens.ids.items()
+        }
+        measured: dict[str, dict] = {}
+        loaded: PreTrainedModel | StreamedModel
+        if settings.offload_folder:
+            loaded = streamed_model(path, device, settings.dtype, tokens.seqlen)
+            stored, dense = linear_numbers(loaded.skeleton)
+            make_folder(Path(settings.offload_folder))
+            with tempfile.TemporaryDirectory(dir=settings.offload_folder) as folder:
+                ppl = {name: streamed_perplexity(loaded, w, name, Path(folder)) for name, w in windows.items()}
+        else:
+            loaded = whole_model(path, device, settings.dtype)
+            stored, dense = linear_numbers(loaded)
+            ppl = {name: perplexity(loaded, w, name) for name, w in windows.items()}
+            if settings.speed:
+                rates = speed(loaded, next(iter(windows.values()))[0])
+                measured["speed"] = {**rates, "peak_memory_bytes": peak_memory(device)}
+        return {
+            "model": path,
+            "linear_numbers_stored": stored,
+            "linear_numbers_dense": dense,
+            "linear_kept": stored / dense,
+            "weight_file_bytes": weight_file_bytes(weights_at(path)),
+            "seqlen": tokens.seqlen,
+            "device": str(loaded.device),
+            "dtype": str(loaded.dtype),
+            "protocol": settings.protocol,
+            "documents": {name: len(documents) for name, documents in texts.items()},
+            "perplexity": ppl,
+            **measured,
+        }
+
+
+@dataclass(frozen=True)
+class TokenizedTexts:
+    """Texts as one model reads them: a row of ids (tokens,) per data set, for windows of `seqlen`, each after `bos`."""
+
+    ids: dict[str, torch.Tensor]
+    seqlen: int
+    bos: int | None
+
+
+def tokens_for(model: str, texts: Texts, settings: EvaluationSettings, default_seqlen: int) -> TokenizedTexts:
+    """Tokenize all texts for a model.
+
+    Raises:
+        HiSVDError: its configuration or tokenizer cannot be read, or the windows are longer than it has positions.
+    """
+    config, tokenizer = config_of(model), tokenizer_of(model)
+    seqlen, bos = window_length(config, settings.seqlen, default_seqlen, model), leading_bos(config, tokenizer)
+    protocol = settings.protocol if bos is None else "default"  # else the first window would start with two
+    ids = {name: tokenize(join_documents(texts[name]), tokenizer, protocol) for name in texts}
+    return TokenizedTexts(ids, seqlen, bos)
+
+
+def weights_at(model: str) -> Path:
+    """Where a model's files lie here: a folder (of the Hub's cache, for an id), or a `.pt`."""
+    return Path(model) if Path(model).is_file() else local_folder(model)
+
+
+def whole_model(model: str, device: torch.device, dtype: str) -> PreTrainedModel:
+    """The model with all its weights on `device`.
+
+    Raises:
+        HiSVDError: it cannot be loaded, or exceeds the memory that is free there.
+    """
+    compute = resolve_dtype(dtype, device, None)
+    needed, free = bytes_in_memory(weights_at(model), compute), free_memory(device)
+    if needed > free:
+        raise HiSVDError(
+            f"{model} takes {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free on {device}; "
+            f"{ways_out(model)}."
+        )
+    # Not load().to(dtype): that would round the rotary frequencies, which from_pretrained keeps in float32.
+    return load(model, compute, device)
+
+
+def streamed_model(model: str, device: torch.device, dtype: str, seqlen: int) -> StreamedModel:
+    """The model to be run with one decoder layer in memory at a time.
+
+    Raises:
+        HiSVDError: it is not a folder with safetensors, or the files hold more layers than its configuration.
+    """
+    checkpoint = open_checkpoint(model, compressed_too=True)
+    compute = resolve_dtype(dtype, device, checkpoint.config.dtype or torch.bfloat16)
+    streamed = StreamedModel(checkpoint, default_batch_size(seqlen), device, compute)
+    check_layer_count(checkpoint, streamed.skeleton, streamed.adapter.layers)
+    return streamed
+
+
+def ways_out(model: str) -> str:
+    """What to do about a model that the memory does not hold."""
+    folder = "save it as a folder and use" if Path(model).is_file() else "use"
+    return f"{folder} --offload_folder DIR (perplexity alone, one layer in memory), or --dtype bfloat16"
+
+
+@contextmanager
+def exhaustion_explained(model: str, offload_folder: str | Path | None) -> Iterator[None]:
+    """Inside: an accelerator whose memory is exhausted gives a sentence with the ways out.
+
+    Raises:
+        HiSVDError: it is exhausted.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        remedy = "lower --seqlen, or use --device cpu" if offload_folder else ways_out(model)
+        raise HiSVDError(f"The accelerator's memory is exhausted by {model}; {remedy}.") from None

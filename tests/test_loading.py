@@ -1,0 +1,166 @@
+"""hisvd.load: a model is what its files say, or is refused with the tensors named; weights go straight to a device."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import IDS, build_model, expect_sentence, run
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, MixtralConfig, PreTrainedModel
+
+import hisvd
+from hisvd.utils import load_utils
+
+TINY = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+EXPERTS = MixtralConfig(**TINY, intermediate_size=96, num_key_value_heads=2, num_local_experts=4)
+GPT2 = GPT2Config(vocab_size=300, n_embd=64, n_layer=2, n_head=4, n_positions=128)
+DOWN = "model.layers.1.mlp.down_proj.weight"
+EXPERT = "model.layers.1.block_sparse_moe.experts.2.{}.weight"
+
+
+@pytest.fixture
+def model(model_folders, tmp_path):
+    return shutil.copytree(model_folders["llama"], tmp_path / "model")
+
+
+def edit_tensors(folder, edit):
+    tensors = load_file(folder / "model.safetensors")
+    save_file(edit(tensors), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def edit_config(folder, **entries):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | entries))
+
+
+def edit_pt(file, edit):
+    content = torch.load(file, weights_only=True)
+    torch.save(edit(content), file)
+
+
+def expect_refusal(path, *fragments, folder_too=True):
+    """By hisvd.load and by evaluate.py, whole and (a folder) layer by layer."""
+    with pytest.raises(hisvd.HiSVDError) as refusal:
+        hisvd.load(path)
+    for fragment in (str(path), *fragments):
+        assert fragment in str(refusal.value), refusal.value
+    options = ["--model_path", path, "--datasets", "python-docs", "--nsamples", 1]
+    expect_sentence(run("evaluate", *options), str(path), *fragments)
+    if folder_too:
+        expect_sentence(run("evaluate", *options, "--offload_folder", path.parent / "offload"), str(path))
+
+
+def without(*names):
+    return lambda tensors: {name: tensor for name, tensor in tensors.items() if name not in names}
+
+
+def test_missing_tensors_are_named(model):
+    edit_tensors(model, without(DOWN))
+    expect_refusal(model, "missing", DOWN)
+
+
+def test_layers_that_the_file_lacks_are_named(model):
+    edit_tensors(model, lambda tensors: {k: t for k, t in tensors.items() if "layers.2" not in k})
+    expect_refusal(model, "missing", "model.layers.2.input_layernorm.weight", "6 more")
+
+
+def test_more_layers_in_the_configuration_than_in_the_file(model):
+    edit_config(model, num_hidden_layers=5)
+    expect_refusal(model, "missing", "model.layers.4.input_layernorm.weight")
+
+
+def test_fewer_layers_in_the_configuration_than_in_the_file(model):
+    edit_config(model, num_hidden_layers=3)
+    expect_refusal(model, "model.layers.3.input_layernorm.weight")
+
+
+def test_renamed_tensor_is_named_with_its_new_name(model):
+    edit_tensors(
+        model, lambda tensors: {k.replace("layers.1.mlp.down", "layers.1.mlp.out"): t for k, t in tensors.items()}
+    )
+    expect_refusal(model, DOWN)
+    expect_refusal(model, DOWN.replace("down", "out"), folder_too=False)
+
+
+def test_name_changed_in_the_header(model):
+    data = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(data.replace(b"layers.1.mlp.down", b"layers.1.mlp.dowm", 1))
+    expect_refusal(model, DOWN)
+
+
+def test_header_that_is_no_json(model):
+    data = bytearray((model / "model.safetensors").read_bytes())
+    data[8] = 0
+    (model / "model.safetensors").write_bytes(data)
+    expect_refusal(model, "model.safetensors")
+
+
+def test_wrong_shapes_are_told(model):
+    edit_tensors(model, lambda tensors: tensors | {DOWN: tensors[DOWN][:-1].clone()})
+    expect_refusal(model, "wrong shape", DOWN, "(63, 160) instead of (64, 160)", folder_too=False)
+
+
+def test_pt_without_two_weights(chain):
+    file = chain("llama", "0.6", "out.pt")
+    names = [n for n in load_utils.read_pt(file)[1] if "layers.2.mlp.up_proj" in n][:2]
+    assert len(names) == 2
+    edit_pt(file, without(*names))
+    expect_refusal(file, "missing", *names, folder_too=False)
+
+
+def test_emptied_table_of_factored_modules(chain):
+    folder = chain("llama", "0.5", "out")
+    config = json.loads((folder / "config.json").read_text())
+    edit_config(folder, quantization_config=config["quantization_config"] | {"modules": {}})
+    expect_refusal(folder, "missing", "not part of the model", "_proj")
+    file = chain("llama", "0.5", "out.pt")
+    edit_pt(file, lambda content: content | {"file:config.json": (folder / "config.json").read_text()})
+    expect_refusal(file, "missing", "not part of the model", "_proj", folder_too=False)
+
+
+def test_pt_with_a_configuration_that_is_none(chain):
+    file = chain("llama", "0.6", "out.pt")
+    for config in ("{", '{"model_type": "no-such-family"}', "{}"):
+        edit_pt(file, lambda content, config=config: content | {"file:config.json": config})
+        expect_refusal(file, "config.json", folder_too=False)
+
+
+@pytest.mark.parametrize("missing", [("w1",), ("w2",), ("w1", "w2", "w3")])
+def test_missing_weights_of_an_expert(tokenizer, tmp_path, missing):
+    folder = build_model(EXPERTS, tmp_path / "mixtral", tokenizer)
+    edit_tensors(folder, without(*map(EXPERT.format, missing)))
+    expect_refusal(folder, "layers.1.mlp.experts")
+
+
+def test_tied_weights_and_former_buffers_are_no_fault(model, tokenizer, tmp_path):
+    assert "lm_head.weight" not in load_file(model / "model.safetensors")
+    before = hisvd.load(model)(IDS).logits
+    frequencies = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(8) for i in range(4)}
+    edit_tensors(model, lambda tensors: tensors | frequencies)
+    assert torch.equal(hisvd.load(model)(IDS).logits, before)
+    gpt2 = build_model(GPT2, tmp_path / "gpt2", tokenizer)
+    masks = {
+        f"transformer.h.{i}.attn.{name}": torch.ones(1, 1, 4, 4) for i in range(2) for name in ("bias", "masked_bias")
+    }
+    before = hisvd.load(gpt2)(IDS).logits
+    edit_tensors(gpt2, lambda tensors: tensors | masks)
+    assert torch.equal(hisvd.load(gpt2)(IDS).logits, before)
+    options = ["--datasets", "python-docs", "--nsamples", 1, "--offload_folder", tmp_path / "offload"]
+    for folder in (model, gpt2):
+        assert run("evaluate", "--model_path", folder, *options).code == 0
+
+
+@pytest.mark.parametrize("output", ["out", "out.pt"])
+def test_weights_go_straight_to_the_device(chain, monkeypatch, output):
+    """On the meta device, which stands for an accelerator; a model loaded to the CPU first would be moved then."""
+    moved_from, real = [], PreTrainedModel.to
+
+    def noting(model, *arguments, **options):
+        moved_from.append({tensor.device.type for tensor in model.parameters()})
+        return real(model, *arguments, **options)
+
+    monkeypatch.setattr(PreTrainedModel, "to", noting)
+    model = hisvd.load(chain("llama", "0.6", output), device="meta")
+    assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"meta"}
+    assert all(places == {"meta"} for places in moved_from)

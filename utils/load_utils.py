@@ -1,0 +1,225 @@
+"""Load a model whole: original or compressed, from a folder, a `.pt` file or the Hub."""
+
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from hisvd.errors import HiSVDError, first_line
+from hisvd.utils.model_utils import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    Checkpoint,
+    empty_model,
+    load_tokenizer,
+    local_folder,
+    open_checkpoint,
+    open_safetensors,
+    read_config,
+    safetensors_header,
+)
+
+PT_FORMAT = "hisvd-pt-1"
+PT_FILE_PREFIX = "file:"
+# Buffers that checkpoints of older versions of transformers carry and that no model reads any more.
+FORMER_BUFFERS = re.compile(r"\b(rotary_emb\.inv_freq|(attn|attention|self_attn)\.(bias|masked_bias)|position_ids)$")
+FLOATING_POINT = ("F64", "F32", "F16", "BF16")  # dtypes in safetensors headers
+NAMED_TENSORS = 3  # that a message names of each fault
+
+
+def load(
+    path: str | os.PathLike, dtype: torch.dtype | None = None, device: str | torch.device | None = None
+) -> PreTrainedModel:
+    """Load a compressed model (folder or .pt), or any Hugging Face folder or Hub id, in eval mode.
+
+    Args:
+        path: a folder or .pt file of compress.py, another Hugging Face model folder, or a Hub id.
+        dtype: None keeps the stored one.
+        device: None is the CPU. Weights go straight to an accelerator, without a copy of the whole model on the CPU.
+
+    Raises:
+        HiSVDError: nothing is there, the file is not one of ours, or weights are missing, misshapen or left over.
+        torch.OutOfMemoryError: the accelerator's memory does not hold the model.
+    """
+    place = torch.device(device or "cpu")
+    # Misshapen tensors are listed like missing ones, not only logged.
+    options: dict[str, Any] = {"dtype": dtype or "auto", "output_loading_info": True, "ignore_mismatched_sizes": True}
+    if place.type != "cpu":
+        options["device_map"] = {"": place}
+    config, name = config_of(path), os.fspath(path)
+    try:
+        if Path(path).is_file():
+            side_files, tensors = read_pt(Path(path))
+            model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            model, info = model_class.from_pretrained(None, config=config, state_dict=tensors, **options)
+            if "generation_config.json" in side_files:
+                model.generation_config = GenerationConfig.from_dict(json.loads(side_files["generation_config.json"]))
+        else:
+            folder = local_folder(name)
+            for file in weight_files(folder):
+                with open_safetensors(file):  # names a damaged file, which from_pretrained does not
+                    pass
+            model, info = AutoModelForCausalLM.from_pretrained(folder, **options)
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = expert_fault(name, config) if "automatic conversion" in str(error) else first_line(error)
+        raise HiSVDError(f"The model in {name} cannot be loaded: {reason}") from None
+    check_all_loaded(info, name)
+    return model.eval().to(place)
+
+
+def check_all_loaded(info: dict[str, Any], source: str) -> None:
+    """Refuse a model that is not what its files say, from what `from_pretrained` tells of loading it.
+
+    Tied weights, which files leave out, and what a family ignores are not in `info`.
+
+    Raises:
+        HiSVDError: tensors are missing (transformers drew random ones for them), misshapen or left over.
+    """
+    misshapen = [f"{name} {tuple(found)} instead of {tuple(due)}" for name, found, due in info["mismatched_keys"]]
+    surplus = [name for name in info["unexpected_keys"] if not FORMER_BUFFERS.search(name)]
+    faults = {"missing": info["missing_keys"], "of the wrong shape": misshapen, "not part of the model": surplus}
+    told = [f"{fault}: {first_few(names)}" for fault, names in faults.items() if names]
+    if told:
+        raise HiSVDError(
+            f"The tensors in {source} are not those that its config.json describes ({'; '.join(told)}): files are "
+            "damaged, or belong to another model; download or make them again."
+        )
+
+
+def check_layer_count(checkpoint: Checkpoint, model: PreTrainedModel, layers: str) -> None:
+    """Refuse a checkpoint with decoder layers that its config.json does not have: read by name, they would be left out.
+
+    `model` is the model without weights, `layers` the path of the decoder layers in it.
+
+    Raises:
+        HiSVDError: it has some.
+    """
+    count = len(model.get_submodule(layers))
+    first = next(name for name in model.state_dict() if name.startswith(f"{layers}.0."))
+    numbered = re.compile(rf"{re.escape(checkpoint.stored_name(first).partition('.0.')[0])}\.(\d+)\.")
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    surplus = [
+        name
+        for name in checkpoint.files
+        if (found := numbered.match(name)) and int(found[1]) >= count and not any(i.search(name) for i in ignored)
+    ]
+    if surplus:
+        raise HiSVDError(
+            f"{checkpoint.folder} holds more decoder layers than the {count} of its config.json "
+            f"({first_few(surplus)}); correct config.json, or download or make the folder again."
+        )
+
+
+def expert_fault(path: str, config: PreTrainedConfig) -> str:
+    """Why experts in the model folder `path` cannot be put together; transformers only says that they cannot.
+
+    Raises:
+        HiSVDError: the folder has no safetensors files, or one cannot be read.
+    """
+    checkpoint, model = open_checkpoint(path, compressed_too=True), empty_model(config)
+    names = map(checkpoint.stored_name, model.state_dict().keys() - model.all_tied_weights_keys.keys())
+    missing = sorted(name for name in names if name not in checkpoint.files)
+    return f"missing: {first_few(missing)}." if missing else "the weights of its experts have different shapes."
+
+
+def first_few(names: Collection[str]) -> str:
+    """The first NAMED_TENSORS names in order, and how many there are more."""
+    more = f" and {len(names) - NAMED_TENSORS} more" if len(names) > NAMED_TENSORS else ""
+    return ", ".join(sorted(names)[:NAMED_TENSORS]) + more
+
+
+def config_of(path: str | os.PathLike) -> PreTrainedConfig:
+    """The configuration of a model: folder, Hub id or `.pt`.
+
+    Raises:
+        HiSVDError: nothing is there, or its configuration cannot be used.
+    """
+    if not Path(path).is_file():
+        return read_config(local_folder(os.fspath(path)))
+    try:
+        return AutoConfig.for_model(**json.loads(read_pt(Path(path))[0]["config.json"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise HiSVDError(f"The config.json in {path} cannot be used: {first_line(error)}") from None
+
+
+def read_pt(path: Path) -> tuple[dict[str, str | torch.Tensor], dict[str, torch.Tensor]]:
+    """(side files, weights) of a `.pt` model. Weights stay memory-mapped.
+
+    Side files are config.json, hisvd.json, the tokenizer …: text as str, binary as a uint8 tensor.
+
+    Raises:
+        HiSVDError: the file is truncated or was not written by compress.py.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # the zip reader, the unpickler and its allow-list each raise types of their own
+        content = None
+    if not isinstance(content, dict) or content.get("format") != PT_FORMAT:
+        raise HiSVDError(f"{path} is not a model written by compress.py, or is truncated; make it again.")
+    side_files = {k.removeprefix(PT_FILE_PREFIX): v for k, v in content.items() if k.startswith(PT_FILE_PREFIX)}
+    weights = {k: v for k, v in content.items() if k != "format" and not k.startswith(PT_FILE_PREFIX)}
+    return side_files, weights
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files that hold a model's weights: a `.pt`, or the safetensors files of a folder that belong to the model."""
+    if path.is_file():
+        return [path]
+    if (path / INDEX_NAME).is_file():
+        return sorted({path / name for name in json.loads((path / INDEX_NAME).read_text())["weight_map"].values()})
+    return [path / SINGLE_NAME] if (path / SINGLE_NAME).is_file() else sorted(path.glob("*.safetensors"))
+
+
+def bytes_in_memory(path: Path, dtype: torch.dtype | None) -> int:
+    """Bytes of all tensors of a model (folder or `.pt`) with floating-point ones in `dtype` (None: as stored).
+
+    Raises:
+        HiSVDError: a file is missing, truncated or in another format.
+    """
+    if path.is_file():
+        tensors = read_pt(path)[1].values()
+        return sum(t.numel() * (dtype if dtype and t.is_floating_point() else t.dtype).itemsize for t in tensors)
+    total = 0
+    for file in weight_files(path):
+        with open_safetensors(file):
+            header = safetensors_header(file)[1]
+        for name, entry in header.items():
+            if name != "__metadata__":
+                cast = dtype and entry["dtype"] in FLOATING_POINT
+                start, end = entry["data_offsets"]
+                total += math.prod(entry["shape"]) * dtype.itemsize if cast else end - start
+    return total
+
+
+def unpack_side_files(path: Path, folder: Path) -> None:
+    """Write the side files of a `.pt` model into `folder`."""
+    for name, content in read_pt(path)[0].items():
+        data = content.encode() if isinstance(content, str) else content.numpy().tobytes()
+        (folder / Path(name).name).write_bytes(data)
+
+
+def tokenizer_of(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to a model: folder, Hub id or `.pt`."""
+    if Path(path).is_file():
+        with tempfile.TemporaryDirectory() as folder:
+            unpack_side_files(Path(path), Path(folder))
+            return load_tokenizer(Path(folder))
+    return load_tokenizer(local_folder(path))
