@@ -149,8 +149,8 @@ def result_table(results: list[dict]) -> str:
         rows.append(row)
     if "speed" in results[0]:
         header += ["prefill tok/s", "decode tok/s", "peak MB"]
-    documents = ", ".join(f"{Path(name).stem} {count}" for name, count in results[0]["documents"].items())
-    return f"{table(header, rows)}\nProtocol {results[0]['protocol']}; documents: {documents}"
+    documents = "/".join(map(str, results[0]["documents"].values()))
+    return f"{table(header, rows)}\nProtocol {results[0]['protocol']}; documents read: {documents}"
 
 
 if __name__ == "__main__":
