@@ -118,6 +118,7 @@ class CompressionSettings:
             "int6_mode": INT6_MODES,
         }.items():
             check_choice(name, getattr(self, name), choices)
+        check_at_least("alpha", self.alpha, 0)
         check_at_least("lwe_strength", self.lwe_strength, 0)
         check_at_least("tail_redundancy_weight", self.tail_redundancy_weight, 0)
         check_at_least("quality_gate_delta", self.quality_gate_delta, 0)
