@@ -29,7 +29,7 @@ RECOVERED = 0.9  # share of the loss of top-1 that the verdict asks for
 Variant = Callable[[torch.Tensor], torch.Tensor]  # residuals (b, heads, queries, d) float32 → what is left of them
 
 
-def residual_attention(
+def residual_attention(  # noqa: PLR0913 (transformers calls it so)
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
