@@ -20,7 +20,7 @@ class HiSVDConfig(QuantizationConfigMixin):
     """The `quantization_config` entry of config.json: which linears are factored, how, at which rank."""
 
     def __init__(self, modules: dict[str, dict], format_version: int = 1, **_: Any) -> None:
-        self.quant_method = METHOD
+        self.quant_method = METHOD  # type: ignore[assignment] # registered methods are strings outside of its enum
         self.format_version = format_version
         self.modules = modules
 
@@ -29,17 +29,25 @@ class HiSVDConfig(QuantizationConfigMixin):
 class HiSVDQuantizer(HfQuantizer):
     """Swaps the factored modules into the empty model; transformers then loads the weights as usual."""
 
+    quantization_config: HiSVDConfig
+    experts_are_separate = False
+
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         separate_experts(model)
+        self.experts_are_separate = any(isinstance(module, SeparateExperts) for module in model.modules())
         swap_linears(model, self.quantization_config.modules)
         for name in self.quantization_config.modules:
-            # Families that draw weights of a linear from its parent, as GPT-2 does, would look for them in vain.
-            model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True
+            # Families that draw weights of a linear from its parent, as GPT-2 does, would look for them in vain; a
+            # parent that computes buffers, as GPT-J's attention does, must still do so.
+            parent: Any = model.get_submodule(name.rpartition(".")[0])
+            parent._is_hf_initialized = not parent._non_persistent_buffers_set
 
-    def update_weight_conversions(self, weight_conversions: list, model: PreTrainedModel) -> list:
-        """Keep what renames tensors; nothing is to be merged into fused experts."""
-        separate = any(isinstance(module, SeparateExperts) for module in model.modules())
-        return [c for c in weight_conversions if not (separate and isinstance(c, WeightConverter))]
+    def update_weight_conversions(self, weight_conversions: list, model: PreTrainedModel | None = None) -> list:
+        """Keep what renames tensors; nothing is to be merged into fused experts.
+
+        transformers calls it once the modules are swapped, from 5.8 on without `model`, from 5.21 on with it.
+        """
+        return [c for c in weight_conversions if not (self.experts_are_separate and isinstance(c, WeightConverter))]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         check_int6_modules(model)

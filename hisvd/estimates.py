@@ -203,10 +203,13 @@ def _seconds(function: Callable[[], object]) -> float:
 
 
 def _memory(shapes: Shapes, sizes: RunSizes, in_layer: float, layers: int = 1) -> float:
-    """BASE and the worse of two moments: inside a layer, of which so many copies are held, or outside of the layers."""
+    """BASE and the worst of three moments: inside a layer, of which so many copies are held; outside of the layers,
+    while weights are converted; with one layer beside them, to see what it returns.
+    """
     largest = max(layer.parameters for layer in shapes.layers)
     outside = (sizes.compute.itemsize + sizes.stored.itemsize) * shapes.outside
-    return BASE + max(sizes.compute.itemsize * layers * largest + in_layer, outside)
+    beside = sizes.compute.itemsize * (shapes.outside + largest)
+    return BASE + max(sizes.compute.itemsize * layers * largest + in_layer, outside, beside)
 
 
 def _batch(shapes: Shapes, compute: torch.dtype, graph: bool) -> float:

@@ -5,11 +5,14 @@ import torch
 from conftest import HEADS, IDS, SHARED, build_model, calibrate_arguments, run
 from safetensors.torch import load_file, save_file
 from test_calibration import calibration_tokens, gradient_moments_of, gradient_moments_stored
-from transformers import AutoModelForCausalLM, MixtralConfig, OlmoeConfig, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, OlmoeConfig, Qwen3MoeConfig
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
 
 import hisvd
 from hisvd.calibration_cache import read_cache
 from hisvd.component.families import separate_experts
+from hisvd.component.hf_quantizer import HiSVDConfig, HiSVDQuantizer
 from hisvd.rare_experts import pool_rare
 
 QWEN = Qwen3MoeConfig(
@@ -46,6 +49,21 @@ def test_separate_experts_compute_the_same(config):
         before = model(IDS).logits
         separate_experts(model)
         torch.testing.assert_close(model(IDS).logits, before)
+
+
+@pytest.mark.parametrize("config", [MIXTRAL, LlamaConfig(**SHARED, **HEADS)], ids=["mixtral", "llama"])
+def test_no_tensor_is_merged_into_separate_experts(config):
+    model, quantizer = AutoModelForCausalLM.from_config(config), HiSVDQuantizer(HiSVDConfig({}))
+    rename, *_ = all_conversions = [object(), *get_model_conversion_mapping(model)]
+    quantizer._process_model_before_weight_loading(model)
+    kept = quantizer.update_weight_conversions(all_conversions)  # transformers 5.8 to 5.20
+    assert quantizer.update_weight_conversions(all_conversions, model) == kept  # 5.21 on
+    assert rename in kept
+    merges = [c for c in all_conversions if isinstance(c, WeightConverter)]
+    if config.model_type == "mixtral":
+        assert merges and not any(isinstance(c, WeightConverter) for c in kept)
+    else:
+        assert kept == all_conversions
 
 
 def input_moments_of(model, tokens):

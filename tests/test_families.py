@@ -7,11 +7,16 @@ import torch
 from conftest import HEADS, IDS, SHARED, build_model, calibrate_arguments, run, saved_tensors
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
+    FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
+    GPTJConfig,
+    GPTNeoConfig,
     LlamaConfig,
     MixtralConfig,
+    MptConfig,
     OPTConfig,
     Phi3Config,
     Qwen2MoeConfig,
@@ -32,6 +37,13 @@ ROPE = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_
 OPT = {"vocab_size": 300, "hidden_size": 64, "ffn_dim": 160, "num_hidden_layers": 4, "num_attention_heads": 4}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 TINY = {"initializer_range": 0.1}
+FALCON = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "ffn_hidden_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 CONFIGS = {
     "llama3": LlamaConfig(
         **SHARED, **HEADS, **TINY, rope_parameters=ROPE | {"original_max_position_embeddings": 64}, attention_bias=True
@@ -40,7 +52,8 @@ CONFIGS = {
     "gemma2": Gemma2Config(**SHARED, **HEADS, **TINY, head_dim=24, sliding_window=8),
     "gemma3_text": Gemma3TextConfig(**SHARED, **HEADS, **TINY, head_dim=24, sliding_window=8),
     "phi3": Phi3Config(**SHARED, **HEADS, **TINY, pad_token_id=0),
-    "opt": OPTConfig(**OPT, word_embed_proj_dim=64, init_std=0.1, max_position_embeddings=128),
+    # Learned positions: fewer than the tokens whose logits are computed at once.
+    "opt": OPTConfig(**OPT, word_embed_proj_dim=64, init_std=0.1, max_position_embeddings=64),
     "opt-350m": OPTConfig(
         **OPT, word_embed_proj_dim=32, init_std=0.1, max_position_embeddings=128, do_layer_norm_before=False
     ),
@@ -50,7 +63,31 @@ CONFIGS = {
     ),
     "qwen3_moe": Qwen3MoeConfig(**SHARED, **HEADS, **TINY, **EXPERTS, mlp_only_layers=[1]),
     "generic (stablelm)": StableLmConfig(**SHARED, **HEADS, **TINY),
-    "gpt2": GPT2Config(vocab_size=300, n_embd=64, n_layer=4, n_head=4, n_positions=128, **TINY),
+    # Layers that return tuples, some with attention beside the MLP, so that their linears share an input.
+    "generic (falcon)": FalconConfig(**FALCON, **TINY),  # one key and value for all heads
+    "generic (falcon), new": FalconConfig(**FALCON, **TINY, new_decoder_architecture=True, num_kv_heads=2),
+    "generic (falcon), alibi": FalconConfig(
+        **FALCON, **TINY, alibi=True, multi_query=False, parallel_attn=False, bias=True
+    ),
+    "generic (bloom)": BloomConfig(vocab_size=300, hidden_size=64, n_layer=2, n_head=4, **TINY),
+    "generic (mpt)": MptConfig(
+        vocab_size=300, d_model=64, n_layers=2, n_heads=4, expansion_ratio=2, max_seq_len=64, **TINY
+    ),
+    "generic (gptj)": GPTJConfig(
+        vocab_size=300, n_embd=64, n_layer=2, n_head=4, n_inner=160, rotary_dim=8, n_positions=64, **TINY
+    ),
+    "generic (gpt_neo)": GPTNeoConfig(
+        vocab_size=300,
+        hidden_size=64,
+        intermediate_size=160,
+        num_layers=2,
+        num_heads=4,
+        attention_types=[[["global", "local"], 1]],
+        window_size=8,
+        max_position_embeddings=64,
+        **TINY,
+    ),
+    "gpt2": GPT2Config(vocab_size=300, n_embd=64, n_layer=4, n_head=4, n_positions=64, **TINY),
 }
 
 

@@ -7,6 +7,7 @@ forward uses them.
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -158,12 +159,12 @@ class StreamedModel:
         first: list[torch.Tensor] = []
 
         def noting(index: int) -> Callable:
-            def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
-                hidden = args[0] if args else kwargs.pop("hidden_states")
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                hidden, arguments = _split(args, kwargs)
                 if index == 0:
                     first.append(hidden)
-                calls[index].append(_known_equal((args[1:], kwargs), known))
-                return hidden
+                calls[index].append(_known_equal(arguments, known))
+                return as_returned(hidden)
 
             return forward
 
@@ -174,12 +175,14 @@ class StreamedModel:
                 yield first.pop()
 
         forwards = {layer: noting(index) for index, layer in enumerate(layers)}
-        with self.outside_weights(), replaced_forwards(forwards):
-            if target:
-                target.write(embedded(), head)
-            else:
-                for _ in embedded():
-                    pass
+        with self.outside_weights():
+            as_returned = self._as_returned
+            with replaced_forwards(forwards):
+                if target:
+                    target.write(embedded(), head)
+                else:
+                    for _ in embedded():
+                        pass
         return calls
 
     def outputs(
@@ -210,15 +213,41 @@ class StreamedModel:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits (tokens, vocabulary) of what the last decoder layer gave, (tokens, hidden), differentiable.
 
-        To be called inside `outside_weights`. The model's own forward runs behind decoder layers that are passed over,
-        so that final norm, head and logit scaling are the family's.
+        To be called inside `outside_weights`. The model's own forward runs with decoder layers that are passed over,
+        so that final norm, head and logit scaling are the family's. Every token is a sequence of its own: a single
+        sequence could have more tokens than the model has learned positions.
         """
-        layers = self._layers()
-        passed_over = dict.fromkeys(layers, lambda hidden, *args, **kwargs: hidden)
-        passed_over[layers[0]] = lambda *args, **kwargs: hidden[None]
-        dummy = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
-        with replaced_forwards(passed_over):
-            return self.skeleton(input_ids=dummy, use_cache=False).logits[0]
+        result = self._as_returned(hidden[:, None])
+        dummy = torch.zeros(len(hidden), 1, dtype=torch.long, device=hidden.device)
+        with replaced_forwards(dict.fromkeys(self._layers(), lambda *args, **kwargs: result)):
+            return self.skeleton(input_ids=dummy, use_cache=False).logits[:, 0]
+
+    @cached_property
+    def _as_returned(self) -> Callable[[torch.Tensor], Any]:
+        """Gives hidden states the form in which this family's decoder layers return them: bare, or first in a tuple.
+
+        Found by running the first layer on one token. To be asked for inside `outside_weights`, before layers are
+        replaced.
+        """
+        layers, first, outputs = self._layers(), self.layer(0), []
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            outputs.append(first(*args, **kwargs))
+            return outputs[0]
+
+        others = dict.fromkeys(layers, lambda *args, **kwargs: outputs[0])
+        with torch.no_grad(), replaced_forwards(others | {layers[0]: forward}):
+            token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+            self.skeleton.base_model(input_ids=token, use_cache=False)
+        output = outputs[0]
+        return (lambda hidden: (hidden, *output[1:])) if isinstance(output, tuple) else (lambda hidden: hidden)
+
+
+def _split(args: tuple, kwargs: dict[str, Any]) -> tuple[torch.Tensor, Arguments]:
+    """The hidden states among the arguments of a decoder layer, and the others."""
+    if args:
+        return args[0], (args[1:], kwargs)
+    return kwargs["hidden_states"], ((), {k: v for k, v in kwargs.items() if k != "hidden_states"})
 
 
 def _known_equal(arguments: Arguments, known: list[Arguments]) -> Arguments:
