@@ -22,7 +22,8 @@ WORD_OF_PAIR = {1: torch.int16, 2: torch.int32, 4: torch.int64}  # as wide as tw
 
 def padded(weight: torch.Tensor) -> torch.Tensor:
     """`weight` (rows, cols) with columns of zeros up to a multiple of 64."""
-    return torch.nn.functional.pad(weight, (0, -weight.shape[1] % COLUMNS))
+    missing = (COLUMNS - weight.shape[1] % COLUMNS) % COLUMNS  # torch.compile of torch 2.6 takes -n % 64 as C does
+    return torch.nn.functional.pad(weight, (0, missing))
 
 
 def prune(weight: torch.Tensor) -> torch.Tensor:

@@ -6,16 +6,17 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 VENV="${HISVD_VENV:-.venv}"
 PYTHON="$VENV/bin/python"
+REQUIREMENTS="${REQUIREMENTS:-requirements.txt}"
 
-install_environment() { # arguments: what to install beside requirements.txt
+install_environment() { # arguments: what to install beside $REQUIREMENTS
   local stamp
-  stamp="$VENV/.installed-$(cat requirements.txt pyproject.toml <(echo "$@") | cksum | cut -d' ' -f1)"
+  stamp="$VENV/.installed-$(cat "$REQUIREMENTS" pyproject.toml <(echo "$@") | cksum | cut -d' ' -f1)"
   if [ ! -x "$PYTHON" ]; then
     "${HISVD_PYTHON:-python3}" -m venv "$VENV"
   fi
   if [ ! -f "$stamp" ]; then
     echo "Installing into $VENV …"
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check -r requirements.txt "$@"
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$REQUIREMENTS" "$@"
     touch "$stamp"
   fi
 }
