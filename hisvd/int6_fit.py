@@ -6,6 +6,7 @@ saliency of optimal brain surgeon); then every chunk is chosen again, given all 
 descent, as QuantEase, arXiv 2309.01885). No step raises the error.
 """
 
+import functools
 import itertools
 from typing import NamedTuple
 
@@ -28,7 +29,7 @@ from hisvd.whitening_svd import H_DAMPING, cholesky_root
 BLOCK = 128  # columns that are chosen chunk by chunk between two matrix products
 SWEEPS = 4  # times that every chunk is chosen again
 # The columns of a chunk that each of the 6 choices of two pairs keeps.
-KEPT = torch.tensor([[2 * a, 2 * a + 1, 2 * b, 2 * b + 1] for a, b in itertools.combinations(range(4), 2)])
+KEPT = [[2 * a, 2 * a + 1, 2 * b, 2 * b + 1] for a, b in itertools.combinations(range(4), 2)]
 
 
 def int6_entries(
@@ -181,7 +182,7 @@ class ChunkMetrics(NamedTuple):
     @classmethod
     def from_metric(cls, metric: torch.Tensor) -> "ChunkMetrics":
         """For metrics (..., 8, 8), in float32."""
-        kept = KEPT.to(metric.device)
+        kept = kept_columns(metric.device)
         rows = metric[..., kept, :]
         inner = rows.gather(-1, kept[:, None, :].expand(*rows.shape[:-1], 4))
         root = torch.linalg.cholesky(inner)
@@ -194,6 +195,12 @@ class ChunkMetrics(NamedTuple):
         return ChunkMetrics(*(part[column // CHUNK] for part in self))
 
 
+@functools.cache
+def kept_columns(device: torch.device) -> torch.Tensor:
+    """KEPT (6, 4) on a device, copied there once: a copy per chunk makes the host wait for all that is queued."""
+    return torch.tensor(KEPT, device=device)
+
+
 def best_chunk(wanted: torch.Tensor, metrics: ChunkMetrics, scales: torch.Tensor | None) -> torch.Tensor:
     """The legal chunk (m, 8) near `wanted` (m, 8) in the metric; every choice of two pairs is tried.
 
@@ -204,7 +211,7 @@ def best_chunk(wanted: torch.Tensor, metrics: ChunkMetrics, scales: torch.Tensor
     if scales is not None:
         kept = _rounded(kept, metrics.slope, scales[:, None])
     chunks = wanted.new_zeros(*kept.shape[:2], CHUNK)
-    chunks.scatter_(-1, KEPT.to(wanted.device).expand(len(wanted), -1, -1), kept)
+    chunks.scatter_(-1, kept_columns(wanted.device).expand(len(wanted), -1, -1), kept)
     best = _cost(wanted[:, None] - chunks, metrics.metric).argmin(-1)
     return chunks[torch.arange(len(wanted), device=wanted.device), best]
 
