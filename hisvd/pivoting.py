@@ -22,8 +22,9 @@ def pack_pivoted(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor,
     order = _row_order(pivots, m)
     coefficients = torch.linalg.solve_triangular(lu[:rank], lu[rank:], upper=False, left=False, unitriangular=True)
     _exchange_rows(order, coefficients)
-    base = left[order[:rank]] @ right.double()
-    return base, coefficients, torch.argsort(order).to(torch.int32)
+    rows = torch.tensor(order, device=left.device)
+    base = left[rows[:rank]] @ right.double()
+    return base, coefficients, torch.argsort(rows).to(torch.int32)
 
 
 def unpack_pivoted(base: torch.Tensor, coefficients: torch.Tensor, permutation: torch.Tensor) -> torch.Tensor:
@@ -31,7 +32,7 @@ def unpack_pivoted(base: torch.Tensor, coefficients: torch.Tensor, permutation: 
     return torch.cat([base, coefficients @ base]).index_select(0, permutation)
 
 
-def _exchange_rows(order: torch.Tensor, coefficients: torch.Tensor) -> None:
+def _exchange_rows(order: list[int], coefficients: torch.Tensor) -> None:
     """Maxvol, in place: swap the base row and the other row of the largest coefficient while it exceeds 1.
 
     With row c of the coefficients for the other row i and unit vector e of base row j, the exchange changes
@@ -41,20 +42,20 @@ def _exchange_rows(order: torch.Tensor, coefficients: torch.Tensor) -> None:
     rest, rank = coefficients.shape
     for _ in range(rank if rest else 0):
         i, j = divmod(int(coefficients.abs().argmax()), rank)
-        pivot = coefficients[i, j].clone()
-        if pivot.abs() <= MAXVOL_TOLERANCE:
+        pivot = coefficients[i, j].item()
+        if abs(pivot) <= MAXVOL_TOLERANCE:
             return
         row, column = coefficients[i].clone(), coefficients[:, j].clone()
         row[j] -= 1
-        coefficients.addr_(column, row, alpha=-1 / pivot.item())
+        coefficients.addr_(column, row, alpha=-1 / pivot)
         coefficients[i] = -row / pivot
         coefficients[i, j] = 1 / pivot
-        order[[j, rank + i]] = order[[rank + i, j]]
+        order[j], order[rank + i] = order[rank + i], order[j]
 
 
-def _row_order(pivots: torch.Tensor, rows: int) -> torch.Tensor:
-    """LAPACK's list of row swaps (1-based, one per column) as an order of the rows, shape (rows,)."""
+def _row_order(pivots: torch.Tensor, rows: int) -> list[int]:
+    """LAPACK's list of row swaps (1-based, one per column) as an order of the rows."""
     order = list(range(rows))
     for i, j in enumerate(pivots.tolist()):
         order[i], order[j - 1] = order[j - 1], order[i]
-    return torch.tensor(order, device=pivots.device)
+    return order

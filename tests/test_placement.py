@@ -20,6 +20,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig
 
+from hisvd.pivoting import pack_pivoted
+
 # All linears have 64 inputs: the fewest that INT6 takes, as its codes are fitted in many small steps.
 SIZES = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, **HEADS}
 TINY = {"initializer_range": 0.1}
@@ -156,6 +158,21 @@ def on_accelerator(function: Callable[..., object], *arguments: object) -> objec
 def test_modules_move_and_gradients_are_those_of_the_cpu(other_process):
     gradients = other_process.submit(on_accelerator, gradients_on).result()
     assert all(map(torch.equal, gradients, gradients_on("cpu")))
+
+
+def record_of_packing() -> Record:
+    left = torch.randn(200, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with fake_accelerator() as record:
+        pack_pivoted(left.to("cuda"), torch.eye(40, dtype=torch.float64, device="cuda"))
+    return record
+
+
+def test_packing_asks_for_two_numbers_per_exchange_and_copies_none(other_process):
+    record = other_process.submit(record_of_packing).result()
+    waits = Counter(place for _, place in record.syncs.elements())
+    exchanges, others = waits.most_common(2)[0][1], 2
+    assert exchanges > 8 and record.syncs.total() <= 2 * exchanges + others, str(record)
+    assert record.uploads.total() == 2, str(record)  # `left`, and the order of the rows
 
 
 @dataclass
