@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import hisvd
 from hisvd.calibration_cache import read_cache
-from hisvd.component.int6_linear import INT6SparseLinear
+from hisvd.component.int6_linear import INT6SparseLinear, fused_product
 from hisvd.int6_gate import longest_within
 from hisvd.sparse_int6 import FORMAT_NAME, USER_ALIAS, pack_weight
 from hisvd.utils.data_utils import CALIBRATION_SPLIT, calibration_windows, load_text, split_held_out, tokenize
@@ -146,6 +146,19 @@ def test_damaged_int6_folder_is_refused(chain, tmp_path):
     where = ["--datasets", "python-docs", "--seqlen", 32, "--nsamples", 2]
     for options in ([], ["--offload_folder", tmp_path / "offload"]):
         expect_sentence(run("evaluate", "--model_path", folder, *where, *options), name)
+
+
+def test_perplexity_layer_by_layer_compiles_nothing(chain, tmp_path, monkeypatch):
+    """The product of few tokens, compiled in many seconds, is for decoding."""
+    folder = chain("llama", "1.0", "out", *ALL)
+
+    def compiled(*_, **__):
+        raise AssertionError("torch.compile was called")
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    fused_product.cache_clear()
+    where = ["--datasets", "python-docs", "--seqlen", 32, "--nsamples", 2, "--offload_folder", tmp_path / "offload"]
+    assert run("evaluate", "--model_path", folder, *where).code == 0
 
 
 @pytest.mark.parametrize("delta", ["-1", "nan", "inf", "much"])

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from hisvd.component.adapter import Adapter
 from hisvd.component.families import adapter_for
+from hisvd.component.int6_linear import FEW_TOKENS
 from hisvd.errors import HiSVDError
 from hisvd.utils.activation_files import ActivationFile, ActivationPair
 from hisvd.utils.memory import release_freed_memory
@@ -226,8 +227,8 @@ class StreamedModel:
     def _as_returned(self) -> Callable[[torch.Tensor], Any]:
         """Gives hidden states the form in which this family's decoder layers return them: bare, or first in a tuple.
 
-        Found by running the first layer on one token. To be asked for inside `outside_weights`, before layers are
-        replaced.
+        Found by running the first layer on so many tokens that INT6 linears, which have a compiled product for few,
+        compile nothing. To be asked for inside `outside_weights`, before layers are replaced.
         """
         layers, first, outputs = self._layers(), self.layer(0), []
 
@@ -237,8 +238,8 @@ class StreamedModel:
 
         others = dict.fromkeys(layers, lambda *args, **kwargs: outputs[0])
         with torch.no_grad(), replaced_forwards(others | {layers[0]: forward}):
-            token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
-            self.skeleton.base_model(input_ids=token, use_cache=False)
+            ids = torch.zeros(1, FEW_TOKENS + 1, dtype=torch.long, device=self.device)
+            self.skeleton.base_model(input_ids=ids, use_cache=False)
         output = outputs[0]
         return (lambda hidden: (hidden, *output[1:])) if isinstance(output, tuple) else (lambda hidden: hidden)
 
