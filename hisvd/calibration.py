@@ -25,6 +25,7 @@ from hisvd.utils.data_utils import (
     tokenize,
 )
 from hisvd.utils.files import check_disk, make_folder
+from hisvd.utils.load_utils import check_layer_count
 from hisvd.utils.model_utils import Checkpoint, load_tokenizer, open_checkpoint, resolve_device, resolve_dtype
 from hisvd.utils.progress import progress_bar, progress_shown
 from hisvd.utils.streaming import StreamedModel
@@ -46,8 +47,9 @@ def calibrate(
         the finished cache.
 
     Raises:
-        HiSVDError: the model, text or tokenizer cannot be used; the folder holds something else or a cache of other
-            settings; the disk is too small; weights, activations or gradients are not finite.
+        HiSVDError: the model, text or tokenizer cannot be used, or the model's files hold more layers than its
+            configuration; the folder holds something else or a cache of other settings; the disk is too small;
+            weights, activations or gradients are not finite.
     """
     check_shares(settings)
     model, folder, device = os.fspath(model), Path(folder), resolve_device(resources.device)
@@ -73,6 +75,7 @@ def calibrate(
     if not cache.complete:
         batch_size = settings.batch_size or default_batch_size(settings.seqlen)
         streamed = StreamedModel(checkpoint, batch_size, device, dtype, 1e9 * resources.activation_budget_gb)
+        check_layer_count(checkpoint, streamed.skeleton, streamed.adapter.layers)
         if distributed.is_first():
             shapes = shapes_of(streamed.skeleton)
             needed = cache_bytes(shapes, settings.gradients) + activation_bytes(shapes, sizes)

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import IDS, build_model, expect_sentence, run
+from conftest import IDS, build_model, calibrate_arguments, expect_sentence, run
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, MixtralConfig, PreTrainedModel
 
@@ -73,6 +73,8 @@ def test_more_layers_in_the_configuration_than_in_the_file(model):
 def test_fewer_layers_in_the_configuration_than_in_the_file(model):
     edit_config(model, num_hidden_layers=3)
     expect_refusal(model, "model.layers.3.input_layernorm.weight")
+    calibration = run("calibrate", *calibrate_arguments(model, model.parent / "caches"))
+    expect_sentence(calibration, str(model), "model.layers.3.input_layernorm.weight")
 
 
 def test_renamed_tensor_is_named_with_its_new_name(model):
