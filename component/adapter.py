@@ -31,7 +31,6 @@ class Adapter:
     shared input to the sublayers that read it (paths inside a decoder layer), in the order of the forward.
     An empty `inputs` means: every nn.Linear inside the decoder layers, grouped by the tensor they receive.
     `stream` names the sublayers whose outputs are added to the residual stream as they are, in order.
-    `checkpoint_names` maps parts of parameter names to what published checkpoints have in their place.
     `variants` maps (entry of config.json, value) to the adapter that holds for such models of the family instead.
     `needs_bos` is set where text that does not start with BOS breaks the model: every window then gets it.
     """
@@ -41,7 +40,6 @@ class Adapter:
     inputs: Groups
     stream: tuple[str, ...] = ()
     experts: Experts | None = None
-    checkpoint_names: Mapping[str, str] = field(default_factory=dict)
     variants: Mapping[tuple[str, object], "Adapter"] = field(default_factory=dict)
     needs_bos: bool = False
 

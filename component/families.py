@@ -28,6 +28,7 @@ ADAPTERS: dict[str, Adapter] = {
     "qwen3_moe": svd_qwen_moe.QWEN3_MOE,
     "gemma2": svd_gemma.GEMMA2,
     "gemma3_text": svd_gemma.GEMMA3,
+    "gemma3": svd_gemma.GEMMA3_WITH_VISION,
     "phi3": svd_phi.ADAPTER,
     "opt": svd_opt.ADAPTER,
     "gpt2": svd_gpt2.ADAPTER,

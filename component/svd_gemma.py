@@ -1,4 +1,4 @@
-"""Gemma 2 and 3 (text): Llama's module tree, but norms stand between o, down and the residual stream."""
+"""Gemma 2 and 3: Llama's module tree, but norms stand between o, down and the residual stream."""
 
 from dataclasses import replace
 
@@ -6,3 +6,4 @@ from hisvd.component import svd_llama
 
 GEMMA2 = replace(svd_llama.ADAPTER, family="gemma2", stream=(), needs_bos=True)
 GEMMA3 = replace(svd_llama.ADAPTER, family="gemma3", stream=(), needs_bos=True)
+GEMMA3_WITH_VISION = replace(GEMMA3, layers="model.language_model.layers")

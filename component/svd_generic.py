@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hisvd.component.adapter import Adapter
@@ -12,12 +13,12 @@ from hisvd.errors import HiSVDError
 LINEARS = (nn.Linear, Conv1D, INT6SparseLinear)  # factored modules hold one of them as well
 
 
-def generic_adapter(model: nn.Module, num_layers: int, mixtures: Sequence[str]) -> Adapter:
+def generic_adapter(model: PreTrainedModel, num_layers: int, mixtures: Sequence[str]) -> Adapter:
     """An adapter for `model` (a causal language model, possibly on the meta device).
 
-    The decoder layers are the first nn.ModuleList of `num_layers` members that holds nn.Linear modules;
-    which linears share an input is found later, from the tensors they receive. `mixtures` names the families with
-    experts that have an adapter, for the error.
+    The decoder layers are the first nn.ModuleList of `num_layers` members that holds nn.Linear modules, in the part of
+    the model that reads text; which linears share an input is found later, from the tensors they receive. `mixtures`
+    names the families with experts that have an adapter, for the error.
 
     Raises:
         HiSVDError: the model has no such list, or keeps the weights of experts in common tensors.
@@ -28,7 +29,9 @@ def generic_adapter(model: nn.Module, num_layers: int, mixtures: Sequence[str]) 
             f"The experts of the model type '{model.config.model_type}' ({fused}) are not supported; the mixtures of "
             f"experts that HiSVD compresses are {', '.join(mixtures)}."
         )
-    for path, module in model.named_modules():
+    decoder = model.get_decoder()
+    inside = next(path for path, module in model.named_modules() if module is decoder)
+    for path, module in decoder.named_modules(prefix=inside):
         if isinstance(module, nn.ModuleList) and len(module) == num_layers:
             layers = list(module)
             if all(any(isinstance(child, LINEARS) for child in layer.modules()) for layer in layers):

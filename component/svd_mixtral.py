@@ -16,5 +16,4 @@ ADAPTER = replace(
             "experts.*.mid": ("mlp.experts.*.w2",),
         },
     ),
-    checkpoint_names={".mlp.": ".block_sparse_moe."},
 )

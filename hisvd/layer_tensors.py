@@ -12,8 +12,8 @@ from hisvd.utils.streaming import StreamedModel
 
 def layer_tensor_names(checkpoint: Checkpoint, first: Sublayer) -> set[str]:
     """Names of all checkpoint tensors of the decoder layer that `first` belongs to."""
-    prefix = checkpoint.stored_name(f"{first.name}.weight").removesuffix(f"{first.path}.weight")
-    return {name for name in checkpoint.files if name.startswith(prefix)}
+    prefix = first.name.removesuffix(first.path)
+    return {stored for name, stored in checkpoint.stored_names.items() if name.startswith(prefix)}
 
 
 def stored_prefix(checkpoint: Checkpoint, sublayer: Sublayer) -> str:

@@ -21,9 +21,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from hisvd.component.conv1d import as_linears, conv1d_weights
-from hisvd.component.families import ADAPTERS, separate_experts
+from hisvd.component.families import separate_experts
 from hisvd.component.hf_quantizer import METHOD
 from hisvd.component.low_rank import swap_linears
 from hisvd.errors import HiSVDError, first_line
@@ -84,16 +86,27 @@ class Checkpoint:
                         )
         return tensors
 
-    def stored_name(self, name: str) -> str:
-        """The checkpoint's name for the parameter `name` of the causal language model.
+    @cached_property
+    def stored_names(self) -> dict[str, str]:
+        """The files' name of every tensor, by its name in the causal language model (see empty_model).
 
-        Checkpoints saved from a base model (GPT-2, OPT) leave out the first component of the name; some families'
-        adapters know of other names.
+        Tensors are renamed as from_pretrained does it: by transformers' own table (published checkpoints often keep
+        names of older versions), then with or without the base model's prefix (GPT-2 is saved from its base model).
         """
-        adapter = ADAPTERS.get(self.config.model_type)
-        renamed = adapter.checkpoint_names if adapter else {}
-        others = [name.partition(".")[2], *(name.replace(part, old) for part, old in renamed.items())]
-        return next((n for n in (name, *others) if n in self.files), name)
+        model = empty_model(self.config)
+        renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
+        prefix, known = model.base_model_prefix, dict.fromkeys(model.state_dict(), True)
+        names: dict[str, str] = {}
+        for stored in self.files:
+            name = rename_source_key(stored, renamings, [], prefix, known)[0]
+            if name not in known and stored in known:
+                name = stored
+            names.setdefault(name, stored)
+        return names
+
+    def stored_name(self, name: str) -> str:
+        """The files' name for the tensor `name` of the causal language model; one that they lack keeps its name."""
+        return self.stored_names.get(name, name)
 
     def count_numbers(self) -> int:
         """Numbers in all tensors of the checkpoint."""
