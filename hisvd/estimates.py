@@ -119,7 +119,7 @@ def estimate(
         HiSVDError: no usable config.json, an unknown device, or a family that cannot be compressed.
     """
     device = resolve_device(resources.device)
-    config = read_config(local_folder(os.fspath(model), ["config.json"]))
+    config = read_config(local_folder(os.fspath(model), config_only=True))
     stored = config.dtype or torch.bfloat16
     compute = resolve_dtype(settings.dtype, device, stored)
     sizes = RunSizes(settings.nsamples, settings.gradient_windows, settings.seqlen, compute, stored)

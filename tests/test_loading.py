@@ -2,15 +2,18 @@
 
 import json
 import shutil
+from fnmatch import fnmatch
 
+import huggingface_hub
 import pytest
 import torch
 from conftest import IDS, build_model, calibrate_arguments, expect_sentence, run
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, MixtralConfig, PreTrainedModel
+from transformers import AutoTokenizer, GPT2Config, MixtralConfig, PreTrainedModel
 
 import hisvd
 from hisvd.utils import load_utils
+from hisvd.utils.model_utils import local_folder
 
 TINY = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 EXPERTS = MixtralConfig(**TINY, intermediate_size=96, num_key_value_heads=2, num_local_experts=4)
@@ -166,3 +169,28 @@ def test_weights_go_straight_to_the_device(chain, monkeypatch, output):
     model = hisvd.load(chain("llama", "0.6", output), device="meta")
     assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"meta"}
     assert all(places == {"meta"} for places in moved_from)
+
+
+def test_weights_outside_of_the_index_are_neither_fetched_nor_counted(model_folders, tmp_path, monkeypatch):
+    hub, snapshot = tmp_path / "hub", tmp_path / "snapshots" / "0123abc"
+    hisvd.load(model_folders["llama"]).save_pretrained(hub, max_shard_size="100KB")
+    AutoTokenizer.from_pretrained(model_folders["llama"]).save_pretrained(hub)
+    shards = {file.name: file.stat().st_size for file in hub.glob("model-*.safetensors")}
+    save_file({"tok_embeddings.weight": torch.zeros(1000)}, hub / "consolidated.safetensors")
+
+    def fetch(name, revision=None, *, allow_patterns):
+        assert name == "someone/model" and revision in (None, snapshot.name)
+        snapshot.mkdir(parents=True, exist_ok=True)
+        for file in hub.iterdir():
+            if any(fnmatch(file.name, pattern) for pattern in allow_patterns):
+                shutil.copy(file, snapshot)
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    settings = hisvd.EvaluationSettings(seqlen=32, nsamples=1)
+    figures = hisvd.evaluate("someone/model", ["python-docs"], settings)
+    assert {file.name for file in snapshot.glob("*.safetensors")} == set(shards)
+    assert figures["weight_file_bytes"] == sum(shards.values())
+    shutil.copy(hub / "consolidated.safetensors", snapshot)
+    assert hisvd.evaluate(snapshot, ["python-docs"], settings)["weight_file_bytes"] == sum(shards.values())
+    assert local_folder("someone/model", config_only=True) == snapshot

@@ -23,7 +23,6 @@ from transformers import (
 
 from hisvd.errors import HiSVDError, first_line
 from hisvd.utils.model_utils import (
-    INDEX_NAME,
     SINGLE_NAME,
     Checkpoint,
     empty_model,
@@ -33,6 +32,7 @@ from hisvd.utils.model_utils import (
     open_safetensors,
     read_config,
     safetensors_header,
+    weight_file_names,
 )
 
 PT_FORMAT = "hisvd-pt-1"
@@ -183,9 +183,10 @@ def weight_files(path: Path) -> list[Path]:
     """The files that hold a model's weights: a `.pt`, or the safetensors files of a folder that belong to the model."""
     if path.is_file():
         return [path]
-    if (path / INDEX_NAME).is_file():
-        return sorted({path / name for name in json.loads((path / INDEX_NAME).read_text())["weight_map"].values()})
-    return [path / SINGLE_NAME] if (path / SINGLE_NAME).is_file() else sorted(path.glob("*.safetensors"))
+    files = [path / name for name in weight_file_names(path)]
+    if files == [path / SINGLE_NAME] and not files[0].is_file():
+        return sorted(path.glob("*.safetensors"))
+    return files
 
 
 def bytes_in_memory(path: Path, dtype: torch.dtype | None) -> int:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -33,7 +33,7 @@ from hisvd.utils import distributed
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+HUB_SIDE_FILES = ("*.json", "*.model", "*.txt", "*.jinja")  # what is fetched beside the weights
 # Entries of config.json that say nothing about what the model computes.
 COSMETIC_CONFIG_KEYS = {
     "_name_or_path",
@@ -161,8 +161,10 @@ def safetensors_header(path: Path) -> tuple[int, dict]:
         return 8 + length, json.loads(file.read(length))
 
 
-def local_folder(model_path: str, patterns: Sequence[str] = HUB_FILES) -> Path:
+def local_folder(model_path: str, config_only: bool = False) -> Path:
     """The local folder for a path or a Hub id (then its files are downloaded into the Hugging Face cache).
+
+    Of the weights only those of the index are downloaded: some repositories hold them a second time.
 
     Raises:
         HiSVDError: no such folder, an empty folder, or the Hub is out of reach.
@@ -179,12 +181,22 @@ def local_folder(model_path: str, patterns: Sequence[str] = HUB_FILES) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model_path, allow_patterns=list(patterns)))
+        if config_only:
+            return Path(snapshot_download(model_path, allow_patterns=["config.json"]))
+        folder = Path(snapshot_download(model_path, allow_patterns=list(HUB_SIDE_FILES)))
+        # A snapshot's folder has the name of its commit.
+        return Path(snapshot_download(model_path, revision=folder.name, allow_patterns=weight_file_names(folder)))
     except Exception as error:  # the hub client raises dozens of types; all mean "could not be fetched"
         raise HiSVDError(
-            f"'{model_path}' is no local folder and could not be fetched from the Hugging Face Hub "
+            f"'{model_path}' is not a local folder and could not be fetched from the Hugging Face Hub "
             f"({type(error).__name__}); download it where there is a connection and pass the folder."
         ) from None
+
+
+def weight_file_names(folder: Path) -> list[str]:
+    """The files that hold the weights of a model folder, whether they are there or not."""
+    index = folder / INDEX_NAME
+    return sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else [SINGLE_NAME]
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
