@@ -1,10 +1,12 @@
 """Stream text through the model layer by layer and store what compression needs to know of each layer."""
 
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from hisvd.calibration_cache import MANIFEST, CalibrationCache, read_cache
 from hisvd.errors import HiSVDError
@@ -28,7 +30,7 @@ from hisvd.utils.files import check_disk, make_folder
 from hisvd.utils.load_utils import check_layer_count
 from hisvd.utils.model_utils import Checkpoint, load_tokenizer, open_checkpoint, resolve_device, resolve_dtype
 from hisvd.utils.progress import progress_bar, progress_shown
-from hisvd.utils.streaming import StreamedModel
+from hisvd.utils.streaming import Arguments, StreamedModel
 
 
 def calibrate(
@@ -85,7 +87,7 @@ def calibrate(
             Calibration(streamed, tokens, cache).run()
     distributed.wait()
     if distributed.is_first():
-        cache.remove_activations()
+        remove_working_files(folder)
     return cache
 
 
@@ -130,7 +132,7 @@ def open_or_create_cache(cache: CalibrationCache) -> CalibrationCache:
                 )
         return found
     make_folder(folder)
-    if any(folder.iterdir()):
+    if not all(HALF_WRITTEN.fullmatch(path.name) for path in folder.iterdir()):
         raise HiSVDError(
             f"{folder} exists and is not a calibration cache; choose another --model_name or --output_dir."
         )
@@ -142,12 +144,22 @@ class Calibration:
     """One calibration run: the model a layer at a time, the tokens, and the files that carry them from layer to layer.
 
     Memory: one decoder layer, its moments and one batch. Hidden states and gradients pass through files in the cache
-    folder, so that a killed run resumes at its first missing layer.
+    folder. A killed run resumes at its first missing layer; where its files are gone, or belong to another number of
+    processes, the tokens first pass through the layers that are finished.
     """
 
     def __init__(self, streamed: StreamedModel, tokens: torch.Tensor, cache: CalibrationCache) -> None:
         """Prepare for tokens (sequences, seqlen), of which every process takes its share."""
         self.streamed, self.tokens, self.cache = streamed, distributed.share(tokens), cache
+        # Drawn for all sequences at once: the same whatever the batches and the processes are.
+        windows = cache.identity["grad_nsamples"]
+        draws = torch.rand(windows, tokens.shape[1] - 1, generator=torch.Generator().manual_seed(0))
+        self.draws = distributed.share(draws)
+        self.gradient_tokens = self.tokens[: len(self.draws)]
+        self.hidden = self._pair("hidden", self.tokens)
+        points = range(cache.num_layers + 1) if windows else ()
+        # What the gradient pass needs of the forward pass: the inputs of every layer and the outputs of the last.
+        self.kept = [streamed.file(self._path(f"inputs_{i:03d}", ".bin"), self.gradient_tokens) for i in points]
 
     def run(self) -> None:
         """Add to the cache what it does not hold yet.
@@ -155,55 +167,83 @@ class Calibration:
         Raises:
             HiSVDError: missing or non-finite weights, or non-finite activations.
         """
+        if distributed.is_first():
+            remove_working_files(self.cache.folder, keep_processes=distributed.count())
+        distributed.wait()
         self.forward_pass()
         if self.cache.has_gradients:
             self.gradient_pass()
 
     def forward_pass(self) -> None:
         """Moments of the inputs."""
-        streamed, tokens, cache = self.streamed, self.tokens, self.cache
-        hidden = self._pair("hidden", tokens)
-        if not cache.layers or not distributed.everywhere(hidden[len(cache.layers)].is_whole()):
-            cache.layers.clear()
-            arguments = streamed.embed(tokens, hidden[0], self._kept(0))
-        elif len(cache.layers) < cache.num_layers:
-            arguments = streamed.embed(tokens, None)
+        streamed, cache = self.streamed, self.cache
+        arguments = self._resume_forward()
         for index in _progress("calibrating layers", len(cache.layers), cache.num_layers):
             layer, name = streamed.layer(index), streamed.layer_name(index)
             moments = InputMoments(layer, name, streamed.adapter)
-            outputs = streamed.outputs(layer, index, hidden[index], arguments[index], moments.add_batch)
-            hidden[index + 1].write(outputs, self._kept(index + 1))
+            outputs = streamed.outputs(layer, index, self.hidden[index], arguments[index], moments.add_batch)
+            self.hidden[index + 1].write(outputs, self._kept(index + 1))
             moments.finish()
             if distributed.is_first():
                 cache.add_layer(*layer_statistics(layer, name, index, moments))
             self._wait_for_the_first()
 
+    def _resume_forward(self) -> list[list[Arguments]]:
+        """Provide what the first missing layer reads; returns the arguments of the layers, of finished ones too."""
+        streamed, done = self.streamed, len(self.cache.layers)
+        unfinished = done < self.cache.num_layers
+        needed = [*self.kept[: done + 1], *([self.hidden[done]] if unfinished else [])]
+        if done and distributed.everywhere(all(file.is_whole() for file in needed)):
+            return streamed.embed(self.tokens, None) if unfinished else []
+        # Not into the run's own files: after a kill on the way they would be taken for those of layer `done`.
+        files = self._pair("hidden_again", self.tokens) if done else self.hidden
+        arguments = streamed.embed(self.tokens, files[0], self._kept(0))
+        for index in _progress("repeating finished layers", 0, done):
+            outputs = streamed.outputs(streamed.layer(index), index, files[index], arguments[index])
+            files[index + 1].write(outputs, self._kept(index + 1))
+        if done:
+            files.move_to(self.hidden, done)
+        return arguments
+
     def gradient_pass(self) -> None:
         """Moments of the output gradients, from the top down."""
         streamed, cache = self.streamed, self.cache
-        count = cache.identity["grad_nsamples"]
-        # Drawn for all sequences at once: the same whatever the batches and the processes are.
-        draws = torch.rand(count, self.tokens.shape[1] - 1, generator=torch.Generator().manual_seed(0))
-        draws = distributed.share(draws)
-        tokens = self.tokens[: len(draws)]
-        gradients = self._pair("gradient", tokens, 2)
-        arguments = streamed.embed(tokens, None)
-        todo = cache.num_layers - len(cache.gradients)
-        if not cache.gradients or not distributed.everywhere(gradients[todo].is_whole()):
-            cache.gradients.clear()
-            top = streamed.read(self._kept(cache.num_layers))
-            with streamed.outside_weights():
-                gradients[cache.num_layers].write(gradients_at_top(streamed, top, tokens, draws))
+        gradients = self._pair("gradient", self.gradient_tokens, 2)
+        arguments = streamed.embed(self.gradient_tokens, None)
+        self._resume_backward(gradients, arguments)
         for done in _progress("gradients of layers", len(cache.gradients), cache.num_layers):
             index = cache.num_layers - 1 - done
-            layer, name = streamed.layer(index), streamed.layer_name(index)
-            moments = OutputGradientMoments(layer, streamed.adapter.sublayer_paths(layer))
-            inputs, above = (streamed.read(file) for file in (self._kept(index), gradients[index + 1]))
-            gradients[index].write(input_gradients(layer, name, moments, inputs, arguments[index], above))
+            layer = streamed.layer(index)
+            moments = self._descend(layer, index, gradients, arguments)
             moments.finish()
             if distributed.is_first():
                 cache.add_gradients(gradient_statistics(layer, cache, index, moments))
             self._wait_for_the_first()
+
+    def _resume_backward(self, gradients: ActivationPair, arguments: list[list[Arguments]]) -> None:
+        """Provide the gradients that the first missing layer starts from."""
+        streamed, top, done = self.streamed, self.cache.num_layers, len(self.cache.gradients)
+        if done and distributed.everywhere(gradients[top - done].is_whole()):
+            return
+        files = self._pair("gradient_again", self.gradient_tokens, 2) if done else gradients
+        with streamed.outside_weights():
+            hidden = streamed.read(self.kept[top])
+            files[top].write(gradients_at_top(streamed, hidden, self.gradient_tokens, self.draws))
+        for index in _progress("repeating finished gradients", 0, done):
+            self._descend(streamed.layer(top - 1 - index), top - 1 - index, files, arguments)
+        if done:
+            files.move_to(gradients, top - done)
+
+    def _descend(
+        self, layer: nn.Module, index: int, gradients: ActivationPair, arguments: list[list[Arguments]]
+    ) -> OutputGradientMoments:
+        """Take the gradients through layer `index`; returns this process's sums."""
+        streamed = self.streamed
+        moments = OutputGradientMoments(layer, streamed.adapter.sublayer_paths(layer))
+        inputs, above = streamed.read(self.kept[index]), streamed.read(gradients[index + 1])
+        name = streamed.layer_name(index)
+        gradients[index].write(input_gradients(layer, name, moments, inputs, arguments[index], above))
+        return moments
 
     def _wait_for_the_first(self) -> None:
         """The first process has written a layer: the others learn of it."""
@@ -211,16 +251,35 @@ class Calibration:
         if not distributed.is_first():
             self.cache.refresh()
 
+    def _path(self, name: str, suffix: str = "") -> Path:
+        return self.cache.folder / f"{distributed.own_name(name)}{suffix}"
+
     def _pair(self, name: str, tokens: torch.Tensor, side_by_side: int = 1) -> ActivationPair:
-        return self.streamed.pair(self.cache.folder / distributed.own_name(name), tokens, side_by_side)
+        return self.streamed.pair(self._path(name), tokens, side_by_side)
 
     def _kept(self, index: int) -> ActivationFile | None:
-        """The inputs of layer `index` that the gradient pass will need."""
-        count = self.cache.identity["grad_nsamples"]
-        mine = len(distributed.share(torch.empty(count)))
-        path = self.cache.folder / f"{distributed.own_name(f'inputs_{index:03d}')}.bin"
-        return self.streamed.file(path, self.tokens[:mine]) if count else None
+        return self.kept[index] if self.kept else None
 
 
 def _progress(title: str, done: int, total: int) -> Iterable[int]:
     return progress_bar(range(done, total), title, total=total, initial=done)
+
+
+# Names of the files that a run has in the cache folder beside the cache, while it works or after a kill: Calibration's
+# hidden states and gradients, and what utils.files leaves half written.
+ONE_OF = r"(_\d+_of_\d+)?"
+ACTIVATIONS = re.compile(rf"((hidden|gradient)(_again)?{ONE_OF}_(even|odd)|inputs_\d{{3,}}{ONE_OF})\.bin")
+HALF_WRITTEN = re.compile(r"\.hisvd_probe_\d+|\.(manifest\.json|(tokens|(layer|gradients)_\d{3,})\.safetensors)\.tmp")
+
+
+def remove_working_files(folder: Path, keep_processes: int = 0) -> None:
+    """Delete what runs have left in a cache folder beside the cache, and nothing else.
+
+    Those of a run of `keep_processes` processes stay, as far as they are of use to a run that resumes.
+    """
+    for path in folder.iterdir():
+        activations = ACTIVATIONS.fullmatch(path.name)
+        processes = re.search(r"_of_(\d+)", path.name)
+        of_use = "_again" not in path.name and int(processes[1] if processes else 1) == keep_processes
+        if HALF_WRITTEN.fullmatch(path.name) or (activations and not of_use):
+            path.unlink()

@@ -107,11 +107,6 @@ class CalibrationCache:
         other = read_cache(self.folder)
         self.layers, self.gradients = other.layers, other.gradients
 
-    def remove_activations(self) -> None:
-        """Delete the hidden states and gradients of a run that has ended."""
-        for path in self.folder.glob("*.bin"):
-            path.unlink()
-
     def write_tokens(self, tokens: torch.Tensor, held_out: torch.Tensor) -> None:
         """Keep the calibration tokens (nsamples, seqlen) and windows of the text held out from them."""
         if not (self.folder / TOKENS).exists():

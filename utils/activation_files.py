@@ -1,5 +1,6 @@
 """Hidden states on disk: one file per point in the model, or a pair that the layers read and write in turn."""
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -25,6 +26,12 @@ class ActivationFile:
     def is_whole(self) -> bool:
         """Whether the file is there with all its bytes."""
         return self.path.is_file() and self.path.stat().st_size == self.shape[0] * self.bytes_per_sequence
+
+    def move_to(self, other: "ActivationFile") -> None:
+        """Give the file to `other`, in the place of what that has."""
+        os.replace(self.path, other.path)
+        sync_file(other.path.parent)
+        other.batches, self.batches = self.batches, []
 
     def write(self, batches: Iterator[torch.Tensor], head: "ActivationFile | None" = None) -> None:
         """Write consecutive batches (b, seqlen, hidden) and fsync; `head` receives the first sequences too."""
@@ -72,3 +79,10 @@ class ActivationPair:
         if index == 0 and self.first:
             return self.first
         return self.odd if index % 2 else self.even
+
+    def move_to(self, other: "ActivationPair", index: int) -> None:
+        """Give what layer `index` reads to another pair; the file beside it is deleted."""
+        self[index].move_to(other[index])
+        beside = self.odd if self[index] is self.even else self.even
+        beside.path.unlink(missing_ok=True)
+        beside.batches.clear()
