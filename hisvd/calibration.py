@@ -28,7 +28,14 @@ from hisvd.utils.data_utils import (
 )
 from hisvd.utils.files import check_disk, make_folder
 from hisvd.utils.load_utils import check_layer_count
-from hisvd.utils.model_utils import Checkpoint, load_tokenizer, open_checkpoint, resolve_device, resolve_dtype
+from hisvd.utils.model_utils import (
+    Checkpoint,
+    check_calibratable,
+    load_tokenizer,
+    open_checkpoint,
+    resolve_device,
+    resolve_dtype,
+)
 from hisvd.utils.progress import progress_bar, progress_shown
 from hisvd.utils.streaming import Arguments, StreamedModel
 
@@ -56,6 +63,7 @@ def calibrate(
     check_shares(settings)
     model, folder, device = os.fspath(model), Path(folder), resolve_device(resources.device)
     checkpoint = open_checkpoint(model)
+    check_calibratable(checkpoint.config, settings.seqlen, model)
     stored = checkpoint.config.dtype or torch.bfloat16
     dtype = resolve_dtype(settings.dtype, device, stored)
     tokens, held_out = calibration_text(checkpoint, settings)

@@ -19,7 +19,14 @@ from hisvd.layer_statistics import NUM_LEADING_VECTORS
 from hisvd.settings import CalibrationSettings, Resources
 from hisvd.utils.data_utils import TOKENS_A_BATCH
 from hisvd.utils.eval_utils import LOGITS_AT_ONCE
-from hisvd.utils.model_utils import empty_model, local_folder, read_config, resolve_device, resolve_dtype
+from hisvd.utils.model_utils import (
+    check_calibratable,
+    empty_model,
+    local_folder,
+    read_config,
+    resolve_device,
+    resolve_dtype,
+)
 from hisvd.utils.streaming import decoder_layers
 
 BASE = 0.55 * 2**30  # bytes: torch, transformers, tokenizer, text
@@ -120,6 +127,7 @@ def estimate(
     """
     device = resolve_device(resources.device)
     config = read_config(local_folder(os.fspath(model), config_only=True))
+    check_calibratable(config, settings.seqlen, os.fspath(model))
     stored = config.dtype or torch.bfloat16
     compute = resolve_dtype(settings.dtype, device, stored)
     sizes = RunSizes(settings.nsamples, settings.gradient_windows, settings.seqlen, compute, stored)

@@ -204,6 +204,15 @@ def test_cache_of_other_settings_is_not_overwritten(model, tmp_path):
     assert before == {f: f.read_bytes() for f in (tmp_path / "caches").rglob("*") if f.is_file()}
 
 
+@pytest.mark.parametrize("options", [[], ["--dry_run"]])
+def test_what_a_model_has_too_few_of(model, tmp_path, options):
+    expect_sentence(calibrate(model, tmp_path, "--seqlen", 129, *options), "--seqlen 129", "128 positions", str(model))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 0}))
+    expect_sentence(calibrate(model, tmp_path, *options), "num_hidden_layers 0", str(model))
+    assert not (tmp_path / "caches").exists()
+
+
 def test_compressed_model_is_no_source(chain, cache, tmp_path):
     compressed = chain("llama", "0.8", "compressed")
     expect_sentence(calibrate(compressed, tmp_path), "compressed", "original")

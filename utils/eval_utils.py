@@ -25,6 +25,7 @@ from hisvd.errors import HiSVDError
 from hisvd.utils import distributed
 from hisvd.utils.activation_files import ActivationPair
 from hisvd.utils.load_utils import weight_files
+from hisvd.utils.model_utils import positions_of
 from hisvd.utils.progress import progress_bar
 from hisvd.utils.streaming import Arguments, StreamedModel, decoder_layers, replaced_forwards
 
@@ -40,7 +41,7 @@ def window_length(config: PreTrainedConfig, seqlen: int | None, default: int, mo
     Raises:
         HiSVDError: `seqlen` exceeds them.
     """
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or DEFAULT_SEQLEN
+    limit = positions_of(config) or DEFAULT_SEQLEN
     length = seqlen or min(default, limit)
     if length > limit:
         raise HiSVDError(f"--seqlen {length} exceeds the {limit} positions of {model}; choose at most {limit}.")

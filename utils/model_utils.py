@@ -213,6 +213,27 @@ def read_config(folder: Path) -> PreTrainedConfig:
         raise HiSVDError(f"{folder}/config.json cannot be used: {first_line(error)}") from None
 
 
+def positions_of(config: PreTrainedConfig) -> int | None:
+    """The number of positions that a model is made for; None: config.json names none (BLOOM's)."""
+    text = config.get_text_config()
+    return getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)  # MPT's name
+
+
+def check_calibratable(config: PreTrainedConfig, seqlen: int, model: str) -> None:
+    """Refuse what no calibration of a model with this configuration can do; `model` names it.
+
+    Raises:
+        HiSVDError: it has no decoder layers, or fewer positions than `seqlen`.
+    """
+    if not config.get_text_config().num_hidden_layers:
+        raise HiSVDError(
+            f"The config.json of {model} has num_hidden_layers 0, so nothing can be compressed; correct it."
+        )
+    limit = positions_of(config)
+    if limit and seqlen > limit:
+        raise HiSVDError(f"--seqlen {seqlen} exceeds the {limit} positions of {model}; choose at most {limit}.")
+
+
 def open_checkpoint(model_path: str, compressed_too: bool = False) -> Checkpoint:
     """Open a folder or Hub id for lazy reading; with `compressed_too` our own compressed folders as well.
 
