@@ -35,6 +35,7 @@ from hisvd.utils.model_utils import (
     open_checkpoint,
     resolve_device,
     resolve_dtype,
+    stored_dtype,
 )
 from hisvd.utils.progress import progress_bar, progress_shown
 from hisvd.utils.streaming import Arguments, StreamedModel
@@ -64,8 +65,8 @@ def calibrate(
     model, folder, device = os.fspath(model), Path(folder), resolve_device(resources.device)
     checkpoint = open_checkpoint(model)
     check_calibratable(checkpoint.config, settings.seqlen, model)
-    stored = checkpoint.config.dtype or torch.bfloat16
-    dtype = resolve_dtype(settings.dtype, device, stored)
+    stored = stored_dtype(checkpoint.config)
+    dtype = resolve_dtype(settings.dtype, device, stored) or stored
     tokens, held_out = calibration_text(checkpoint, settings)
     sizes = RunSizes(settings.nsamples, settings.gradient_windows, settings.seqlen, dtype, stored)
     identity = {
@@ -108,7 +109,7 @@ def check_shares(settings: CalibrationSettings) -> None:
     if min(settings.nsamples, settings.gradient_windows or settings.nsamples) < distributed.count():
         raise HiSVDError(
             f"--nsamples {settings.nsamples} and --grad_nsamples {settings.grad_nsamples} must give each of the "
-            f"{distributed.count()} processes a sequence; raise them, or start fewer processes."
+            f"{distributed.count()} processes at least one sequence; raise them, or start fewer processes."
         )
 
 
@@ -149,7 +150,7 @@ def open_or_create_cache(cache: CalibrationCache) -> CalibrationCache:
 
 
 class Calibration:
-    """One calibration run: the model a layer at a time, the tokens, and the files that carry them from layer to layer.
+    """One calibration run: the model layer by layer, the tokens, and the files that carry them.
 
     Memory: one decoder layer, its moments and one batch. Hidden states and gradients pass through files in the cache
     folder. A killed run resumes at its first missing layer; where its files are gone, or belong to another number of

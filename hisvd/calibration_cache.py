@@ -1,4 +1,4 @@
-"""The calibration cache on disk: a folder with manifest.json and, a decoder layer, one safetensors file for each pass.
+"""The calibration cache on disk: a folder with manifest.json and one safetensors file per decoder layer and pass.
 
 The forward pass writes layer_000.safetensors upwards, the gradient pass gradients_000.safetensors from the top down.
 tokens.safetensors holds the calibration text, for what compress.py measures again on the compressed layers.
@@ -6,7 +6,6 @@ tokens.safetensors holds the calibration text, for what compress.py measures aga
 
 import itertools
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -126,7 +125,7 @@ class CalibrationCache:
         Raises:
             HiSVDError: the text had none to spare, or the file is missing, truncated or edited.
         """
-        held_out = self._read_tokens("held_out", "held_out") if "held_out" in self.identity else ()
+        held_out = self._read_tokens("held_out", "held_out") if "held_out" in self.identity else torch.empty(0)
         if not len(held_out):
             raise HiSVDError(
                 f"{self.folder} holds no text for the quality gate (its text was too short to keep a part, or it is of "
@@ -182,7 +181,7 @@ class CalibrationCache:
         Raises:
             HiSVDError: a file is missing, truncated or these tensors were edited.
         """
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         for entry in self._files_of(index):
             path = self.folder / entry["file"]
             found = self._read(path, ending)
@@ -219,13 +218,16 @@ def output_moment(
     sublayer: Sublayer, statistics: dict[str, torch.Tensor], whitening: str, device: torch.device
 ) -> SecondMoment | None:
     """The damped F at a sublayer's output for whitening `two_sided`, else None."""
-    return (
-        damped(*_eigenpairs(statistics, f"{sublayer.path}.F_", device), F_DAMPING) if whitening == "two_sided" else None
-    )
+    if whitening != "two_sided":
+        return None
+    return damped(*_eigenpairs(statistics, f"{sublayer.path}.F_", device), F_DAMPING)
 
 
-def _eigenpairs(statistics: dict[str, torch.Tensor], prefix: str, device: torch.device) -> Iterator[torch.Tensor]:
-    return (statistics[f"{prefix}{k}"].to(device, torch.float64) for k in ("eigenvalues", "eigenvectors"))
+def _eigenpairs(
+    statistics: dict[str, torch.Tensor], prefix: str, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    eigenvalues, eigenvectors = statistics[f"{prefix}eigenvalues"], statistics[f"{prefix}eigenvectors"]
+    return eigenvalues.to(device, torch.float64), eigenvectors.to(device, torch.float64)
 
 
 def _damaged(path: Path) -> HiSVDError:

@@ -26,6 +26,7 @@ from hisvd.utils.model_utils import (
     read_config,
     resolve_device,
     resolve_dtype,
+    stored_dtype,
 )
 from hisvd.utils.streaming import decoder_layers
 
@@ -128,8 +129,8 @@ def estimate(
     device = resolve_device(resources.device)
     config = read_config(local_folder(os.fspath(model), config_only=True))
     check_calibratable(config, settings.seqlen, os.fspath(model))
-    stored = config.dtype or torch.bfloat16
-    compute = resolve_dtype(settings.dtype, device, stored)
+    stored = stored_dtype(config)
+    compute = resolve_dtype(settings.dtype, device, stored) or stored
     sizes = RunSizes(settings.nsamples, settings.gradient_windows, settings.seqlen, compute, stored)
     shapes = shapes_of(empty_model(config))
     rates = measured_rates(device, compute)
@@ -146,7 +147,7 @@ def shapes_of(model: PreTrainedModel) -> Shapes:
     layers = []
     for layer in decoder_layers(model, adapter):
         groups = adapter.groups(layer) or {path: (path,) for path in adapter.sublayer_paths(layer)}
-        weights = [[layer.get_submodule(path).weight for path in paths] for paths in groups.values()]
+        weights = [[layer.get_parameter(f"{path}.weight") for path in paths] for paths in groups.values()]
         inputs = [(group[0].shape[1], [w.shape[0] for w in group]) for group in weights]
         layers.append(Layer(inputs, sum(p.numel() for p in layer.parameters())))
     text = model.config.get_text_config()
@@ -233,7 +234,7 @@ def _decomposition(m: int, n: int) -> float:
 
 def _forward(shapes: Shapes, sizes: RunSizes) -> Stage:
     tokens, peak, decompositions = sizes.tokens, 0.0, 0.0
-    flops = 2 * tokens * (shapes.parameters - shapes.outside) + _attention_flops(shapes, sizes.nsamples, sizes.seqlen)
+    flops = 2.0 * tokens * (shapes.parameters - shapes.outside) + _attention_flops(shapes, sizes.nsamples, sizes.seqlen)
     for layer in shapes.layers:
         sums = sum(8 * n * n for n, _ in layer.inputs)
         eigenvectors = sum(4 * n * n for n, _ in layer.inputs)
@@ -252,7 +253,7 @@ def _forward(shapes: Shapes, sizes: RunSizes) -> Stage:
 def _backward(shapes: Shapes, sizes: RunSizes) -> Stage:
     tokens, peak, decompositions = sizes.grad_nsamples * sizes.seqlen, 0.0, 0.0
     top = BASE + 6 * 4 * LOGITS_AT_ONCE + sizes.compute.itemsize * (shapes.outside + TOKENS_A_BATCH * 4 * shapes.hidden)
-    forward = 2 * tokens * (shapes.parameters - shapes.outside)
+    forward = 2.0 * tokens * (shapes.parameters - shapes.outside)
     forward += _attention_flops(shapes, sizes.grad_nsamples, sizes.seqlen)
     flops = 3 * forward + 12 * tokens * shapes.hidden * shapes.vocabulary
     for layer in shapes.layers:
@@ -294,7 +295,7 @@ def _compression(shapes: Shapes, sizes: RunSizes) -> Stage:
 def _evaluation(shapes: Shapes, sizes: RunSizes) -> Stage:
     top = BASE + 3 * 4 * LOGITS_AT_ONCE + sizes.compute.itemsize * shapes.outside
     memory = max(top, _memory(shapes, sizes, _batch(shapes, sizes.compute, False)))
-    flops = 2 * EVALUATED_TOKENS * (shapes.parameters - shapes.outside + shapes.hidden * shapes.vocabulary)
+    flops = 2.0 * EVALUATED_TOKENS * (shapes.parameters - shapes.outside + shapes.hidden * shapes.vocabulary)
     flops += _attention_flops(shapes, EVALUATED_TOKENS // sizes.seqlen, sizes.seqlen)
     disk = 2 * EVALUATED_TOKENS * shapes.hidden * sizes.compute.itemsize
     return Stage("evaluate --offload_folder", memory, disk, flops, 0.0)

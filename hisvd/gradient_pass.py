@@ -4,7 +4,7 @@ Layers are visited in reverse, one in memory. Each is run again from its stored 
 gradient of its inputs is what the layer below starts from.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -54,11 +54,12 @@ def drawn_labels(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 
 
 class OutputGradientMoments:
-    """Σ g gᵀ over tokens for the output of every linear of a layer, float32 a batch, float64 across batches."""
+    """Σ g gᵀ over tokens for the output of every linear of a layer, summed in float32 within a batch and float64 across
+    batches."""
 
     def __init__(self, layer: nn.Module, paths: list[str]) -> None:
         self.paths = paths
-        sizes = {path: layer.get_submodule(path).weight.shape[0] for path in paths}
+        sizes = {path: layer.get_parameter(f"{path}.weight").shape[0] for path in paths}
         device = next(layer.parameters()).device
         self.moments = {p: torch.zeros(n, n, dtype=torch.float64, device=device) for p, n in sizes.items()}
         self.outputs: dict[str, torch.Tensor] = {}
@@ -67,7 +68,7 @@ class OutputGradientMoments:
         for path in paths:
             layer.get_submodule(path).register_forward_hook(self._noting(path))
 
-    def _noting(self, path: str):  # noqa: ANN202 (a hook's closure)
+    def _noting(self, path: str) -> Callable[[nn.Module, tuple, torch.Tensor], None]:
         def hook(_: nn.Module, __: tuple, output: torch.Tensor) -> None:
             self.outputs[path] = output
 

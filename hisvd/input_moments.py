@@ -1,6 +1,7 @@
 """The forward half of calibration: second moments of what the linears of a decoder layer receive."""
 
 import logging
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -25,7 +26,7 @@ class InputMoments:
         self.moments: dict[str, torch.Tensor] = {}
         self.tokens: dict[str, int] = {}
         for name, paths in self.groups.items():
-            self._start(name, layer.get_submodule(paths[0]).weight)
+            self._start(name, layer.get_parameter(f"{paths[0]}.weight"))
         self._seen: list[tuple[str, torch.Tensor]] = []
         for path in adapter.sublayer_paths(layer):
             layer.get_submodule(path).register_forward_pre_hook(self._noting(path))
@@ -34,7 +35,7 @@ class InputMoments:
         self.moments[group] = like.new_zeros(like.shape[-1], like.shape[-1], dtype=torch.float64)
         self.tokens[group] = 0
 
-    def _noting(self, path: str):  # noqa: ANN202 (a hook's closure)
+    def _noting(self, path: str) -> Callable[[nn.Module, tuple[torch.Tensor]], None]:
         def hook(_: nn.Module, args: tuple[torch.Tensor]) -> None:
             self._seen.append((path, args[0].detach()))
 

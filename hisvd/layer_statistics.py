@@ -33,10 +33,12 @@ def layer_statistics(
     sublayers = []
     for group, paths in moments.groups.items():
         moment = moments.moments.pop(group).div_(moments.tokens[group])  # popped: the largest tensors go early
-        tensors[f"{group}.eigenvalues"], tensors[f"{group}.eigenvectors"] = map(_stored, torch.linalg.eigh(moment))
+        eigenvalues, eigenvectors = torch.linalg.eigh(moment)
+        tensors |= {f"{group}.eigenvalues": _stored(eigenvalues), f"{group}.eigenvectors": _stored(eigenvectors)}
+        del eigenvalues, eigenvectors
         root = cholesky_root(moment, H_DAMPING)
         for path in paths:
-            weight = layer.get_submodule(path).weight
+            weight = layer.get_parameter(f"{path}.weight")
             sublayers.append(Sublayer(f"{layer_name}.{path}", index, path, group, *weight.shape))
             tensors[f"{path}.singular_values"] = _stored(singular_values(weight))
             tensors[f"{path}.whitened_singular_values"] = _stored(singular_values(whitened(weight, root)))
@@ -58,9 +60,10 @@ def gradient_statistics(
     for members in cache.groups_of(index):
         root = cholesky_root(input_moment(members[0], forward, next(layer.parameters()).device), H_DAMPING)
         for path in (s.path for s in members):
-            f = torch.linalg.eigh(moments.moments.pop(path).div_(moments.tokens))
-            tensors[f"{path}.F_eigenvalues"], tensors[f"{path}.F_eigenvectors"] = map(_stored, f)
-            a = whitened(layer.get_submodule(path).weight, root, damped(*f, F_DAMPING))
+            eigenvalues, eigenvectors = torch.linalg.eigh(moments.moments.pop(path).div_(moments.tokens))
+            tensors |= {f"{path}.F_eigenvalues": _stored(eigenvalues), f"{path}.F_eigenvectors": _stored(eigenvectors)}
+            f = damped(eigenvalues, eigenvectors, F_DAMPING)
+            a = whitened(layer.get_parameter(f"{path}.weight"), root, f)
             tensors[f"{path}.two_sided_singular_values"] = _stored(singular_values(a))
     return tensors
 

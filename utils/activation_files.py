@@ -13,7 +13,7 @@ from hisvd.utils.memory import release_freed_memory
 
 
 class ActivationFile:
-    """Hidden states (sequences, seqlen, hidden) in a flat file, read and written a batch at a time.
+    """Hidden states (sequences, seqlen, hidden) in a flat file, read and written one batch at a time.
 
     The file is there for a run that resumes after a kill; with `in_memory` what was written is read from memory.
     """

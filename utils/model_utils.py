@@ -151,7 +151,7 @@ def open_safetensors(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
-        raise HiSVDError(f"Cannot read {path}: it is missing, truncated or no safetensors file ({error}).") from None
+        raise HiSVDError(f"Cannot read {path}: it is missing, truncated or not a safetensors file ({error}).") from None
 
 
 def safetensors_header(path: Path) -> tuple[int, dict]:
@@ -211,6 +211,11 @@ def read_config(folder: Path) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(folder)
     except (ValueError, KeyError, OSError) as error:
         raise HiSVDError(f"{folder}/config.json cannot be used: {first_line(error)}") from None
+
+
+def stored_dtype(config: PreTrainedConfig) -> torch.dtype:
+    """The dtype of the weights in the files, as config.json has it; bfloat16 if that says nothing."""
+    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
 
 
 def positions_of(config: PreTrainedConfig) -> int | None:
@@ -287,7 +292,7 @@ def resolve_device(device: str) -> torch.device:
     """`auto` is the accelerator if there is one (of several processes, each has its own), else the CPU.
 
     Raises:
-        HiSVDError: the name is no device of this machine, or there are fewer accelerators than processes.
+        HiSVDError: the name is not a device of this machine, or there are fewer accelerators than processes.
     """
     if device == "auto":
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None

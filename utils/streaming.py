@@ -41,7 +41,9 @@ def replaced_forwards(forwards: dict[nn.Module, Callable]) -> Iterator[None]:
 
 def decoder_layers(model: PreTrainedModel, adapter: Adapter) -> nn.ModuleList:
     """The decoder layers of `model`."""
-    return model.get_submodule(adapter.layers)
+    layers = model.get_submodule(adapter.layers)
+    assert isinstance(layers, nn.ModuleList)
+    return layers
 
 
 class StreamedModel:
@@ -205,7 +207,7 @@ class StreamedModel:
             output = output[0] if isinstance(output, tuple) else output
             if not torch.isfinite(output).all():
                 raise HiSVDError(
-                    f"The activations behind {self.layer_name(index)} are NaN or infinite; check the checkpoint, "
+                    f"The activations after {self.layer_name(index)} are NaN or infinite; check the checkpoint, "
                     "or use --dtype float32."
                 )
             after_batch()
