@@ -5,6 +5,7 @@ Alone, a process has all of it and sends nothing.
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -87,6 +88,8 @@ def _variable(name: str, default: str | None = None) -> int:
 def leave() -> None:
     """Part from the other processes once all work is done; without this an interpreter may abort at its end."""
     if distributed.is_initialized():
+        # torch 2.6 ends gloo's threads while it holds the GIL, for which one that frees the last sum may still wait.
+        time.sleep(0.1)
         distributed.destroy_process_group()
 
 
