@@ -16,7 +16,7 @@ from hisvd.input_moments import InputMoments
 from hisvd.layer_statistics import gradient_statistics, layer_statistics
 from hisvd.settings import CalibrationSettings, Resources
 from hisvd.utils import distributed
-from hisvd.utils.activation_files import ActivationFile, ActivationPair
+from hisvd.utils.activation_files import AGAIN, ActivationFile, ActivationPair, of_use
 from hisvd.utils.data_utils import (
     CALIBRATION_SPLIT,
     calibration_tokens,
@@ -205,7 +205,7 @@ class Calibration:
         if done and distributed.everywhere(all(file.is_whole() for file in needed)):
             return streamed.embed(self.tokens, None) if unfinished else []
         # Not into the run's own files: after a kill on the way they would be taken for those of layer `done`.
-        files = self._pair("hidden_again", self.tokens) if done else self.hidden
+        files = self._pair(f"hidden{AGAIN}", self.tokens) if done else self.hidden
         arguments = streamed.embed(self.tokens, files[0], self._kept(0))
         for index in _progress("repeating finished layers", 0, done):
             outputs = streamed.outputs(streamed.layer(index), index, files[index], arguments[index])
@@ -234,7 +234,7 @@ class Calibration:
         streamed, top, done = self.streamed, self.cache.num_layers, len(self.cache.gradients)
         if done and distributed.everywhere(gradients[top - done].is_whole()):
             return
-        files = self._pair("gradient_again", self.gradient_tokens, 2) if done else gradients
+        files = self._pair(f"gradient{AGAIN}", self.gradient_tokens, 2) if done else gradients
         with streamed.outside_weights():
             hidden = streamed.read(self.kept[top])
             files[top].write(gradients_at_top(streamed, hidden, self.gradient_tokens, self.draws))
@@ -277,7 +277,7 @@ def _progress(title: str, done: int, total: int) -> Iterable[int]:
 # Names of the files that a run has in the cache folder beside the cache, while it works or after a kill: Calibration's
 # hidden states and gradients, and what utils.files leaves half written.
 ONE_OF = r"(_\d+_of_\d+)?"
-ACTIVATIONS = re.compile(rf"((hidden|gradient)(_again)?{ONE_OF}_(even|odd)|inputs_\d{{3,}}{ONE_OF})\.bin")
+ACTIVATIONS = re.compile(rf"((hidden|gradient)({AGAIN})?{ONE_OF}_(even|odd)|inputs_\d{{3,}}{ONE_OF})\.bin")
 HALF_WRITTEN = re.compile(r"\.hisvd_probe_\d+|\.(manifest\.json|(tokens|(layer|gradients)_\d{3,})\.safetensors)\.tmp")
 
 
@@ -288,7 +288,5 @@ def remove_working_files(folder: Path, keep_processes: int = 0) -> None:
     """
     for path in folder.iterdir():
         activations = ACTIVATIONS.fullmatch(path.name)
-        processes = re.search(r"_of_(\d+)", path.name)
-        of_use = "_again" not in path.name and int(processes[1] if processes else 1) == keep_processes
-        if HALF_WRITTEN.fullmatch(path.name) or (activations and not of_use):
+        if HALF_WRITTEN.fullmatch(path.name) or (activations and not of_use(path, keep_processes)):
             path.unlink()

@@ -25,7 +25,7 @@ from hisvd.factoring import Case, CompressionJob, Tensors
 from hisvd.layer_tensors import compressed_layer, place_entries, stored_prefix
 from hisvd.shape_utils import Sublayer
 from hisvd.utils import distributed
-from hisvd.utils.activation_files import ActivationPair
+from hisvd.utils.activation_files import AGAIN, ActivationPair, of_use
 from hisvd.utils.data_utils import default_batch_size
 from hisvd.utils.progress import progress_bar
 from hisvd.utils.streaming import Arguments, StreamedModel
@@ -109,35 +109,54 @@ class SequentialUpdate:
             HiSVDError: the cache's tokens are damaged, or weights are missing or not finite.
         """
         self.job, self.cache, self.device = job, job.cache, job.device
-        tokens = distributed.share(job.cache.read_tokens())
-        batch_size = default_batch_size(tokens.shape[1])
+        self.tokens = distributed.share(job.cache.read_tokens())
+        batch_size = default_batch_size(self.tokens.shape[1])
         self.streamed = StreamedModel(job.checkpoint, batch_size, job.device, job.cache.dtype, job.activation_budget)
         self.adapter = self.streamed.adapter
-
-        def pair(folder: Path, name: str) -> ActivationPair:
-            return self.streamed.pair(folder / distributed.own_name(name), tokens)
-
-        folders = {target: writer.work for target, writer in job.writers.items()}
-        self.dense_stream = pair(next(iter(folders.values())), "original")
-        self.streams = {target: pair(folder, "hidden") for target, folder in folders.items()}
+        self._use_streams()
         # A target that is further on has hidden states of another layer in its files.
         in_step = all(writer.shards_done() <= first_layer + 1 for writer in job.writers.values())
+        if distributed.is_first():
+            for path in (path for writer in job.writers.values() for path in writer.work.glob("*.bin")):
+                if not of_use(path, distributed.count()):
+                    path.unlink()
         distributed.wait()  # until all have looked
         whole = first_layer > 0 and in_step and all(stream[first_layer].is_whole() for stream in self._all_streams())
         if distributed.everywhere(whole):
-            self.arguments = self.streamed.embed(tokens, None)
-            return
-        self.arguments = self.streamed.embed(tokens, self.dense_stream[0])
+            self.arguments = self.streamed.embed(self.tokens, None)
+        else:
+            self._begin(first_layer)
+
+    def _use_streams(self, suffix: str = "") -> None:
+        """Let the hidden states pass through the files with `suffix` in their names."""
+
+        def pair(folder: Path, name: str) -> ActivationPair:
+            return self.streamed.pair(folder / distributed.own_name(name + suffix), self.tokens)
+
+        folders = {target: writer.work for target, writer in self.job.writers.items()}
+        self.dense_stream = pair(next(iter(folders.values())), "original")
+        self.streams = {target: pair(folder, "hidden") for target, folder in folders.items()}
+
+    def _begin(self, first_layer: int) -> None:
+        """Embed the tokens, and take them through the layers below `first_layer`, which are finished."""
+        own = self._all_streams()
+        if first_layer:  # not in the run's own files: after a kill they would be taken for those of that layer
+            self._use_streams(AGAIN)
+        self.arguments = self.streamed.embed(self.tokens, self.dense_stream[0])
         for stream in self.streams.values():
             shutil.copyfile(self.dense_stream[0].path, stream[0].path)
-        for index in progress_bar(range(first_layer), "passing finished layers", leave=False):
-            sublayers, writers = self.cache.sublayers_of(index), job.writers
+        for index in progress_bar(range(first_layer), "repeating finished layers", leave=False):
+            sublayers, writers = self.cache.sublayers_of(index), self.job.writers
             self.dense_layer = self.streamed.layer(index)
             self.layers = {
                 target: compressed_layer(self.streamed, index, sublayers, writers[target].read_shard(index))
                 for target in self.streams
             }
             self.advance(index)
+        if first_layer:
+            for repeated, stream in zip(self._all_streams(), own, strict=True):
+                repeated.move_to(stream, first_layer)
+            self._use_streams()
 
     def start(self, index: int, stored: Tensors) -> Tensors:
         """Load the layer, and the gradients' statistics of it (those of the inputs too where experts need them)."""

@@ -7,6 +7,7 @@ import torch
 from conftest import expect_sentence, run, saved_tensors
 
 from hisvd import compression, int6_gate
+from hisvd.sequential_update import SequentialUpdate
 from hisvd.utils import save_utils
 from hisvd.utils.save_utils import ModelWriter
 
@@ -122,6 +123,40 @@ def test_without_its_hidden_states_an_update_redoes_only_what_is_missing(
     assert command("0.6", output="whole").code == 0
     assert_same(tmp_path / "out", tmp_path / "whole")
     assert not list((tmp_path / "out").glob("*.bin")) and not (tmp_path / "out" / "work").exists()
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_a_kill_while_finished_layers_are_passed_again_leaves_nothing_to_be_mistaken(
+    command, tmp_path, monkeypatch, layer
+):
+    with monkeypatch.context() as patch:
+        kill_once(patch, ModelWriter, "write_shard", lambda writer, index, tensors: index == 3)
+        assert command("0.6").code == 130
+    for file in (tmp_path / "out.partial" / "work").glob("*.bin"):
+        file.unlink()
+    with monkeypatch.context() as patch:
+        kill_once(patch, SequentialUpdate, "advance", lambda update, index: index == layer)
+        assert command("0.6").code == 130
+    assert command("0.6").code == 0
+    assert command("0.6", output="whole").code == 0
+    assert_same(tmp_path / "out", tmp_path / "whole")
+
+
+def test_hidden_states_of_another_number_of_processes_do_not_outlive_a_run(command, tmp_path, monkeypatch):
+    """Else a run of that number could later take them for those of the layer that it resumes at."""
+    kill_once(monkeypatch, ModelWriter, "write_shard", lambda writer, index, tensors: index == 2)
+    assert command("0.6").code == 130
+    work = tmp_path / "out.partial" / "work"
+    for name in ("hidden_0_of_2_even.bin", "hidden_1_of_2_even.bin", "original_0_of_2_odd.bin"):
+        (work / name).write_bytes(b"of two processes")
+    kill_once(monkeypatch, ModelWriter, "write_shard", lambda writer, index, tensors: index == 3)
+    assert command("0.6").code == 130
+    assert sorted(path.name for path in work.glob("*.bin")) == [
+        "hidden_even.bin",
+        "hidden_odd.bin",
+        "original_even.bin",
+        "original_odd.bin",
+    ]
 
 
 def test_folders_that_are_not_ours_are_never_deleted(command, tmp_path):

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import torch
 
+from hisvd.utils import distributed
 from hisvd.utils.files import sync_file
 from hisvd.utils.memory import release_freed_memory
+
+AGAIN = "_again"  # in names of files that repeat what finished layers gave
 
 
 class ActivationFile:
@@ -60,6 +63,15 @@ class ActivationFile:
         with open(self.path, "rb") as file:
             while data := bytearray(file.read(batch_size * self.bytes_per_sequence)):
                 yield torch.frombuffer(data, dtype=self.dtype).view(-1, *self.shape[1:]).to(device)
+
+
+def of_use(path: Path, processes: int) -> bool:
+    """Whether a run of so many processes can resume with the file at `path`.
+
+    Files whose names end in AGAIN belong to a pass over finished layers, which starts anew; those of another number of
+    processes hold other sequences, and those of a layer that is long past once a run of this number resumes.
+    """
+    return AGAIN not in path.name and distributed.processes_behind(path.name) == processes
 
 
 @dataclass(frozen=True)

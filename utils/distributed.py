@@ -4,6 +4,7 @@ Alone, a process has all of it and sends nothing.
 """
 
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -131,6 +132,12 @@ def share(tensor: torch.Tensor) -> torch.Tensor:
 def own_name(name: str) -> str:
     """`name` for a file of this process alone."""
     return f"{name}_{index()}_of_{count()}" if count() > 1 else name
+
+
+def processes_behind(name: str) -> int:
+    """The number of processes of the run that gave a file this name by own_name."""
+    found = re.search(r"_\d+_of_(\d+)", name)
+    return int(found[1]) if found else 1
 
 
 def total(tensor: torch.Tensor) -> torch.Tensor:
