@@ -23,6 +23,8 @@ from transformers import (
 )
 
 from hisvd.cli import calibrate, compress, evaluate
+from hisvd.rank_allocation import budget_of
+from hisvd.shape_utils import is_dense, next_rank, stored_parameters
 from hisvd.utils.data_utils import CALIBRATION_SPLIT, load_text
 from hisvd.utils.load_utils import read_pt
 
@@ -83,6 +85,17 @@ def linear_numbers(tensors):
         for name, t in tensors.items()
         if "proj" in name and not name.endswith(("bias", "permutation")) and t.dim() == 2
     )
+
+
+def assert_budget_spent(ranks, sublayers, target, form):
+    """At most the budget, and no room left for one more rank anywhere."""
+    stored = [stored_parameters(r, s.shape, form) for r, s in zip(ranks, sublayers, strict=True)]
+    left = budget_of(sublayers, target) - sum(stored)
+    assert left >= 0
+    for r, s, spent in zip(ranks, sublayers, stored, strict=True):
+        if not is_dense(r, s.shape, form):
+            larger = stored_parameters(next_rank(r, s.shape, form), s.shape, form)
+            assert larger - spent > left, "room for one more rank was left"
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import assert_budget_spent
 
 from hisvd.cluster_sublayer_lwe import cluster_scores, tail_redundancy
 from hisvd.clustering import layer_clusters, subspace_overlap
@@ -36,20 +37,6 @@ SHAPES = {"q": (64, 64), "k": (32, 64), "up": (160, 64), "down": (64, 160)}
 SUBLAYERS = [Sublayer(f"{i}.{t}", i, t, t, *shape) for i in range(6) for t, shape in SHAPES.items()]
 
 TYPES = [s.path for s in SUBLAYERS]
-
-
-def total(ranks, form):
-    return sum(stored_parameters(r, s.shape, form) for r, s in zip(ranks, SUBLAYERS, strict=True))
-
-
-def assert_budget_spent(ranks, target, form):
-    """At most the budget, and no room left for one more rank anywhere."""
-    left = budget_of(SUBLAYERS, target) - total(ranks, form)
-    assert left >= 0
-    for r, s in zip(ranks, SUBLAYERS, strict=True):
-        if not is_dense(r, s.shape, form):
-            larger = stored_parameters(next_rank(r, s.shape, form), s.shape, form)
-            assert larger - stored_parameters(r, s.shape, form) > left, "room for one more rank was left"
 
 
 def refined(shares, spectra, target, form, modulation, strength):
@@ -125,7 +112,7 @@ def test_budget_is_met_from_below_and_spent(form, target, method):
     assert sum(shares) == pytest.approx(budget_of(SUBLAYERS, target), rel=1e-9)
     shares = refined(shares, spectra, target, form, "logarithmic", 1.0)
     assert sum(shares) == pytest.approx(budget_of(SUBLAYERS, target), rel=1e-9)
-    assert_budget_spent(ranks_from_shares(shares, SUBLAYERS, target, form), target, form)
+    assert_budget_spent(ranks_from_shares(shares, SUBLAYERS, target, form), SUBLAYERS, target, form)
 
 
 def test_stage1_weights_follow_the_log_density():
@@ -161,7 +148,7 @@ def test_loss_allocation_meets_the_budget_and_beats_uniform_in_its_objective(for
         return sum(sigma[r:].double().square().sum().item() for sigma, r in zip(spectra, ranks, strict=True))
 
     chosen = loss_ranks(spectra, SUBLAYERS, target, form)
-    assert_budget_spent(chosen, target, form)
+    assert_budget_spent(chosen, SUBLAYERS, target, form)
     uniform = ranks_from_shares(uniform_shares(SUBLAYERS, target), SUBLAYERS, target, form)
     assert tails(chosen) < tails(uniform)
 
