@@ -15,13 +15,19 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import click
-import torch
 from common import Usage, measured, random_llama
 
 from hisvd.estimates import RunSizes, estimated_stages, shapes_of
 from hisvd.tables import table
 from hisvd.utils.files import check_writable_file, make_folder, write_json
-from hisvd.utils.model_utils import Checkpoint, empty_model, open_checkpoint, resolve_device, resolve_dtype
+from hisvd.utils.model_utils import (
+    Checkpoint,
+    empty_model,
+    open_checkpoint,
+    resolve_device,
+    resolve_dtype,
+    stored_dtype,
+)
 
 SHAPES = {
     "smollm2-360m": {
@@ -114,7 +120,7 @@ def run_missing(
 
 def estimates(checkpoint: Checkpoint, nsamples: int, seqlen: int, device: str) -> dict[str, float]:
     """Estimated bytes of memory of the programs, one decoder layer at a time."""
-    stored = checkpoint.config.dtype or torch.bfloat16
+    stored = stored_dtype(checkpoint.config)
     sizes = RunSizes(nsamples, nsamples, seqlen, resolve_dtype("auto", resolve_device(device), stored), stored)
     forward, backward, compression, evaluation = estimated_stages(shapes_of(empty_model(checkpoint.config)), sizes)
     return {

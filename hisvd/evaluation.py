@@ -35,7 +35,7 @@ from hisvd.utils.eval_utils import (
 )
 from hisvd.utils.files import make_folder
 from hisvd.utils.load_utils import bytes_in_memory, check_layer_count, config_of, load, tokenizer_of
-from hisvd.utils.model_utils import local_folder, open_checkpoint, resolve_device, resolve_dtype
+from hisvd.utils.model_utils import local_folder, open_checkpoint, resolve_device, resolve_dtype, stored_dtype
 from hisvd.utils.progress import progress_shown
 from hisvd.utils.streaming import StreamedModel
 
@@ -176,7 +176,7 @@ def streamed_model(model: str, device: torch.device, dtype: str, seqlen: int) ->
         HiSVDError: it is not a folder with safetensors, or the files hold more layers than its configuration.
     """
     checkpoint = open_checkpoint(model, compressed_too=True)
-    compute = resolve_dtype(dtype, device, checkpoint.config.dtype or torch.bfloat16)
+    compute = resolve_dtype(dtype, device, stored_dtype(checkpoint.config))
     streamed = StreamedModel(checkpoint, default_batch_size(seqlen), device, compute)
     check_layer_count(checkpoint, streamed.skeleton, streamed.adapter.layers)
     return streamed
