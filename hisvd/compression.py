@@ -1,7 +1,7 @@
 """Model + calibration cache + budget → compressed models: the targets of one run, layer by layer into shards."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hisvd.calibration_cache import CalibrationCache, check_same_model
@@ -96,7 +96,7 @@ def prepared(
             "processes; start at most as many."
         )
     writers = {}
-    sizes = {"model_numbers_before": checkpoint.count_numbers(), "weight_bytes_before": checkpoint.count_bytes()}
+    sizes = {"model_numbers_before": checkpoint.count_parameters(), "weight_bytes_before": checkpoint.count_bytes()}
     for p in plans:
         record = plan_report(cache, p, settings) | sizes
         path = output_path(str(output), p.target, several=len(plans) > 1)
@@ -126,18 +126,10 @@ def _needed_bytes(job: CompressionJob) -> int:
 
 
 def _unfinished(job: CompressionJob) -> CompressionJob:
-    """The job without the targets whose outputs are finished."""
+    """The job without the targets all of whose shards are written."""
     writers = {target: writer for target, writer in job.writers.items() if not writer.has_all_shards()}
     distributed.wait()  # until all have looked
-    return CompressionJob(
-        job.checkpoint,
-        job.cache,
-        job.settings,
-        {target: job.plans[target] for target in writers},
-        writers,
-        job.device,
-        job.activation_budget,
-    )
+    return replace(job, plans={target: job.plans[target] for target in writers}, writers=writers)
 
 
 def factor_layers(job: CompressionJob) -> None:

@@ -5,7 +5,7 @@ An update (hisvd.updates) says which weights are factored, and what their inputs
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
@@ -14,8 +14,6 @@ from hisvd.errors import naming
 from hisvd.exports import EXPORTS, Export
 from hisvd.factor_forms import DENSE, Entries, factor_tensors
 from hisvd.layer_tensors import replace_entries
-from hisvd.plan import Plan
-from hisvd.settings import CompressionSettings
 from hisvd.shape_utils import Sublayer
 from hisvd.utils.model_utils import Checkpoint
 from hisvd.utils.save_utils import ModelWriter
@@ -28,6 +26,10 @@ from hisvd.whitening_svd import (
     whitened,
 )
 
+if TYPE_CHECKING:  # the settings name the updates, so that they import this module
+    from hisvd.plan import Plan
+    from hisvd.settings import CompressionSettings
+
 Tensors = dict[str, torch.Tensor]
 
 
@@ -37,8 +39,8 @@ class CompressionJob:
 
     checkpoint: Checkpoint
     cache: CalibrationCache
-    settings: CompressionSettings
-    plans: dict[float, Plan]
+    settings: "CompressionSettings"
+    plans: dict[float, "Plan"]
     writers: dict[float, ModelWriter]
     device: torch.device
     activation_budget: float = 0.0

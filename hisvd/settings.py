@@ -12,13 +12,13 @@ from hisvd.factor_forms import FORMS
 from hisvd.rank_metrics import RANK_METRICS
 from hisvd.refinement import MODULATIONS
 from hisvd.sparse_int6 import COLUMNS
+from hisvd.updates import UPDATES
 from hisvd.utils.data_utils import PROTOCOLS
 from hisvd.whitening_svd import WHITENINGS
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SAMPLINGS = ("random", "first")
 INT6_MODES = ("calibrated", "magnitude")
-UPDATES = ("sequential", "none")  # the keys of updates.UPDATES, which builds on these settings
 
 
 @dataclass(frozen=True)

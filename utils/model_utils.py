@@ -108,8 +108,8 @@ class Checkpoint:
         """The files' name for the tensor `name` of the causal language model; one that they lack keeps its name."""
         return self.stored_names.get(name, name)
 
-    def count_numbers(self) -> int:
-        """Numbers in all tensors of the checkpoint."""
+    def count_parameters(self) -> int:
+        """Parameters in all tensors of the checkpoint."""
         return sum(math.prod(entry["shape"]) for entry in self._entries().values())
 
     def count_bytes(self) -> int:
