@@ -1,5 +1,7 @@
 """GPT-2's Conv1D: a linear whose weight lies transposed in the checkpoint. Inside HiSVD it is an nn.Linear."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -19,7 +21,7 @@ def as_linears(model: nn.Module) -> None:
             setattr(model.get_submodule(parent), child, nn.Linear(columns, rows))
 
 
-def linear_shape(module: nn.Module) -> tuple[int, int]:
+def linear_shape(module: Any) -> tuple[int, int]:
     """(out_features, in_features) of an nn.Linear, a Conv1D, or a module of ours that stands for one."""
     if isinstance(module, Conv1D):
         return module.nf, module.nx

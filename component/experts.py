@@ -1,6 +1,7 @@
 """Mixtures of experts: transformers keeps the experts' weights of a layer in two tensors; here each has its linears."""
 
 import re
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ class SeparateExperts(nn.ModuleDict):
     Member "3" holds the linears of expert 3 by name. Called by the family's own block, after its router.
     """
 
-    def __init__(self, fused: nn.Module, names: tuple[str, str, str]) -> None:
+    def __init__(self, fused: Any, names: tuple[str, str, str]) -> None:
         """Take the weights of `fused`: gate_up_proj (experts, 2 inner, hidden) and down_proj (experts, hidden, inner).
 
         `names` are those of the gate, up and down linears.
@@ -29,7 +30,7 @@ class SeparateExperts(nn.ModuleDict):
         """Map (tokens, hidden) to the same shape; the router gave experts and weights (tokens, experts per token)."""
         result = torch.zeros_like(hidden_states)
         for index in top_k_index.unique().tolist():
-            gate, up, down = (self[str(index)][name] for name in self.names)
+            gate, up, down = (self.get_submodule(f"{index}.{name}") for name in self.names)
             token, choice = torch.where(top_k_index == index)
             x = hidden_states[token]
             y = down(self.act_fn(gate(x)) * up(x)) * top_k_weights[token, choice, None]
@@ -38,8 +39,9 @@ class SeparateExperts(nn.ModuleDict):
 
 
 def _linear(weight: torch.Tensor) -> nn.Linear:
+    out_features, in_features = weight.shape
     with torch.device("meta"):
-        linear = nn.Linear(*weight.shape[::-1], bias=False)
+        linear = nn.Linear(in_features, out_features, bias=False)
     linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
     return linear
 

@@ -31,6 +31,9 @@ class INT6SparseLinear(nn.Module):
 
     format_name = FORMAT_NAME
     user_alias = USER_ALIAS
+    packed_weight: torch.Tensor
+    metadata: torch.Tensor
+    scales: torch.Tensor
 
     def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
         super().__init__()
@@ -64,17 +67,17 @@ class INT6SparseLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (..., n) to (..., m)."""
         tokens = x.numel() // self.in_features
-        if tokens <= FEW_TOKENS and not (x.requires_grad and torch.is_grad_enabled()) and fused_product(x.device.type):
-            y = fused_product(x.device.type)(x.reshape(tokens, -1), self.packed_weight, self.metadata, self.scales).to(
-                x.dtype
-            )
+        few = tokens <= FEW_TOKENS and not (x.requires_grad and torch.is_grad_enabled())
+        product = fused_product(x.device.type) if few else None
+        if product:
+            y = product(x.reshape(tokens, -1), self.packed_weight, self.metadata, self.scales).to(x.dtype)
             y = y.view(*x.shape[:-1], self.out_features)
         else:
             y = x.new_empty(*x.shape[:-1], self.out_features)
-            stored = (self.packed_weight, self.metadata, self.scales)
             for first in range(0, self.out_features, rows_at_once(self.in_features)):
                 rows = slice(first, first + rows_at_once(self.in_features))
-                weight = dequantize(*(tensor[rows] for tensor in stored), self.in_features, x.dtype)
+                packed, metadata, scales = self.packed_weight[rows], self.metadata[rows], self.scales[rows]
+                weight = dequantize(packed, metadata, scales, self.in_features, x.dtype)
                 y[..., rows] = nn.functional.linear(x, weight)
         return y if self.bias is None else y + self.bias
 

@@ -31,6 +31,8 @@ class LowRankLinear(nn.Module):
 class PivotedLinear(nn.Module):
     """t = base x, then rows of [t; coefficients t] in their order, + bias: see hisvd.pivoting."""
 
+    permutation: torch.Tensor
+
     def __init__(self, in_features: int, out_features: int, rank: int, bias: bool) -> None:
         super().__init__()
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
@@ -73,7 +75,7 @@ def swap_linears(model: nn.Module, table: dict[str, dict]) -> None:
         size = linear_shape(linear)[::-1]
         with torch.device("meta"):  # weights are loaded later: nothing is drawn for them
             if entry["form"] == "int6":
-                module = INT6SparseLinear(*size, bias=False)
+                module: nn.Module = INT6SparseLinear(*size, bias=False)
             elif entry["form"] not in MODULE_OF_FORM:
                 raise HiSVDError(
                     f"{name} is stored in the form '{entry['form']}', and this version of HiSVD knows int6, "

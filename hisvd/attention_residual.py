@@ -10,9 +10,9 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
-from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from hisvd.errors import HiSVDError
@@ -30,7 +30,7 @@ Variant = Callable[[torch.Tensor], torch.Tensor]  # residuals (b, heads, queries
 
 
 def residual_attention(  # noqa: PLR0913 (transformers calls it so)
-    module: nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -67,7 +67,7 @@ def residual_attention(  # noqa: PLR0913 (transformers calls it so)
 AttentionInterface.register(NAME, residual_attention)
 
 
-def attention_modules(model: PreTrainedModel, layer: int) -> list[nn.Module]:
+def attention_modules(model: PreTrainedModel, layer: int) -> list[Any]:
     """The modules of decoder layer `layer` that choose their attention function by a config."""
     return [m for m in model.modules() if getattr(m, "layer_idx", None) == layer and hasattr(m, "config")]
 

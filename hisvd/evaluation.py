@@ -176,7 +176,8 @@ def streamed_model(model: str, device: torch.device, dtype: str, seqlen: int) ->
         HiSVDError: it is not a folder with safetensors, or the files hold more layers than its configuration.
     """
     checkpoint = open_checkpoint(model, compressed_too=True)
-    compute = resolve_dtype(dtype, device, stored_dtype(checkpoint.config))
+    stored = stored_dtype(checkpoint.config)
+    compute = resolve_dtype(dtype, device, stored) or stored
     streamed = StreamedModel(checkpoint, default_batch_size(seqlen), device, compute)
     check_layer_count(checkpoint, streamed.skeleton, streamed.adapter.layers)
     return streamed

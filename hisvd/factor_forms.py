@@ -104,8 +104,8 @@ def dense_weight(entries: Entries, in_features: int) -> torch.Tensor:
     def matrix(prefix: str, columns: int) -> torch.Tensor:
         if f"{prefix}weight" in entries:
             return entries[f"{prefix}weight"].double()
-        code = (entries[prefix + key] for key in ("packed_weight", "metadata", "scales"))
-        return dequantize(*code, columns, torch.float64)
+        packed, metadata, scales = (entries[prefix + key] for key in ("packed_weight", "metadata", "scales"))
+        return dequantize(packed, metadata, scales, columns, torch.float64)
 
     name = form_of(entries)
     if name is None:

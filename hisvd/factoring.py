@@ -46,6 +46,12 @@ class CompressionJob:
     activation_budget: float = 0.0
 
     @property
+    def whitening(self) -> str:
+        """The metric of the factors."""
+        assert self.settings.whitening is not None  # resolved
+        return self.settings.whitening
+
+    @property
     def export(self) -> Export:
         """What is done to the factors at once; the quality gate encodes linears later."""
         return EXPORTS["none" if self.settings.gated else self.settings.export]
@@ -101,9 +107,12 @@ def factor_layer(job: CompressionJob, update: Update, index: int, stored: Tensor
     shards = {target: dict(stored) for target in job.plans}
     statistics = update.start(index, stored)
     for members in job.cache.groups_of(index):
-        weighed = job.changes(members) and WHITENINGS[job.settings.whitening].inputs
+        weighed = job.changes(members) and WHITENINGS[job.whitening].inputs
         for case in update.cases(index, members, weighed or job.fits_codes):
-            root = cholesky_root(case.moment, H_DAMPING) if weighed else None
+            root = None
+            if weighed:
+                assert case.moment is not None  # it was asked for
+                root = cholesky_root(case.moment, H_DAMPING)
             for s in members:
                 for target, entries in _results(job, case, s, statistics, root):
                     # Rounded as the files are: later layers are fitted to what the saved model will give.
@@ -124,7 +133,7 @@ def _results(
         with naming(s.name):
             if not plan.is_dense(s):
                 if basis is None:
-                    f = output_moment(s, statistics, job.settings.whitening, job.device)
+                    f = output_moment(s, statistics, job.whitening, job.device)
                     basis = left_singular_vectors(whitened(weight, root, f))
                 left, right = low_rank_factors(weight, basis, plan.ranks[s.name], f)
                 entries = factor_tensors(left, right, DENSE if job.export.multiply else plan.form, case.dtype, root)

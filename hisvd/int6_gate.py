@@ -39,6 +39,7 @@ def export_within(job: CompressionJob, writer: ModelWriter) -> dict:
         HiSVDError: the cache has no held-out text, or is damaged.
     """
     cache, codes, delta = job.cache, Int6Codes(job, writer), job.settings.quality_gate_delta
+    assert delta is not None  # else all linears are exported
     decision = writer.work / "int6_gate.json"
     if not decision.exists():
         text = HeldOutText(codes)

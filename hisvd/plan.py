@@ -53,6 +53,7 @@ def plan(
     """
     cache = opened_cache(cache)
     settings = settings.resolved(cache)
+    assert settings.allocation is not None  # resolved
     problem, rule = RankProblem(cache, settings), ALLOCATIONS[settings.allocation]
     names = [s.name for s in problem.sublayers]
     return [

@@ -15,7 +15,8 @@ def pool_rare(sums: dict[str, torch.Tensor], tokens: dict[str, int]) -> list[str
     rare = [name for name in sums if is_routed(name) and tokens[name] < len(sums[name])]
     for kind in {kind_of(name) for name in rare}:
         members = [name for name in sums if kind_of(name) == kind]
-        mean = sum(sums[name] for name in members) / max(1, sum(tokens[name] for name in members))
+        total = sum((sums[name] for name in members), torch.zeros(()))
+        mean = total / max(1, sum(tokens[name] for name in members))
         for name in set(members) & set(rare):
             tokens[name] = max(1, tokens[name])
             sums[name] = mean * tokens[name]

@@ -31,7 +31,7 @@ def plan_report(cache: CalibrationCache, plan: Plan, settings: CompressionSettin
         for s in cache.sublayers
     ]
     before = sum(s.size for s in cache.sublayers)
-    planned = sum(row["numbers"] for row in rows)
+    planned = sum(plan.parameters_of(s) for s in cache.sublayers)
     after = before if EXPORTS[settings.export].multiply else planned
     return {
         "format_version": 1,

@@ -52,8 +52,10 @@ def update_target(
     weight: torch.Tensor, own_root: torch.Tensor, moments: UpdateMoments, mu: float, gamma: float
 ) -> torch.Tensor:
     """T of the module's formula in float64, for W (m, n) and the Cholesky root of the damped E[x' x'ᵀ]."""
+    assert moments.lag is not None  # not an expert
     change = mu * (weight.double() @ moments.lag)
     if gamma:
+        assert moments.stream is not None
         change += gamma * moments.stream
     # Not cholesky_solve: that copies the root.
     change = torch.linalg.solve_triangular(own_root.T, change, upper=True, left=False)
@@ -71,7 +73,8 @@ def input_and_stream(
 
     The residual stream is the layer's input plus the outputs so far of the linears that write into it.
     """
-    stream, arrived = [hidden], []
+    written: list[torch.Tensor] = []
+    arrived: list[torch.Tensor] = []
 
     def stop(_: nn.Module, args: tuple[torch.Tensor]) -> None:
         arrived.append(args[0])
@@ -79,7 +82,7 @@ def input_and_stream(
 
     handles = [layer.get_submodule(path).register_forward_pre_hook(stop)]
     for writer in stream_paths:
-        handles.append(layer.get_submodule(writer).register_forward_hook(lambda _, __, y: stream.append(y)))
+        handles.append(layer.get_submodule(writer).register_forward_hook(lambda _, __, y: written.append(y)))
     args, kwargs = arguments
     try:
         with suppress(_Reached):
@@ -87,7 +90,7 @@ def input_and_stream(
     finally:
         for handle in handles:
             handle.remove()
-    return arrived[0].flatten(0, -2).float(), sum(stream).flatten(0, -2).float()
+    return arrived[0].flatten(0, -2).float(), sum(written, hidden).flatten(0, -2).float()
 
 
 class SequentialUpdate:
@@ -195,7 +198,7 @@ class SequentialUpdate:
 
     def _updated(self, layer: nn.Module, members: list[Sublayer], moments: UpdateMoments) -> dict[str, torch.Tensor]:
         """The weights that the factors of `members`, which share an input, are to come close to, by path."""
-        weights = {s.path: layer.get_submodule(s.path).weight for s in members}
+        weights: dict[str, torch.Tensor] = {s.path: layer.get_parameter(f"{s.path}.weight") for s in members}
         if moments.lag is None:
             return weights
         root, writers = cholesky_root(moments.own, RIDGE), self.adapter.stream

@@ -1,6 +1,7 @@
 """The settings of a run, as the Python API takes them and the three programs make them from their options."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -106,7 +107,7 @@ class CompressionSettings:
 
     def __post_init__(self) -> None:
         """Refuse what no cache could serve."""
-        for name, choices in {
+        allowed: dict[str, Collection[str | None]] = {
             "rank_method": RANK_METRICS,
             "modulation": MODULATIONS,
             "cluster_by": CLUSTERINGS,
@@ -116,7 +117,8 @@ class CompressionSettings:
             "update": UPDATES,
             "export": EXPORTS,
             "int6_mode": INT6_MODES,
-        }.items():
+        }
+        for name, choices in allowed.items():
             check_choice(name, getattr(self, name), choices)
         check_at_least("alpha", self.alpha, 0)
         check_at_least("lwe_strength", self.lwe_strength, 0)
@@ -206,7 +208,7 @@ class StudySettings:
         check_at_least("calib_blocks", self.calib_blocks, 1)
 
 
-def check_choice(name: str, value: str, choices: object) -> None:
+def check_choice(name: str, value: str | None, choices: Collection[str | None]) -> None:
     """Refuse a value that is not one of `choices`.
 
     Raises:

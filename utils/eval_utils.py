@@ -180,7 +180,7 @@ def speed(model: PreTrainedModel, window: torch.Tensor, repeats: int = 3) -> dic
         model.get_decoder()(input_ids=ids, use_cache=False)
 
     def decode() -> None:
-        model.generate(
+        model.generate(  # type: ignore[operator]  # PreTrainedModel does not declare what causal models have
             prompt,
             attention_mask=torch.ones_like(prompt),
             do_sample=False,

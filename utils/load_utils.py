@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -66,7 +67,7 @@ def load(
     try:
         if Path(path).is_file():
             side_files, tensors = read_pt(Path(path))
-            model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
             model, info = model_class.from_pretrained(None, config=config, state_dict=tensors, **options)
             if "generation_config.json" in side_files:
                 model.generation_config = GenerationConfig.from_dict(json.loads(side_files["generation_config.json"]))
@@ -75,7 +76,8 @@ def load(
             for file in weight_files(folder):
                 with open_safetensors(file):  # names a damaged file, which from_pretrained does not
                     pass
-            model, info = AutoModelForCausalLM.from_pretrained(folder, **options)
+            # The stubs do not know that output_loading_info makes it a pair.
+            model, info = AutoModelForCausalLM.from_pretrained(folder, **options)  # type: ignore[misc]
     except torch.OutOfMemoryError:
         raise
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -112,7 +114,9 @@ def check_layer_count(checkpoint: Checkpoint, model: PreTrainedModel, layers: st
     Raises:
         HiSVDError: it has some.
     """
-    count = len(model.get_submodule(layers))
+    decoder = model.get_submodule(layers)
+    assert isinstance(decoder, nn.ModuleList)
+    count = len(decoder)
     first = next(name for name in model.state_dict() if name.startswith(f"{layers}.0."))
     numbered = re.compile(rf"{re.escape(checkpoint.stored_name(first).partition('.0.')[0])}\.(\d+)\.")
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
@@ -160,7 +164,7 @@ def config_of(path: str | os.PathLike) -> PreTrainedConfig:
         raise HiSVDError(f"The config.json in {path} cannot be used: {first_line(error)}") from None
 
 
-def read_pt(path: Path) -> tuple[dict[str, str | torch.Tensor], dict[str, torch.Tensor]]:
+def read_pt(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """(side files, weights) of a `.pt` model. Weights stay memory-mapped.
 
     Side files are config.json, hisvd.json, the tokenizer …: text as str, binary as a uint8 tensor.
@@ -204,9 +208,11 @@ def bytes_in_memory(path: Path, dtype: torch.dtype | None) -> int:
             header = safetensors_header(file)[1]
         for name, entry in header.items():
             if name != "__metadata__":
-                cast = dtype and entry["dtype"] in FLOATING_POINT
                 start, end = entry["data_offsets"]
-                total += math.prod(entry["shape"]) * dtype.itemsize if cast else end - start
+                if dtype and entry["dtype"] in FLOATING_POINT:
+                    total += math.prod(entry["shape"]) * dtype.itemsize
+                else:
+                    total += end - start
     return total
 
 

@@ -172,7 +172,7 @@ class ModelWriter:
         if modules:
             config["quantization_config"] = {"quant_method": METHOD, "format_version": 1, "modules": modules}
         write_json(self.folder / "config.json", config)
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for path in self.shard_files():
             with open_safetensors(path) as shard:
                 weight_map |= dict.fromkeys(shard.keys(), path.name)
@@ -201,7 +201,9 @@ class ModelWriter:
             self.is_finished = True
         if is_pt(self.output):
             self._remove_partial()
-        return _saved_report(self.output)
+        report = _saved_report(self.output)
+        assert report is not None  # __init__ or complete() has seen to it
+        return report
 
     def _remove_partial(self) -> None:
         """Delete what was written to OUT.partial; whatever else lies there stays."""

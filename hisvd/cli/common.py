@@ -12,11 +12,18 @@ import click
 from tqdm import tqdm
 
 from hisvd.errors import HiSVDError
-from hisvd.settings import DTYPES
+from hisvd.settings import (
+    DTYPES,
+    CalibrationSettings,
+    CompressionSettings,
+    EvaluationSettings,
+    Resources,
+    StudySettings,
+)
 from hisvd.utils import distributed
 from hisvd.utils.data_utils import default_data_dir
 
-Settings = TypeVar("Settings")
+Settings = TypeVar("Settings", CalibrationSettings, CompressionSettings, EvaluationSettings, Resources, StudySettings)
 
 
 class _BesideBars(logging.Handler):

@@ -1,6 +1,7 @@
 """compress.py: model + calibration cache + budget → compressed model."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -121,7 +122,7 @@ def parse_targets(text: str) -> list[float]:
 @device_option
 @click.pass_context
 @program
-def main(context: click.Context, **options: object) -> None:
+def main(context: click.Context, **options: Any) -> None:
     """Compress a model to a share of its linear weights, without training."""
     for name in () if options["plan_only"] else ("model_path", "save_model"):
         if not options[name]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from hisvd.cli.attention_study import check_plot, draw_studies, study_model, study_tables
 from hisvd.cli.common import (
@@ -98,7 +99,7 @@ def check_combination(context: click.Context, study: bool) -> None:
     """
     rule = "does not go with" if study else "needs"
     for option in context.command.params:
-        given = context.get_parameter_source(option.name).name == "COMMANDLINE"
+        given = context.get_parameter_source(option.name) is ParameterSource.COMMANDLINE
         if given and option.name in (PERPLEXITY_OPTIONS if study else STUDY_OPTIONS):
             raise HiSVDError(f"{option.opts[0]} {rule} --attention_residual.")
 
