@@ -1,11 +1,17 @@
-"""What the benchmarks share: run the programs as a user would."""
+"""What the benchmarks share.
 
+Those that measure the library call its Python API. Those that measure memory and time of a process (peak_memory.py,
+large_model.py) start the programs, because a peak belongs to the whole life of a process, imports included.
+"""
+
+import json
 import os
 import subprocess
 import sys
 import threading
 import time
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -13,15 +19,14 @@ import click
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from hisvd.calibration_cache import cache_folder
-from hisvd.utils.save_utils import output_path
+import hisvd
+from hisvd import CalibrationSettings, CompressionSettings, EvaluationSettings
+from hisvd.calibration_cache import CalibrationCache, cache_folder
+from hisvd.utils.files import write_json
 
 ROOT = Path(__file__).parents[1]
-
-
-def run(program: str, *arguments: object) -> None:
-    """Run one of the programs; its progress bars stay visible, its tables do not."""
-    subprocess.run([sys.executable, ROOT / program, *map(str, arguments)], check=True, stdout=subprocess.DEVNULL)
+SEQLEN = 512  # tokens per window, of calibration and of evaluation
+one_shot = partial(CompressionSettings, update="none")
 
 
 @dataclass(frozen=True)
@@ -75,21 +80,28 @@ def _write_llama(folder: Path, tokenizer: str, shape: dict) -> None:
     words.save_pretrained(folder)
 
 
-def calibrated(model_path: str, dataset: str, work_dir: Path, nsamples: int, grad_nsamples: int) -> Path:
+def calibrated(model: str, dataset: str, work_dir: Path, nsamples: int, grad_nsamples: int) -> CalibrationCache:
     """The cache of the first nsamples x 512 tokens of `dataset` in `work_dir`, made or finished where it is not."""
-    where = ["--model_path", model_path, "--model_name", "benchmark", "--output_dir", work_dir, "--dataset", dataset]
-    size = ["--nsamples", nsamples, "--grad_nsamples", grad_nsamples, "--seqlen", 512, "--sampling", "first"]
-    run("calibrate.py", *where, *size)
-    return cache_folder(str(work_dir), "benchmark", nsamples, 512)
+    settings = CalibrationSettings(
+        nsamples=nsamples, seqlen=SEQLEN, dataset=dataset, sampling="first", grad_nsamples=grad_nsamples
+    )
+    return hisvd.calibrate(model, cache_folder(str(work_dir), "benchmark", nsamples, SEQLEN), settings)
 
 
-def compressed(model_path: str, cache: Path, output: Path, targets: list[str], options: str) -> list[Path]:
-    """Folders of the model compressed to several targets; existing ones are kept."""
-    outputs = [output_path(str(output), float(target), several=True) for target in targets]
-    if not all(path.exists() for path in outputs):
-        where = ["--model_path", model_path, "--calib_cache", cache, "--save_model", output]
-        run("compress.py", *where, "--target_compression", ",".join(targets), *options.split())
-    return outputs
+def compressed(
+    model: str, cache: CalibrationCache, output: Path, targets: list[float], settings: CompressionSettings
+) -> list[Path]:
+    """Folders of the model compressed to several targets; those that are there already are kept."""
+    return [result.path for result in hisvd.compress(model, cache, output, targets, settings)]
+
+
+def evaluated(models: list[str | Path], datasets: list[str], nsamples: int, output: Path) -> list[dict[str, float]]:
+    """Perplexities of the models by data set, on nsamples x 512 tokens of each; from `output` if it is there."""
+    if not output.exists():
+        settings = EvaluationSettings(seqlen=SEQLEN, nsamples=nsamples)
+        write_json(output, [hisvd.evaluate(model, datasets, settings) for model in models])
+    results = json.loads(output.read_text())
+    return [{dataset: r["perplexity"] for dataset, r in result["perplexity"].items()} for result in results]
 
 
 def file_name(method: str) -> str:

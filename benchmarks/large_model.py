@@ -5,7 +5,7 @@
 
 calibrate.py with gradients of all sequences, compress.py to 0.8, evaluate.py of both models. `--layers` builds fewer
 layers than the shape has: memory does not depend on their number, time and disk do. With `--work_dir` a run that was
-killed goes on with the first program whose figures are not in the JSON file.
+killed resumes at the first program whose figures are not in the JSON file.
 """
 
 import json

@@ -4,43 +4,34 @@
         --datasets wikitext2-test.txt,ptb-test.txt,c4-validation.json --work_dir results/quality
 
 Needs `pip install -e .[benchmarks]`. One model and one calibration set, the first nsamples x 512 tokens of its file;
-every data set is evaluated on its first 16 x 512 tokens. Compressed models are deleted once evaluated; what was
-evaluated is not done again.
+every data set is evaluated on its first 16 x 512 tokens. Compressed models are deleted once evaluated; a run
+that is started again reuses the cache, the models and the figures that it finds in the work folder.
 """
 
-import json
 import shutil
 from pathlib import Path
 
 import click
-from common import calibrated, compressed, file_name, run
+from common import calibrated, compressed, evaluated, file_name, one_shot
 
+from hisvd import CompressionSettings
+from hisvd.cli.common import comma_separated, program
 from hisvd.tables import table
 from hisvd.utils.files import write_json
 
-TARGETS = ["0.9", "0.8", "0.7", "0.6", "0.5", "0.4"]
+TARGETS = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4]
 METHODS = {
-    "plain SVD": "--whitening none --allocation uniform --factors svd --update none",
-    "input whitening, uniform, as SVD-LLM": "--whitening input --allocation uniform --factors svd --update none",
-    "HiSVD Stage 1": "--whitening input --allocation hisvd --lwe_strength 0 --update none",
-    "HiSVD Stage 1 + 2": "--whitening input --allocation hisvd --update none",
-    "two-sided, loss allocation": "--whitening two_sided --allocation loss --update none",
-    "HiSVD default": "",
+    "plain SVD": one_shot(whitening="none", allocation="uniform", factors="svd"),
+    "input whitening, uniform, as SVD-LLM": one_shot(whitening="input", allocation="uniform", factors="svd"),
+    "HiSVD Stage 1": one_shot(whitening="input", allocation="hisvd", lwe_strength=0),
+    "HiSVD Stage 1 + 2": one_shot(whitening="input", allocation="hisvd"),
+    "two-sided, loss allocation": one_shot(whitening="two_sided", allocation="loss"),
+    "HiSVD default": CompressionSettings(),
 }
 
 
-def evaluated(models: list[Path], datasets: str, eval_nsamples: int, output: Path) -> list[dict[str, float]]:
-    """Perplexities of the models by data set, from `output` if they are there."""
-    if not output.exists():
-        paths = [argument for path in models for argument in ("--model_path", path)]
-        size = ["--seqlen", 512, "--nsamples", eval_nsamples]
-        run("evaluate.py", *paths, "--datasets", datasets, *size, "--json", output)
-    results = json.loads(output.read_text())
-    return [{dataset: r["perplexity"] for dataset, r in result["perplexity"].items()} for result in results]
-
-
-def plot(curves: dict[str, dict[str, dict[str, float]]], dense: dict[str, float], path: Path) -> None:
-    """One panel a data set: perplexity (log scale, cut at 100 times dense) against the share of weights kept."""
+def plot(curves: dict[str, dict[float, dict[str, float]]], dense: dict[str, float], path: Path) -> None:
+    """One panel per data set: perplexity (log scale, cut at 100 times dense) against the share of weights kept."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -49,7 +40,7 @@ def plot(curves: dict[str, dict[str, dict[str, float]]], dense: dict[str, float]
     figure, axes = pyplot.subplots(1, len(dense), figsize=(5 * len(dense), 4.5), squeeze=False)
     for axis, (dataset, floor) in zip(axes[0], dense.items(), strict=True):
         for method, by_target in curves.items():
-            axis.plot([float(t) for t in by_target], [p[dataset] for p in by_target.values()], "o-", label=method)
+            axis.plot(list(by_target), [p[dataset] for p in by_target.values()], "o-", label=method)
         axis.axhline(floor, color="black", linestyle="--", label="dense")
         axis.set(yscale="log", ylim=(floor * 0.9, floor * 100), title=Path(dataset).stem)
         axis.set(xlabel="linear weights kept", ylabel="perplexity")
@@ -66,6 +57,7 @@ def plot(curves: dict[str, dict[str, dict[str, float]]], dense: dict[str, float]
 @click.option("--grad_nsamples", default=48, show_default=True)
 @click.option("--eval_nsamples", default=16, show_default=True)
 @click.option("--work_dir", type=click.Path(path_type=Path), default="results/quality", show_default=True)
+@program
 def main(
     model_path: str,
     calibration_text: str,
@@ -77,20 +69,21 @@ def main(
 ) -> None:
     """Calibrate once, compress by every method to every target, evaluate, and draw."""
     cache = calibrated(model_path, calibration_text, work_dir, nsamples, grad_nsamples)
-    (dense,) = evaluated([Path(model_path)], datasets, eval_nsamples, work_dir / "dense.json")
+    texts = comma_separated(datasets)
+    (dense,) = evaluated([model_path], texts, eval_nsamples, work_dir / "dense.json")
     curves = {}
-    for method, options in METHODS.items():
+    for method, settings in METHODS.items():
         figures = work_dir / f"{file_name(method)}.json"
         models = []
         if not figures.exists():
-            models = compressed(model_path, cache, work_dir / file_name(method), TARGETS, options)
-        curves[method] = dict(zip(TARGETS, evaluated(models, datasets, eval_nsamples, figures), strict=True))
+            models = compressed(model_path, cache, work_dir / file_name(method), TARGETS, settings)
+        curves[method] = dict(zip(TARGETS, evaluated(models, texts, eval_nsamples, figures), strict=True))
         for path in models:
             shutil.rmtree(path)
     for dataset in dense:
         rows = [["dense", *[f"{dense[dataset]:.2f}"] * len(TARGETS)]]
         rows += [[method, *(f"{p[dataset]:.4g}" for p in by_target.values())] for method, by_target in curves.items()]
-        click.echo(table([Path(dataset).name, *TARGETS], rows) + "\n")
+        click.echo(table([Path(dataset).name, *map(str, TARGETS)], rows) + "\n")
     write_json(work_dir / "quality.json", {"dense": dense, **curves})
     plot(curves, dense, work_dir / "quality.png")
 

