@@ -12,7 +12,7 @@ from hisvd.utils.data_utils import EVALUATION_SPLIT, load_text
 
 @pytest.fixture
 def run_benchmark(monkeypatch, model_folders, tmp_path):
-    """run_benchmark("quality", *options): the module and its output on a tiny model: windows of 32 tokens, two targets."""
+    """run_benchmark("quality", *options) on a tiny model, 32 tokens per window, two targets: module, output."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     text = tmp_path / "text.txt"
     text.write_text(load_text("python-docs", EVALUATION_SPLIT, "data")[:30_000])
