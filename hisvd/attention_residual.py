@@ -183,26 +183,36 @@ def attention_residual_study(
     residual that is left: nothing ("top_1"), all of it ("full", a check), or its projection on the `d_r` directions
     that hold most of the head's residuals on other text ("low_rank").
 
-        model = hisvd.load("compressed_models/llama7b_80p")
-        study = hisvd.attention_residual_study(model, ids, layers=[30, 31], d_r=[1, 2, 4, 8])
-
     Args:
-        model: a loaded causal language model; it is as before afterwards.
-        ids: token ids, int64: one row (tokens,), to be cut into windows, or windows (count, seqlen).
-        layers: decoder layers, from 0. None: the last quarter.
-        d_r: numbers of directions. None: 1, 2, 4, 8, 16 and 32, as far as the heads are that wide.
-        settings: how many windows, of which length.
+        model: A loaded causal language model; it is left unchanged.
+        ids: Token ids, int64: one row (tokens,), to be cut into windows, or windows (count, seqlen).
+        layers: Decoder layers, from 0. None: the last quarter.
+        d_r: Numbers of directions. None: 1, 2, 4, 8, 16 and 32, up to the width of the heads.
+        settings: The number of windows and their length; `hisvd.StudySettings` lists them.
 
     Returns:
-        "baseline", "top_1" and "full": perplexities. "low_rank": for every "d_r" its "perplexity", the "delta" from the
-        baseline, and "recovered", the share of the perplexity lost by top_1 that it makes good (None where top_1 loses
-        nothing). "enough": the smallest d_r that recovers 90 %, or None. "heads": for every "layer" and "head" the
-        "cumulative_variance" of its residuals by number of directions, and the "effective_dimension" that reaches 90 %.
-        Besides "layers", "basis_blocks", "blocks", "seqlen" and "tokens_scored".
+        A dict:
+        "baseline", "top_1", "full": perplexities of the model as it is and of the first two variants.
+        "low_rank": for every "d_r" its "perplexity", the "delta" from the baseline, and "recovered", the share of the
+            perplexity lost by top_1 that it recovers (None where top_1 loses nothing).
+        "enough": the smallest d_r that recovers 90 %, or None.
+        "heads": for every "layer" and "head" the "cumulative_variance" of its residuals by number of directions, and
+            the "effective_dimension" that reaches 90 %.
+        "layers", "seqlen", "tokens_scored": what was studied, on windows of which length, and how many tokens each
+            perplexity is of.
+        "basis_blocks", "blocks": windows that the directions and the perplexities come from.
 
     Raises:
-        HiSVDError: a layer or d_r out of range, too little text, attention that cannot be studied, or a perplexity that
-            is not finite.
+        HiSVDError: a layer or d_r is out of range; the text is too short; the attention cannot be studied or gives
+            values that are not finite; or a perplexity is not finite.
+
+    Example:
+        >>> import hisvd
+        >>> model = hisvd.load("models/small_80p")
+        >>> ids = tokenizer(text, return_tensors="pt").input_ids[0]
+        >>> study = hisvd.attention_residual_study(model, ids, layers=[30, 31], d_r=[1, 2, 4, 8])
+        >>> [row["d_r"] for row in study["low_rank"]]
+        [1, 2, 4, 8]
     """
     layers = chosen_layers(model, layers)
     basis_windows, windows = study_windows(model, ids, settings)

@@ -47,19 +47,32 @@ def calibrate(
     settings: CalibrationSettings = CalibrationSettings(),
     resources: Resources = Resources(),
 ) -> CalibrationCache:
-    """Measure what compression needs to know of a model, with one decoder layer in memory at a time.
+    """Measure what compression needs to know of a model, once, with one decoder layer in memory at a time.
 
-    `model` is a folder with safetensors or a Hub id, `folder` the cache's own, made if need be. A run that was
-    interrupted resumes at its first missing layer, and a finished cache is left alone. Several processes (torchrun)
-    share the sequences.
+    The cache holds the second moment of every linear's input, on request that of its output gradient, the spectra that
+    ranks are chosen from, and the tokens. A run that was interrupted resumes at its first missing layer; a finished
+    cache is left as it is. Under torchrun the processes share the sequences.
+
+    Args:
+        model: A folder with safetensors and a tokenizer, or a Hub id.
+        folder: The folder of this cache, made if need be. Each model and each set of settings needs its own.
+        settings: The text, how much of it, and whether gradients are measured; `hisvd.CalibrationSettings` lists them.
+        resources: Device, memory for hidden states, progress bars.
 
     Returns:
-        the finished cache.
+        The finished cache, for `hisvd.plan` and `hisvd.compress`, which take its folder as well.
 
     Raises:
         HiSVDError: the model, text or tokenizer cannot be used, or the model's files hold more layers than its
-            configuration; the folder holds something else or a cache of other settings; the disk is too small;
-            weights, activations or gradients are not finite.
+            configuration; the folder holds something else or a cache of other settings; the disk is too small; weights,
+            activations or gradients are not finite.
+
+    Example:
+        >>> import hisvd
+        >>> settings = hisvd.CalibrationSettings(nsamples=128, seqlen=2048, dataset="wikitext2")
+        >>> cache = hisvd.calibrate("models/llama-7b", "caches/llama-7b", settings)
+        >>> cache.complete, cache.has_gradients
+        (True, True)
     """
     check_shares(settings)
     model, folder, device = os.fspath(model), Path(folder), resolve_device(resources.device)

@@ -24,7 +24,15 @@ from hisvd.utils.save_utils import ModelWriter, is_pt, output_path
 
 @dataclass(frozen=True)
 class CompressedModel:
-    """A finished output: where it is, the plan that it follows, and the content of its hisvd.json."""
+    """A finished output of `hisvd.compress`.
+
+    Attributes:
+        path: The model's folder, or its .pt file.
+        plan: The ranks that it follows.
+        report: What its hisvd.json says: "linear_kept" (share of the linear parameters that are stored), "model_kept"
+            (share of all parameters), "weight_bytes_before" and "weight_bytes_after", "settings", "calibration", one
+            row per linear in "sublayers", and for INT6 "int6" and "quality_gate".
+    """
 
     path: Path
     plan: Plan
@@ -41,27 +49,40 @@ def compress(
 ) -> list[CompressedModel]:
     """Compress a model to one or several shares of its linear parameters, without training.
 
+    The linear weights of the decoder layers become low-rank factors; biases, norms, embeddings and the head stay as
+    they are. The result is a Hugging Face folder that `AutoModelForCausalLM.from_pretrained` loads once hisvd is
+    imported.
+
     Memory is that of one decoder layer for the original and for each target. A killed run resumes when it is started
-    again with the same arguments; outputs that are finished are left as they are.
+    again with the same arguments; outputs that are finished are left as they are. Under torchrun the processes share
+    the work.
 
     Args:
         model: The folder or Hub id that was calibrated.
         cache: Its calibration cache, as `hisvd.calibrate` returns it, or the cache's folder.
-        output: A folder to create, or one file `X.pt`. With several targets the name gets the ratio: `OUT_80p`.
-        targets: The shares of the decoder's linear parameters to keep, each in (0, 1].
-        settings: Allocation, factors, update and export.
+        output: A folder to create, or one file `X.pt`. With several targets each name gets the percentage: `OUT_80p`.
+        targets: The shares of the decoder's linear parameters to keep, each in (0, 1]: one number or several. 0.8
+            stores at most 80 % of them, and as close to it as whole ranks allow.
+        settings: Allocation, whitening, factors, update and export; `hisvd.CompressionSettings` lists them.
         resources: Device, memory for hidden states, progress bars.
 
     Returns:
-        The finished models in the order of the targets; in processes other than the first of several, none.
+        The finished models in the order of the targets, without repetitions; under torchrun in the first process, and
+        nothing in the others.
 
     Raises:
-        HiSVDError: a missing, foreign or damaged input, settings that do not fit the cache, an output that exists,
-            too little disk, or weights, activations or factors that are not finite.
+        HiSVDError: an input is missing, damaged, or of another model; the settings do not fit the cache; a target is
+            out of range; the output exists and was made otherwise; the disk is too small; weights, activations or
+            factors are not finite.
 
     Example:
-        >>> cache = hisvd.calibrate("models/llama-7b", "caches/llama-7b")
-        >>> hisvd.compress("models/llama-7b", cache, "models/llama-7b_80p", 0.8)
+        >>> import hisvd
+        >>> settings = hisvd.CompressionSettings(update="none")
+        >>> results = hisvd.compress("models/llama-7b", "caches/llama-7b", "models/small", [0.8, 0.6], settings)
+        >>> [result.path.name for result in results]
+        ['small_80p', 'small_60p']
+        >>> results[0].report["linear_kept"] <= 0.8
+        True
     """
     with progress_shown(resources.progress):
         job = prepared(model, opened_cache(cache), output, plan(cache, targets, settings), settings, resources)

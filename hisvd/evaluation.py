@@ -48,26 +48,38 @@ def evaluate(
     settings: EvaluationSettings = EvaluationSettings(),
     resources: Resources = Resources(),
 ) -> dict:
-    """Perplexity of a model on each data set, its size, and on request its speed and memory.
+    """Measure a model's perplexity on each data set, its size, and on request its speed.
 
-        figures = hisvd.evaluate("compressed_models/llama7b_80p", ["wikitext2", "c4"])
-        figures["perplexity"]["wikitext2"]["perplexity"]
+    The text is tokenized at once and cut into windows that do not overlap; the perplexity is the exponential of the
+    mean next-token cross-entropy, in float32. Under torchrun the processes share the windows.
 
     Args:
-        model: a folder or .pt file of compress.py, another Hugging Face model folder, or a Hub id.
-        datasets: names (wikitext2, ptb, c4, python-docs) or paths of .txt, .json or .jsonl files.
-        settings: windows, protocol, compute dtype, and what else is measured.
-        resources: the device, and whether progress bars are shown.
+        model: A folder or .pt file of `hisvd.compress`, another Hugging Face model folder, or a Hub id.
+        datasets: Names ("wikitext2", "ptb", "c4", "python-docs") or paths of .txt, .json or .jsonl files.
+        settings: Windows, protocol, compute dtype, and what else is measured; `hisvd.EvaluationSettings` lists them.
+        resources: The device, and whether progress bars are shown.
 
     Returns:
-        "model", "linear_numbers_stored" and "linear_numbers_dense" (parameters in the decoder layers' linear weights,
-        now and before compression), "linear_kept" (their ratio), "weight_file_bytes", "seqlen", "device", "dtype",
-        "protocol"; by data set "documents" (how many were read) and "perplexity" ("perplexity", "nll" and
-        "tokens_scored"); with settings.speed also "speed".
+        A dict:
+        "model", "device", "dtype", "protocol": what was measured, where and how.
+        "linear_numbers_stored", "linear_numbers_dense": parameters of the decoder layers' linear weights, now and
+            before compression; "linear_kept": their ratio.
+        "weight_file_bytes": size of the files with the weights.
+        "seqlen": tokens per window.
+        "documents": by data set, how many documents were read.
+        "perplexity": by data set, a dict with "perplexity", "nll" (mean cross-entropy, in nats per token) and
+            "tokens_scored".
+        "speed", with settings.speed: "prefill_tokens_per_s", "decode_tokens_per_s" and "peak_memory_bytes".
 
     Raises:
-        HiSVDError: a model or text that cannot be read, weights that are missing or left over, windows longer than the
-            model or the text, too little memory, or a perplexity that is not finite.
+        HiSVDError: a model or text cannot be read; weights are missing or left over; windows are longer than the
+            model's positions or the text; the memory is too small; or a perplexity is not finite.
+
+    Example:
+        >>> import hisvd
+        >>> figures = hisvd.evaluate("models/small_80p", ["wikitext2"], hisvd.EvaluationSettings(nsamples=4))
+        >>> figures["perplexity"]["wikitext2"]["perplexity"] > 1
+        True
     """
     return evaluate_texts(model, load_texts(datasets, settings.data_dir), settings, resources)
 

@@ -8,23 +8,36 @@ from hisvd.sparse_int6 import BITS, COLUMNS, FORMAT_NAME, PAIR_SPARSITY, USER_AL
 
 
 def export_sparse_int6_model(model: nn.Module, quality_gate_delta: float = 0.025) -> dict:
-    """Every linear of `model` in the INT6 2:4 pairwise sparse format, by its plain rule: larger pairs stay.
+    """Pack the linears of a model into the INT6 2:4 pairwise sparse format by its plain rule: larger pairs are kept.
 
-    Takes in any module, on any device; every `nn.Linear` with at least 64 inputs is packed. The model stays as it is:
-    to make it sparse, put the new modules in, `model.set_submodule(name, module)` for each of the `layers`. To fit
-    codes to calibration text, and to store only as many as the perplexity allows, use compress.py with --export int6.
+    To fit codes to calibration text, and to store only as many as the perplexity allows, use `hisvd.compress` with
+    `CompressionSettings(export="int6")`.
 
-    `quality_gate_delta` is the rise of the perplexity, as a fraction, that the caller will accept (0.025: 2.5 %). It is
-    noted in the result for whoever measures; nothing is measured here.
+    Args:
+        model: Any module on any device; every `nn.Linear` in it with at least 64 inputs is packed. It is left
+            unchanged: the new modules are put in by `set_submodule`, as below.
+        quality_gate_delta: The rise of the perplexity that the caller accepts, as a fraction (0.025: 2.5 %). It is
+            recorded in the result; nothing is measured here.
 
     Returns:
-        A dict with `format` and `user_alias` (names of the format), `quality_gate_delta`, `bits_per_stored_value`,
-        `pair_sparsity`, `effective_payload_bits_per_dense_weight_before_metadata` (without metadata, 0.5 bits per
-        weight, and scales, 32 bits per row), and `layers`, which maps the name of each linear to its INT6SparseLinear.
-        A linear with several names has the same new one under each of them.
+        A dict:
+        "format", "user_alias": names of the format.
+        "quality_gate_delta": as given.
+        "bits_per_stored_value": 6.
+        "pair_sparsity": which of the values are kept.
+        "effective_payload_bits_per_dense_weight_before_metadata": 3.0, half of the values in 6 bits each; metadata take
+            0.5 bits per weight more, and scales 32 bits per row.
+        "layers": the new INT6SparseLinear of each linear by its name. A linear with several names has the same new
+            module under each of them.
 
     Raises:
         HiSVDError: a weight is not finite (the linear is named), or `quality_gate_delta` is negative.
+
+    Example:
+        >>> import hisvd
+        >>> export = hisvd.export_sparse_int6_model(model)
+        >>> for name, module in export["layers"].items():
+        ...     model.set_submodule(name, module)
     """
     if not quality_gate_delta >= 0:
         raise HiSVDError(f"quality_gate_delta {quality_gate_delta} is not a number of at least 0; 0.025 means 2.5 %.")

@@ -13,7 +13,14 @@ from hisvd.shape_utils import Sublayer, is_dense, stored_parameters
 
 @dataclass(frozen=True)
 class Plan:
-    """The factor form and the ranks, by sublayer name, that keep the share `target` of the linear parameters."""
+    """The ranks that keep a share of the linear parameters.
+
+    Attributes:
+        target: The share of the decoder's linear parameters to keep, in (0, 1].
+        form: How factors are stored, a key of FORMS.
+        ranks: The rank of every linear by its name in the model; a rank at which factors save nothing leaves it as it
+            is (`is_dense`).
+    """
 
     target: float
     form: str
@@ -37,19 +44,28 @@ def plan(
     targets: float | Sequence[float],
     settings: CompressionSettings = CompressionSettings(),
 ) -> list[Plan]:
-    """Decide the rank of every sublayer for each target, in seconds, from the calibration cache alone.
+    """Choose the rank of every linear for each target, in seconds, from the calibration cache alone.
+
+    `hisvd.compress` with the same arguments follows the same plan.
 
     Args:
         cache: A finished cache, as `hisvd.calibrate` returns it, or its folder.
-        targets: The shares of the decoder's linear parameters to keep, each in (0, 1].
-        settings: The allocation rule, its parameters, and the factor form.
+        targets: The shares of the decoder's linear parameters to keep, each in (0, 1]: one number or several.
+        settings: The allocation and its parameters, and the form of the factors.
 
     Returns:
-        One plan per target, in their order, each within its budget.
+        One plan per target, in the order of the targets without repetitions, each within its budget.
 
     Raises:
-        HiSVDError: a missing, unfinished or damaged cache, a target out of range or below rank 1 everywhere, or
-            settings that need what the cache does not have.
+        HiSVDError: the cache is missing, unfinished or damaged; a target is out of range or too small for rank 1
+            everywhere; or the settings need what the cache does not have.
+
+    Example:
+        >>> import hisvd
+        >>> (plan,) = hisvd.plan("caches/llama-7b", 0.8)
+        >>> plan.form
+        'pivoted'
+        >>> rank = plan.ranks["model.layers.0.self_attn.q_proj"]
     """
     cache = opened_cache(cache)
     settings = settings.resolved(cache)

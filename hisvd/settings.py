@@ -24,11 +24,14 @@ INT6_MODES = ("calibrated", "magnitude")
 
 @dataclass(frozen=True)
 class Resources:
-    """Where a run computes and what it shows; results do not depend on it, but for rounding.
+    """Where a run computes and what it shows. Results do not depend on it, except for rounding.
 
-    `device` is "auto" (an accelerator if there is one), "cpu", "cuda:1" and so on. Hidden states up to
-    `activation_budget_gb` are read from memory, past it from the files that hold them in any case. `progress` shows
-    tqdm bars on standard error.
+    Attributes:
+        device: "auto" (an accelerator if there is one, else the CPU), or a device of PyTorch: "cpu", "cuda:1". Default:
+            "auto".
+        activation_budget_gb: Hidden states up to this size, in GB (1e9 bytes), are read from memory. They lie in files
+            in any case, so 0 costs time at most. `evaluate` and `estimate` do not use it. Default: 0.0.
+        progress: Whether tqdm bars are shown on standard error. Default: True.
     """
 
     device: str = "auto"
@@ -38,14 +41,28 @@ class Resources:
 
 @dataclass(frozen=True)
 class CalibrationSettings:
-    """What is measured on which text.
+    """What `hisvd.calibrate` measures, and on which text.
 
-    `nsamples` windows of `seqlen` tokens are drawn from `dataset` (wikitext2, c4, ptb, python-docs, or a .txt, .json or
-    .jsonl file): at random with `seed`, or with `sampling` "first" from its start. Local copies of the named data sets
-    are looked for in `data_dir` (None: the environment variable HISVD_DATA_DIR, else `data`). `gradients` also measures
-    the output gradients of the first `grad_nsamples` windows, which two-sided whitening and the loss allocation need.
-    `batch_size` is the number of sequences per forward pass (None: about 4096 tokens), `dtype` the compute dtype
-    ("auto": float32 on the CPU, else the checkpoint's).
+    Attributes:
+        nsamples: Number of calibration windows, each one sequence. Default: 256.
+        seqlen: Tokens per window, at most as many as the model has positions. Default: 2048.
+        dataset: "wikitext2", "c4", "ptb" or "python-docs", or the path of a .txt, .json or .jsonl file. Default:
+            "wikitext2".
+        data_dir: Folder with local copies of the named data sets (wikitext2-train.txt, ptb-train.txt, c4-train.json);
+            what it lacks comes from the Hub. None (the default): the environment variable HISVD_DATA_DIR, else "data".
+        sampling: "random" (windows drawn with `seed`) or "first" (from the start of the text). Default: "random".
+        seed: Seed of the random windows. Default: 3.
+        gradients: Whether the second moments of the output gradients are measured too. Two-sided whitening needs them,
+            and the "loss" allocation estimates the loss by them. Without, calibration takes a third of the time.
+            Default: True.
+        grad_nsamples: Gradients use the first `grad_nsamples` windows, or all if there are fewer. Default: 64.
+        batch_size: Sequences per forward pass. None (the default): as many as have about 4096 tokens.
+        dtype: Compute dtype, "float32", "bfloat16" or "float16"; "auto" is float32 on the CPU, else the checkpoint's.
+            Default: "auto".
+
+    Raises:
+        HiSVDError: a name is not one of its choices, or a number is too small. The message calls a field by the option
+            of calibrate.py, such as --nsamples.
     """
 
     nsamples: int = 256
@@ -76,19 +93,39 @@ class CalibrationSettings:
 
 @dataclass(frozen=True)
 class CompressionSettings:
-    """How a model is compressed; every choice is one of a dict's keys, named after each.
+    """How `hisvd.compress` and `hisvd.plan` compress a model. The defaults gave the best models in the benchmarks.
 
-    Which ranks: the rule `allocation` (allocations.ALLOCATIONS; None: `loss` where the cache has gradients, else
-    `hisvd`) and, for `hisvd`, Stage 1 (`rank_method` of rank_metrics, exponent `alpha`) and Stage 2 (`modulation` of
-    refinement, `lwe_strength`, `tail_redundancy_weight`, `cluster_by`).
+    H and F are the second moments of a linear's inputs and of its output gradients, W its weight. Each choice is a key
+    of a dict (in brackets) that can be extended: see docs/extending.md.
 
-    Which factors: the metric `whitening` (whitening_svd.WHITENINGS; None: `two_sided` where the cache has gradients,
-    else `input`), the form `factors` (factor_forms.FORMS) and the `update` (updates.UPDATES): `sequential` fits every
-    layer to what the compressed layers below it give, `none` decomposes each matrix once for all targets.
+    Attributes:
+        rank_method: "hisvd" allocation, Stage 1: the rank of W, "stable", "effective" or "mathematical" (RANK_METRICS).
+            Default: "stable".
+        alpha: Stage 1: exponent of the rank density; 0 gives every linear the same share. Default: 1.0.
+        modulation: Stage 2: how a score becomes a factor on the share, "logarithmic", "power", "exponential" or
+            "linear" (MODULATIONS). Default: "logarithmic".
+        lwe_strength: Stage 2: strength of the modulation; 0 switches Stage 2 off. Default: 1.0.
+        tail_redundancy_weight: Stage 2: factor on the score; 0 switches Stage 2 off. Default: 1.0.
+        cluster_by: Stage 2: linears are scored by "type", or by "type_depth", type within runs of similar layers
+            (CLUSTERINGS). Default: "type".
+        allocation: How ranks are chosen: "loss" (least estimated loss), "hisvd" (Stages 1 and 2) or "uniform"
+            (ALLOCATIONS). None (the default): "loss" if the cache has gradients, else "hisvd".
+        whitening: The metric in which factors are optimal: "two_sided" (F^{1/2} W H^{1/2}), "input" (W H^{1/2}) or
+            "none" (plain SVD) (WHITENINGS). None (the default): "two_sided" if the cache has gradients, else "input".
+        factors: How factors of rank r are stored: "pivoted" (r(m + n - r) parameters) or "svd" (r(m + n)) (FORMS).
+            Default: "pivoted".
+        update: "sequential" fits every layer to what the compressed layers below it deliver; "none" decomposes each
+            matrix once for all targets, which is much quicker (UPDATES). Default: "sequential".
+        export: "none" stores factors, "dense" multiplies them back into plain weights, "int6" stores factors and other
+            linear weights in the INT6 2:4 pairwise sparse format (EXPORTS). Default: "none".
+        int6_mode: "int6" export: codes "calibrated" (fitted to the calibration inputs) or "magnitude" (the plain rule).
+            Default: "calibrated".
+        quality_gate_delta: "int6" export: as many linears are exported as raise the perplexity on held-out calibration
+            text by at most this fraction (0.025: 2.5 %). None exports all. Default: 0.025.
 
-    What is written: `export` (exports.EXPORTS), and for `int6` whether codes are fitted to the calibration inputs
-    (`int6_mode` calibrated or magnitude) and by what fraction the perplexity on held-out calibration text may rise
-    (`quality_gate_delta`; None exports every linear).
+    Raises:
+        HiSVDError: a name is not one of its choices, or a number is negative or not finite. The message calls a field
+            by the option of compress.py, such as --allocation.
     """
 
     rank_method: str = "stable"
@@ -155,13 +192,26 @@ class CompressionSettings:
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """How a model is evaluated.
+    """How `hisvd.evaluate` measures a model.
 
-    `seqlen` tokens per window (None: 2048, or the model's limit if that is lower), `nsamples` windows of each data set
-    (None: all). `protocol` is "default" (text tokenized without special tokens) or "svd-llm" (with the tokenizer's
-    own, as in published tables); under both every window of a family that needs it (Gemma) starts with BOS.
-    `offload_folder` measures perplexity with one decoder layer in memory at a time, with hidden states in that folder
-    meanwhile. `speed` also measures prefill and decoding. `data_dir` and `dtype` are as in CalibrationSettings.
+    Attributes:
+        data_dir: Folder with local copies of the named data sets (wikitext2-test.txt, ptb-test.txt,
+            c4-validation.json); what it lacks comes from the Hub. None (the default): the environment variable
+            HISVD_DATA_DIR, else "data".
+        seqlen: Tokens per window. None (the default): 2048, or the model's limit if that is lower.
+        nsamples: Windows per data set, from its start. None (the default): all.
+        protocol: "default" (text is tokenized without special tokens) or "svd-llm" (with the tokenizer's own, as in
+            published tables). Under both, every window of a family that needs it (Gemma) starts with BOS. Default:
+            "default".
+        offload_folder: Perplexity with one decoder layer in memory at a time; hidden states lie in this folder
+            meanwhile. None (the default): the whole model is loaded.
+        speed: Whether prefill and decoding are timed too; not with `offload_folder`. Default: False.
+        dtype: Compute dtype, "float32", "bfloat16" or "float16"; "auto" is float32 on the CPU, else the checkpoint's.
+            Default: "auto".
+
+    Raises:
+        HiSVDError: a name is not one of its choices, a number is too small, or `speed` and `offload_folder` are both
+            set. The message calls a field by the option of evaluate.py, such as --seqlen.
     """
 
     data_dir: str | None = None
@@ -186,12 +236,20 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class StudySettings:
-    """Which text the attention-residual study reads, and what it shows.
+    """Which text `hisvd.attention_residual_study` reads, and what it shows.
 
-    A row of token ids is cut into windows of `seqlen` tokens (None: 256, or the model's limit if that is lower), each
-    with the token `bos` in front if it is given; ids that come as windows stay as they are. The first `calib_blocks`
-    windows give the residuals' directions, the next `n_blocks` (fewer where the text ends) the perplexities. `source`
-    names the text in messages and progress bars, which `progress` shows on standard error.
+    Attributes:
+        seqlen: Tokens per window into which a row of token ids is cut. None (the default): 256, or the model's limit if
+            that is lower. Ids that come as windows stay as they are.
+        n_blocks: Windows whose perplexities are measured, after those for the directions; fewer if the text ends.
+            Default: 30.
+        calib_blocks: Windows, from the start, whose residuals give the directions. Default: 4.
+        bos: Token id that every window cut from a row starts with. None (the default): windows are text alone.
+        source: Name of the text in messages and progress bars. Default: "the given ids".
+        progress: Whether tqdm bars are shown on standard error. Default: True.
+
+    Raises:
+        HiSVDError: a number is too small. The message calls a field by the option of evaluate.py, such as --n_blocks.
     """
 
     seqlen: int | None = None

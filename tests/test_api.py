@@ -1,8 +1,10 @@
-"""The Python API: the same results as the programs, silence, refusals."""
+"""The Python API: the same results as the programs, silence, refusals, documentation."""
 
 import ast
+import doctest
 import inspect
 import re
+from dataclasses import fields
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from conftest import ROOT, calibrate_arguments, run, saved_tensors
 
 import hisvd
 from hisvd.cli import calibrate, compress, evaluate
+from hisvd.utils.data_utils import EVALUATION_SPLIT, load_text
 
 QUIET = hisvd.Resources(progress=False)
 CALIBRATION = hisvd.CalibrationSettings(nsamples=6, seqlen=32, dataset="python-docs", batch_size=4)
@@ -44,10 +47,52 @@ def test_wrong_settings_are_refused_by_name(caches):
             hisvd.plan(caches["llama"], target)
 
 
-def test_the_api_is_documented():
-    for name in ("calibrate", "plan", "compress", "evaluate", "estimate", "load", "attention_residual_study"):
-        text = inspect.getdoc(getattr(hisvd, name))
-        assert text and "Raises:" in text, name
+FUNCTIONS = ("calibrate", "estimate", "plan", "compress", "evaluate", "load")
+FUNCTIONS += ("attention_residual_study", "export_sparse_int6_model")
+SETTINGS = ("CalibrationSettings", "CompressionSettings", "EvaluationSettings", "Resources", "StudySettings")
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_function_says_what_it_takes_returns_and_raises(name):
+    function = getattr(hisvd, name)
+    text = inspect.getdoc(function)
+    documented = re.findall(r"^    (\w+): ", re.search(r"^Args:\n(.*?)^Returns:", text, re.S | re.M).group(1), re.M)
+    assert documented == list(inspect.signature(function).parameters)
+    assert re.search(r"^Raises:\n    HiSVDError: ", text, re.M) and "\nExample:\n    >>> " in text
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_say_what_each_field_is_and_its_default(name):
+    settings = getattr(hisvd, name)
+    entries = re.split(r"^    (?=\w+: )", inspect.getdoc(settings).partition("Raises:")[0], flags=re.M)[1:]
+    described = {key: " ".join(text.split()) for key, text in (entry.split(": ", 1) for entry in entries)}
+    assert list(described) == [field.name for field in fields(settings)]
+    for field in fields(settings):
+        default = f'"{field.default}"' if isinstance(field.default, str) else str(field.default)
+        said = "None (the default): " if field.default is None else f"Default: {default}."
+        assert said in described[field.name], field.name
+
+
+def test_the_examples_of_the_docstrings_run(model_folders, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HISVD_DATA_DIR", raising=False)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "llama-7b").symlink_to(model_folders["llama"])
+    (tmp_path / "data").mkdir()
+    text = load_text("python-docs", EVALUATION_SPLIT, "data")[:20_000]
+    for split in ("train", "test"):
+        (tmp_path / "data" / f"wikitext2-{split}.txt").write_text(text)
+    names = {"tokenizer": tokenizer, "text": text}
+    smaller = {"nsamples=128, seqlen=2048": "nsamples=6, seqlen=32", '"cuda"': '"cpu"', "[30, 31]": "[2, 3]"}
+    for name in FUNCTIONS:
+        for example in doctest.DocTestParser().get_examples(inspect.getdoc(getattr(hisvd, name))):
+            source = example.source
+            for shown, run_instead in smaller.items():
+                source = source.replace(shown, run_instead)
+            if example.want:
+                assert repr(eval(source, names)) == example.want.strip(), source
+            else:
+                exec(source, names)
 
 
 @pytest.mark.parametrize("program", [calibrate, compress, evaluate])

@@ -47,16 +47,26 @@ NAMED_TENSORS = 3  # that a message names of each fault
 def load(
     path: str | os.PathLike, dtype: torch.dtype | None = None, device: str | torch.device | None = None
 ) -> PreTrainedModel:
-    """Load a compressed model (folder or .pt), or any Hugging Face folder or Hub id, in eval mode.
+    """Load a compressed model, or any other Hugging Face causal language model, in eval mode.
 
     Args:
-        path: a folder or .pt file of compress.py, another Hugging Face model folder, or a Hub id.
-        dtype: None keeps the stored one.
-        device: None is the CPU. Weights go straight to an accelerator, without a copy of the whole model on the CPU.
+        path: A folder or .pt file of `hisvd.compress`, another Hugging Face model folder, or a Hub id.
+        dtype: The dtype of its weights. None keeps the stored one.
+        device: Where it is put. None is the CPU. Weights go straight to an accelerator, without a copy of the whole
+            model on the CPU.
+
+    Returns:
+        The model, as `AutoModelForCausalLM.from_pretrained` gives it: `forward`, `generate`, KV cache and SDPA work.
 
     Raises:
         HiSVDError: nothing is there, the file is not one of ours, or weights are missing, misshapen or left over.
         torch.OutOfMemoryError: the accelerator's memory does not hold the model.
+
+    Example:
+        >>> import hisvd, torch
+        >>> model = hisvd.load("models/small_80p", torch.bfloat16, "cuda")
+        >>> model.dtype
+        torch.bfloat16
     """
     place = torch.device(device or "cpu")
     # Misshapen tensors are listed like missing ones, not only logged.
