@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -95,7 +96,7 @@ def compressed(
     return [result.path for result in hisvd.compress(model, cache, output, targets, settings)]
 
 
-def evaluated(models: list[str | Path], datasets: list[str], nsamples: int, output: Path) -> list[dict[str, float]]:
+def evaluated(models: Sequence[str | Path], datasets: list[str], nsamples: int, output: Path) -> list[dict[str, float]]:
     """Perplexities of the models by data set, on nsamples x 512 tokens of each; from `output` if it is there."""
     if not output.exists():
         settings = EvaluationSettings(seqlen=SEQLEN, nsamples=nsamples)

@@ -68,7 +68,7 @@ def compress(
 
     Returns:
         The finished models in the order of the targets, without repetitions; under torchrun in the first process, and
-        nothing in the others.
+        an empty list in the others.
 
     Raises:
         HiSVDError: an input is missing, damaged, or of another model; the settings do not fit the cache; a target is

@@ -28,7 +28,7 @@ STAND_INS = {
 }
 # Commands that take minutes, GPUs or the network: why they are not run here, and what runs in their place.
 NOT_RUN = {
-    "bash scripts/quickstart.sh": "fetches the real model; test.sh's real tier runs the same chain",
+    "bash scripts/quickstart.sh": "fetches the real model; test_real.py runs the same chain on it",
     "bash scripts/test.sh": "runs these tests",
     "pip install -r requirements.txt": "installs from the network; scripts/environment.sh does it for test.sh",
     "python benchmarks/quality.py": "hours; test_benchmarks.py runs it on a tiny model",
