@@ -1,1 +1,1 @@
-"""Modules that live inside a model, and what HiSVD knows about each model family."""
+"""Modules that are part of a compressed model, and what HiSVD knows about each model family."""

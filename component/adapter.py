@@ -15,7 +15,7 @@ class Experts:
     """The mixture of experts in some or all layers of a family; each expert is y = down(act(gate x) * up x).
 
     `linears` are the names of gate, up and down in the family's checkpoints. `inputs` is as in Adapter, a star standing
-    for each expert's number; in layers with experts it takes the place of the adapter's inputs named in `instead_of`.
+    for each expert's index; in layers with experts it replaces the adapter's inputs named in `instead_of`.
     """
 
     linears: tuple[str, str, str]
@@ -28,11 +28,11 @@ class Adapter:
     """A family as data.
 
     `layers` is the path of the decoder layers in the causal language model. `inputs` maps the name of each
-    shared input to the sublayers that read it (paths inside a decoder layer), in the order of the forward.
+    shared input to the sublayers that read it (paths inside a decoder layer), in the order of the forward pass.
     An empty `inputs` means: every nn.Linear inside the decoder layers, grouped by the tensor they receive.
-    `stream` names the sublayers whose outputs are added to the residual stream as they are, in order.
-    `variants` maps (entry of config.json, value) to the adapter that holds for such models of the family instead.
-    `needs_bos` is set where text that does not start with BOS breaks the model: every window then gets it.
+    `stream` names the sublayers whose outputs are added to the residual stream unchanged, in order.
+    `variants` maps (entry of config.json, value) to the adapter that describes such models of the family instead.
+    `needs_bos` is set where text that does not start with BOS breaks the model: every window then starts with it.
     """
 
     family: str
@@ -44,7 +44,7 @@ class Adapter:
     needs_bos: bool = False
 
     def groups(self, layer: nn.Module) -> Groups:
-        """The sublayers of `layer` by the input they share; empty: to be found out."""
+        """The sublayers of `layer` by the input they share; empty if that is to be found out."""
         separate = next((m for m in layer.modules() if isinstance(m, SeparateExperts)), None)
         if separate is None or self.experts is None:
             return self.inputs
@@ -55,7 +55,7 @@ class Adapter:
         return groups
 
     def sublayer_paths(self, layer: nn.Module) -> list[str]:
-        """Paths of the linear sublayers inside `layer`, in the order of the forward."""
+        """Paths of the linear sublayers inside `layer`, in the order of the forward pass."""
         if self.inputs:
             return [path for paths in self.groups(layer).values() for path in paths]
         return [path for path, module in layer.named_modules() if isinstance(module, nn.Linear)]

@@ -1,4 +1,4 @@
-"""GPT-2's Conv1D: a linear whose weight lies transposed in the checkpoint. Inside HiSVD it is an nn.Linear."""
+"""GPT-2's Conv1D: a linear whose weight is stored transposed in the checkpoint. Inside HiSVD it is an nn.Linear."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ def conv1d_weights(model: nn.Module) -> set[str]:
 
 
 def as_linears(model: nn.Module) -> None:
-    """Put an nn.Linear without weights (on the meta device) in the place of every Conv1D of `model`."""
+    """Replace every Conv1D of `model` by an nn.Linear without weights (on the meta device)."""
     for name in conv1d_weights(model):
         parent, _, child = name.removesuffix(".weight").rpartition(".")
         rows, columns = linear_shape(model.get_submodule(f"{parent}.{child}"))
@@ -22,7 +22,7 @@ def as_linears(model: nn.Module) -> None:
 
 
 def linear_shape(module: Any) -> tuple[int, int]:
-    """(out_features, in_features) of an nn.Linear, a Conv1D, or a module of ours that stands for one."""
+    """(out_features, in_features) of an nn.Linear, a Conv1D, or one of our modules that stand in for one."""
     if isinstance(module, Conv1D):
         return module.nf, module.nx
     return module.out_features, module.in_features

@@ -1,4 +1,4 @@
-"""Mixtures of experts: transformers keeps the experts' weights of a layer in two tensors; here each has its linears."""
+"""Mixtures of experts: transformers fuses a layer's experts into two tensors; here each expert has its own linears."""
 
 import re
 from typing import Any
@@ -8,7 +8,7 @@ from torch import nn
 
 
 class SeparateExperts(nn.ModuleDict):
-    """What the family's fused experts compute, with an nn.Linear for each matrix, so that each can be swapped.
+    """Computes what the family's fused experts do, with an nn.Linear per matrix, so that each can be swapped.
 
     Member "3" holds the linears of expert 3 by name. Called by the family's own block, after its router.
     """
@@ -27,7 +27,7 @@ class SeparateExperts(nn.ModuleDict):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """Map (tokens, hidden) to the same shape; the router gave experts and weights (tokens, experts per token)."""
+        """Map (tokens, hidden) to the same shape; the router chose experts and weights (tokens, experts per token)."""
         result = torch.zeros_like(hidden_states)
         for index in top_k_index.unique().tolist():
             gate, up, down = (self.get_submodule(f"{index}.{name}") for name in self.names)
@@ -47,7 +47,7 @@ def _linear(weight: torch.Tensor) -> nn.Linear:
 
 
 def kind_of(path: str) -> str:
-    """`path` with a star for an expert's number: the same for all experts' linears of one kind."""
+    """`path` with a star for an expert's index: the same for all experts' linears of one kind."""
     return re.sub(r"\bexperts\.\d+\.", "experts.*.", path)
 
 

@@ -50,7 +50,7 @@ def adapter_for(model: PreTrainedModel) -> Adapter:
 
 
 def separate_experts(model: PreTrainedModel) -> None:
-    """Put SeparateExperts in the place of every fused experts module of `model`, if its family's adapter knows them."""
+    """Replace every fused experts module of `model` by SeparateExperts if its family's adapter describes them."""
     adapter = ADAPTERS.get(model.config.model_type)
     if adapter is None or adapter.experts is None:
         return

@@ -1,4 +1,4 @@
-"""Registers the quantization method `hisvd` with transformers, so that `from_pretrained` loads our folders."""
+"""Registers the quantization method `hisvd` with transformers, so that `from_pretrained` loads compressed folders."""
 
 from typing import Any
 
@@ -37,15 +37,15 @@ class HiSVDQuantizer(HfQuantizer):
         self.experts_are_separate = any(isinstance(module, SeparateExperts) for module in model.modules())
         swap_linears(model, self.quantization_config.modules)
         for name in self.quantization_config.modules:
-            # Families that draw weights of a linear from its parent, as GPT-2 does, would look for them in vain; a
+            # Families that initialize a linear's weights from its parent, as GPT-2 does, would not find them; a
             # parent that computes buffers, as GPT-J's attention does, must still do so.
             parent: Any = model.get_submodule(name.rpartition(".")[0])
             parent._is_hf_initialized = not parent._non_persistent_buffers_set
 
     def update_weight_conversions(self, weight_conversions: list, model: PreTrainedModel | None = None) -> list:
-        """Keep what renames tensors; nothing is to be merged into fused experts.
+        """Keep the conversions that rename tensors; nothing is to be merged into fused experts.
 
-        transformers calls it once the modules are swapped, from 5.8 on without `model`, from 5.21 on with it.
+        transformers calls it after the modules are swapped: from 5.8 on without `model`, from 5.21 on with it.
         """
         return [c for c in weight_conversions if not (self.experts_are_separate and isinstance(c, WeightConverter))]
 

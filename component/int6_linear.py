@@ -21,7 +21,7 @@ from hisvd.sparse_int6 import (
     rows_at_once,
 )
 
-FEW_TOKENS = 4  # up to which the fused product is faster than dequantizing for a matrix product
+FEW_TOKENS = 4  # up to this many, the fused product is faster than dequantizing for a matrix product
 # Every chunk keeps its pairs 0 and 1: legal metadata for a module that waits for its weights.
 EMPTY_METADATA = 0x44444444
 
@@ -46,7 +46,7 @@ class INT6SparseLinear(nn.Module):
 
     @classmethod
     def from_dense(cls, layer: nn.Linear) -> "INT6SparseLinear":
-        """The module for a linear, by the plain rule of the format; a copy of its bias comes along.
+        """The module for a linear, by the plain rule of the format, with a copy of its bias.
 
         Raises:
             TypeError: `layer` is not an nn.Linear.
@@ -82,7 +82,7 @@ class INT6SparseLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
-        """Moves and casts as usual, but the scales stay float32: they are a part of the format."""
+        """Moves and casts as usual, but the scales stay float32: they are part of the format."""
         scales = self.scales
         super()._apply(fn, recurse)
         if self.scales.dtype != torch.float32:
@@ -109,17 +109,17 @@ def check_int6_modules(model: nn.Module, prefix: str = "") -> None:
                 raise HiSVDError(f"{prefix}{name}.{error}") from None
 
 
-def product_of_few(
+def few_token_product(
     x: torch.Tensor, packed_weight: torch.Tensor, metadata: torch.Tensor, scales: torch.Tensor
 ) -> torch.Tensor:
-    """x Wᵀ in float32 for x (tokens, n), reading only the inputs that kept pairs meet; made to be compiled."""
+    """x Wᵀ in float32 for x (tokens, n), reading only the inputs that kept pairs multiply; written to be compiled."""
     low, middle, high = packed_weight.unflatten(1, (-1, 3)).to(torch.int32).unbind(-1)
     values = (low, low >> 6 | middle << 2, middle >> 4 | high << 4, high >> 2)
     first, second = kept_pairs(metadata)
     chunk = CHUNK * torch.arange(first.shape[1], device=x.device, dtype=torch.int32)
     first, second = chunk + 2 * first, chunk + 2 * second
     inputs = padded(x.float())
-    # A sum of four products, not one of stacked ones: that would be written to memory before it is added up.
+    # Four products added up, not stacked and summed: the stack would be written to memory first.
     columns = (first, first + 1, second, second + 1)
     products = sum(((v & 63 ^ 32) - 32) * inputs[:, column] for v, column in zip(values, columns, strict=True))
     return products.sum(-1) * scales
@@ -127,8 +127,8 @@ def product_of_few(
 
 @functools.cache
 def fused_product(device: str) -> Callable | None:
-    """`product_of_few` compiled for a type of device, or None (with one line in the log) where that does not work."""
-    compiled = torch.compile(product_of_few, dynamic=True)
+    """`few_token_product` compiled for a device type, or None (with one line in the log) where that fails."""
+    compiled = torch.compile(few_token_product, dynamic=True)
     try:
         example = INT6SparseLinear(128, 8, bias=False).to(device)
         compiled(torch.ones(1, 128, device=device), example.packed_weight, example.metadata, example.scales)

@@ -50,7 +50,7 @@ class PivotedLinear(nn.Module):
     extra_repr = LowRankLinear.extra_repr
 
 
-# By the names of hisvd.factor_forms.FORMS. Each is built as module(in_features, out_features, rank, bias: bool).
+# Keyed like hisvd.factor_forms.FORMS. Each is built as module(in_features, out_features, rank, bias: bool).
 MODULE_OF_FORM: dict[str, type[nn.Module]] = {"pivoted": PivotedLinear, "svd": LowRankLinear}
 
 
@@ -58,8 +58,8 @@ def swap_linears(model: nn.Module, table: dict[str, dict]) -> None:
     """Replace the nn.Linear (or Conv1D) modules named in `table` by empty factored or INT6 ones, in place.
 
     `table` maps a module's full name to {"form": a name in MODULE_OF_FORM, "rank": r} or {"form": "int6"}; the factors
-    of a factored module are linears too and may follow it as INT6 ones. New modules take the device and dtype of the
-    weight they replace, and the bias.
+    of a factored module are linears too and may be listed as INT6 themselves. New modules have the device and dtype of
+    the weight they replace, and a bias if there was one.
 
     Raises:
         KeyError: the model has no linear of that name.
@@ -73,13 +73,13 @@ def swap_linears(model: nn.Module, table: dict[str, dict]) -> None:
         except AttributeError:
             raise KeyError(name) from None
         size = linear_shape(linear)[::-1]
-        with torch.device("meta"):  # weights are loaded later: nothing is drawn for them
+        with torch.device("meta"):  # weights are loaded later, so none are initialized
             if entry["form"] == "int6":
                 module: nn.Module = INT6SparseLinear(*size, bias=False)
             elif entry["form"] not in MODULE_OF_FORM:
                 raise HiSVDError(
-                    f"{name} is stored in the form '{entry['form']}', and this version of HiSVD knows int6, "
-                    f"{', '.join(MODULE_OF_FORM)}; install a newer one."
+                    f"{name} is stored in the form '{entry['form']}', but this version of HiSVD only knows int6, "
+                    f"{', '.join(MODULE_OF_FORM)}; install a newer version."
                 )
             else:
                 module = MODULE_OF_FORM[entry["form"]](*size, entry["rank"], bias=False).to(linear.weight.dtype)

@@ -1,4 +1,4 @@
-"""Gemma 2 and 3: Llama's module tree, but norms stand between o, down and the residual stream."""
+"""Gemma 2 and 3: Llama's module tree, but with norms between o or down and the residual stream."""
 
 from dataclasses import replace
 

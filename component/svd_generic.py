@@ -10,7 +10,7 @@ from hisvd.component.adapter import Adapter
 from hisvd.component.int6_linear import INT6SparseLinear
 from hisvd.errors import HiSVDError
 
-LINEARS = (nn.Linear, Conv1D, INT6SparseLinear)  # factored modules hold one of them as well
+LINEARS = (nn.Linear, Conv1D, INT6SparseLinear)  # factored modules contain one of them too
 
 
 def generic_adapter(model: PreTrainedModel, num_layers: int, mixtures: Sequence[str]) -> Adapter:
@@ -18,10 +18,10 @@ def generic_adapter(model: PreTrainedModel, num_layers: int, mixtures: Sequence[
 
     The decoder layers are the first nn.ModuleList of `num_layers` members that holds nn.Linear modules, in the part of
     the model that reads text; which linears share an input is found later, from the tensors they receive. `mixtures`
-    names the families with experts that have an adapter, for the error.
+    lists the families with experts that have an adapter, for the error message.
 
     Raises:
-        HiSVDError: the model has no such list, or keeps the weights of experts in common tensors.
+        HiSVDError: the model has no such list, or fuses the weights of experts.
     """
     fused = next((name for name, p in model.named_parameters() if p.dim() == 3 and ".experts." in name), None)
     if fused:

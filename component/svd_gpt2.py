@@ -1,4 +1,4 @@
-"""GPT-2, whose linears are Conv1D modules; q, k, v are one of them."""
+"""GPT-2, whose linears are Conv1D modules; q, k and v together are one of them."""
 
 from hisvd.component.adapter import Adapter
 

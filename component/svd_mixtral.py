@@ -1,4 +1,4 @@
-"""Mixtral: Llama's attention before experts, whose block had another name in older versions of transformers."""
+"""Mixtral: Llama's attention and experts, whose block had another name in older versions of transformers."""
 
 from dataclasses import replace
 

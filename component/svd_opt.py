@@ -1,4 +1,4 @@
-"""OPT, with biases and learned positions. In OPT-350m the norms stand after the residual additions."""
+"""OPT, with biases and learned positions. In OPT-350m the norms come after the residual additions."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Qwen 2 and 3 with experts in all or some layers; in Qwen 2 one expert beside them sees every token."""
+"""Qwen 2 and 3 with experts in all or some layers; in Qwen 2 a shared expert also sees every token."""
 
 from dataclasses import replace
 

@@ -1,6 +1,6 @@
 """HiSVD: training-free low-rank compression of Hugging Face language models.
 
-Importing it registers the quantization method `hisvd` with transformers, so that
+Importing this package registers the quantization method `hisvd` with transformers, so that
 `AutoModelForCausalLM.from_pretrained` loads compressed folders.
 """
 

@@ -1,6 +1,6 @@
 """The allocation rules by name: from the spectra in the cache to the ranks of all sublayers, within the budget.
 
-A rule is a function of a RankProblem and a target; a new one is one more entry in ALLOCATIONS.
+A rule is a function of a RankProblem and a target. To add one, add an entry to ALLOCATIONS.
 """
 
 from collections.abc import Callable, Hashable
@@ -18,15 +18,15 @@ from hisvd.rank_metrics import rank_of
 from hisvd.refinement import stage2_factors
 from hisvd.shape_utils import Sublayer
 
-if TYPE_CHECKING:  # the settings name the rules, so that they import this module
+if TYPE_CHECKING:  # the settings take their choices from the rules, so they import this module
     from hisvd.settings import CompressionSettings
 
 
 @dataclass(frozen=True)
 class RankProblem:
-    """What a rule decides on: the sublayers, the spectra that the cache holds of each, and the settings.
+    """What a rule works from: the sublayers, their spectra in the cache, and the settings.
 
-    What takes time is read or computed when a rule first asks for it, and once for all targets.
+    Whatever takes time is read or computed on first use, once for all targets.
     """
 
     cache: CalibrationCache

@@ -2,7 +2,7 @@
 
 For a head with probabilities p and values v at a query, i* = argmax p: Attn = v_{i*} + ε exactly. On chosen layers the
 residual ε is dropped (top-1), kept (full, a check), or projected on the leading right singular vectors of the head's
-own residuals (low-rank). Works through transformers' attention interface, so that rotary embeddings, grouped-query
+own residuals (low-rank). The study goes through transformers' attention interface, so rotary embeddings, grouped-query
 heads, sliding windows and masks stay the model's own.
 """
 
@@ -23,13 +23,13 @@ from hisvd.utils.progress import progress_shown
 
 NAME = "hisvd_attention_residual"
 STUDY_SEQLEN = 256  # tokens per window by default
-RANKS = (1, 2, 4, 8, 16, 32)  # d_r tried by default, as far as the heads are that wide
-VARIANCE = 0.9  # share that the effective dimension reaches
-RECOVERED = 0.9  # share of the loss of top-1 that the verdict asks for
-Variant = Callable[[torch.Tensor], torch.Tensor]  # residuals (b, heads, queries, d) float32 → what is left of them
+RANKS = (1, 2, 4, 8, 16, 32)  # d_r tried by default, up to the width of the heads
+VARIANCE = 0.9  # share of the variance that the effective dimension must reach
+RECOVERED = 0.9  # share of the perplexity lost by top-1 that the verdict asks for
+Variant = Callable[[torch.Tensor], torch.Tensor]  # residuals (b, heads, queries, d) float32 → what is kept of them
 
 
-def residual_attention(  # noqa: PLR0913 (transformers calls it so)
+def residual_attention(  # noqa: PLR0913 (the signature that transformers expects)
     module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -43,11 +43,11 @@ def residual_attention(  # noqa: PLR0913 (transformers calls it so)
     """Attention (b, queries, heads, d) as v_{i*} + `module.residual_variant`(ε); an attention function of transformers.
 
     Raises:
-        HiSVDError: the family gives a part of the probability to no token at all (attention sinks).
+        HiSVDError: the family assigns part of the probability to no token (attention sinks).
     """
     if s_aux is not None:
         raise HiSVDError(
-            "This family's attention has sinks, parameters that take a part of the probability; not studied."
+            "This family's attention has sinks, which take part of the probability, so it cannot be studied."
         )
     groups = query.shape[1] // key.shape[1]
     key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
@@ -74,10 +74,10 @@ def attention_modules(model: PreTrainedModel, layer: int) -> list[Any]:
 
 @contextmanager
 def residual_variants(model: PreTrainedModel, variants: dict[int, Variant]) -> Iterator[None]:
-    """Inside: the attention of each layer in `variants` keeps of its residuals what the variant says.
+    """Within the context, replace the attention residuals of each layer in `variants` by what its variant returns.
 
-    The other layers run eager attention, whose masks are tensors that say everything. Whatever happens, the model is
-    as before afterwards.
+    The other layers run eager attention, whose masks are complete tensors. The model is restored on exit, even
+    after an exception.
     """
     before = model.config._attn_implementation
     modules = [(module, variant) for layer, variant in variants.items() for module in attention_modules(model, layer)]
@@ -86,7 +86,7 @@ def residual_variants(model: PreTrainedModel, variants: dict[int, Variant]) -> I
         model.set_attn_implementation("eager")
         for module, variant in modules:
             module.config = copy.copy(module.config)
-            module.config._attn_implementation_internal = NAME  # of this layer alone: the setter reaches sub-configs
+            module.config._attn_implementation_internal = NAME  # this layer alone; the setter changes sub-configs
             module.residual_variant = variant
         yield
     finally:
@@ -112,13 +112,13 @@ def low_rank(basis: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
 
 
 class ResidualMoments:
-    """Σ ε εᵀ (heads, d, d) in float64 of every layer, added up as the residuals come; none is stored."""
+    """Σ ε εᵀ (heads, d, d) in float64 per layer, summed as residuals arrive; the residuals are not stored."""
 
     def __init__(self) -> None:
         self.moments: dict[int, torch.Tensor] = {}
 
     def variant(self, layer: int) -> Variant:
-        """Keeps the residuals of `layer`, and adds them to its moment."""
+        """The variant that keeps the residuals of `layer` and adds them to its moment."""
         return partial(self._add, layer)
 
     def _add(self, layer: int, residual: torch.Tensor) -> torch.Tensor:
@@ -264,7 +264,7 @@ def chosen_layers(model: PreTrainedModel, layers: Sequence[int] | None) -> list[
 
 
 def chosen_ranks(width: int, d_r: Sequence[int] | None) -> list[int]:
-    """`d_r` in order, or RANKS as far as heads of `width` dimensions allow.
+    """`d_r` in order, or those of RANKS that heads of `width` dimensions allow.
 
     Raises:
         HiSVDError: one is out of range.
@@ -283,7 +283,7 @@ def study_windows(
     """(windows for the residuals' directions, windows for the perplexities), each (count, seqlen), disjoint.
 
     Raises:
-        HiSVDError: the text has no window for each of the two, or the windows exceed the model's positions.
+        HiSVDError: the text is too short for a window of each kind, or the windows exceed the model's positions.
     """
     count = settings.calib_blocks + settings.n_blocks
     if ids.dim() == 1:

@@ -16,7 +16,7 @@ from hisvd.input_moments import InputMoments
 from hisvd.layer_statistics import gradient_statistics, layer_statistics
 from hisvd.settings import CalibrationSettings, Resources
 from hisvd.utils import distributed
-from hisvd.utils.activation_files import AGAIN, ActivationFile, ActivationPair, of_use
+from hisvd.utils.activation_files import AGAIN, ActivationFile, ActivationPair, is_reusable
 from hisvd.utils.data_utils import (
     CALIBRATION_SPLIT,
     calibration_tokens,
@@ -138,7 +138,7 @@ def calibration_text(checkpoint: Checkpoint, settings: CalibrationSettings) -> t
 
 
 def open_or_create_cache(cache: CalibrationCache) -> CalibrationCache:
-    """What the folder of the empty `cache` holds of it already, else the cache itself, newly written.
+    """The cache that the folder of the empty `cache` already holds, else `cache` itself, newly written.
 
     Raises:
         HiSVDError: the folder holds a cache of other settings, or something else, or cannot be written.
@@ -163,24 +163,24 @@ def open_or_create_cache(cache: CalibrationCache) -> CalibrationCache:
 
 
 class Calibration:
-    """One calibration run: the model layer by layer, the tokens, and the files that carry them.
+    """One calibration run: the model layer by layer, the tokens, and the files that hold their states.
 
     Memory: one decoder layer, its moments and one batch. Hidden states and gradients pass through files in the cache
-    folder. A killed run resumes at its first missing layer; where its files are gone, or belong to another number of
-    processes, the tokens first pass through the layers that are finished.
+    folder. A killed run resumes at its first missing layer; where its files are missing, or belong to another number
+    of processes, the tokens first pass through the finished layers.
     """
 
     def __init__(self, streamed: StreamedModel, tokens: torch.Tensor, cache: CalibrationCache) -> None:
         """Prepare for tokens (sequences, seqlen), of which every process takes its share."""
         self.streamed, self.tokens, self.cache = streamed, distributed.share(tokens), cache
-        # Drawn for all sequences at once: the same whatever the batches and the processes are.
+        # Drawn for all sequences at once, so that they do not depend on batches and processes.
         windows = cache.identity["grad_nsamples"]
         draws = torch.rand(windows, tokens.shape[1] - 1, generator=torch.Generator().manual_seed(0))
         self.draws = distributed.share(draws)
         self.gradient_tokens = self.tokens[: len(self.draws)]
         self.hidden = self._pair("hidden", self.tokens)
         points = range(cache.num_layers + 1) if windows else ()
-        # What the gradient pass needs of the forward pass: the inputs of every layer and the outputs of the last.
+        # What the gradient pass needs from the forward pass: the inputs of every layer and the outputs of the last.
         self.kept = [streamed.file(self._path(f"inputs_{i:03d}", ".bin"), self.gradient_tokens) for i in points]
 
     def run(self) -> None:
@@ -211,13 +211,13 @@ class Calibration:
             self._wait_for_the_first()
 
     def _resume_forward(self) -> list[list[Arguments]]:
-        """Provide what the first missing layer reads; returns the arguments of the layers, of finished ones too."""
+        """Provide what the first missing layer reads; returns the arguments of all layers, finished ones included."""
         streamed, done = self.streamed, len(self.cache.layers)
         unfinished = done < self.cache.num_layers
         needed = [*self.kept[: done + 1], *([self.hidden[done]] if unfinished else [])]
         if done and distributed.everywhere(all(file.is_whole() for file in needed)):
             return streamed.embed(self.tokens, None) if unfinished else []
-        # Not into the run's own files: after a kill on the way they would be taken for those of layer `done`.
+        # Not into the run's own files: after a kill in between they would pass for those of layer `done`.
         files = self._pair(f"hidden{AGAIN}", self.tokens) if done else self.hidden
         arguments = streamed.embed(self.tokens, files[0], self._kept(0))
         for index in _progress("repeating finished layers", 0, done):
@@ -268,7 +268,7 @@ class Calibration:
         return moments
 
     def _wait_for_the_first(self) -> None:
-        """The first process has written a layer: the others learn of it."""
+        """Let the other processes see the layer that the first has written."""
         distributed.wait()
         if not distributed.is_first():
             self.cache.refresh()
@@ -287,19 +287,19 @@ def _progress(title: str, done: int, total: int) -> Iterable[int]:
     return progress_bar(range(done, total), title, total=total, initial=done)
 
 
-# Names of the files that a run has in the cache folder beside the cache, while it works or after a kill: Calibration's
-# hidden states and gradients, and what utils.files leaves half written.
+# Names of the files that a run or a kill leaves in the cache folder besides the cache itself: Calibration's hidden
+# states and gradients, and half-written files of utils.files.
 ONE_OF = r"(_\d+_of_\d+)?"
 ACTIVATIONS = re.compile(rf"((hidden|gradient)({AGAIN})?{ONE_OF}_(even|odd)|inputs_\d{{3,}}{ONE_OF})\.bin")
 HALF_WRITTEN = re.compile(r"\.hisvd_probe_\d+|\.(manifest\.json|(tokens|(layer|gradients)_\d{3,})\.safetensors)\.tmp")
 
 
 def remove_working_files(folder: Path, keep_processes: int = 0) -> None:
-    """Delete what runs have left in a cache folder beside the cache, and nothing else.
+    """Delete what runs have left in a cache folder besides the cache, and nothing else.
 
-    Those of a run of `keep_processes` processes stay, as far as they are of use to a run that resumes.
+    Files with which a run of `keep_processes` processes can resume are kept.
     """
     for path in folder.iterdir():
         activations = ACTIVATIONS.fullmatch(path.name)
-        if HALF_WRITTEN.fullmatch(path.name) or (activations and not of_use(path, keep_processes)):
+        if HALF_WRITTEN.fullmatch(path.name) or (activations and not is_reusable(path, keep_processes)):
             path.unlink()

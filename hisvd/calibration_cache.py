@@ -22,7 +22,7 @@ from hisvd.whitening_svd import F_DAMPING, SecondMoment, damped
 FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 TOKENS = "tokens.safetensors"
-# Endings of the names of small tensors: all that a rank plan needs.
+# Name endings of the small tensors, which are all that a rank plan needs.
 SPECTRA = "singular_values"
 LEADING_VECTORS = "Vh"
 
@@ -50,12 +50,12 @@ class CalibrationCache:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the calibration's forward passes computed in."""
+        """The compute dtype of the calibration's forward passes."""
         return getattr(torch, self.identity["dtype"].removeprefix("torch."))
 
     @property
     def complete(self) -> bool:
-        """Whether every layer is there, of both passes."""
+        """Whether both passes have finished every layer."""
         return len(self.layers) == self.num_layers and len(self.gradients) == self.num_layers * self.has_gradients
 
     @property
@@ -68,7 +68,7 @@ class CalibrationCache:
         return [_sublayer(record) for record in self.layers[index]["sublayers"]]
 
     def groups_of(self, index: int) -> list[list[Sublayer]]:
-        """The sublayers of one decoder layer, those that share an input together."""
+        """The sublayers of one decoder layer, grouped by shared input."""
         return [list(group) for _, group in itertools.groupby(self.sublayers_of(index), lambda s: s.input_group)]
 
     def add_layer(self, tensors: dict[str, torch.Tensor], sublayers: list[Sublayer]) -> None:
@@ -102,7 +102,7 @@ class CalibrationCache:
         write_json(self.folder / MANIFEST, manifest)
 
     def refresh(self) -> None:
-        """Take over what another process has written."""
+        """Read what another process has written."""
         other = read_cache(self.folder)
         self.layers, self.gradients = other.layers, other.gradients
 
@@ -120,16 +120,16 @@ class CalibrationCache:
         return self._read_tokens("tokens", "data")
 
     def read_held_out(self) -> torch.Tensor:
-        """Windows (k, seqlen), int64, of the same text that calibration has not seen, checked like the tokens.
+        """Windows (k, seqlen), int64, held out from the calibration text, checked like the tokens.
 
         Raises:
-            HiSVDError: the text had none to spare, or the file is missing, truncated or edited.
+            HiSVDError: the text was too short to hold any out, or the file is missing, truncated or edited.
         """
         held_out = self._read_tokens("held_out", "held_out") if "held_out" in self.identity else torch.empty(0)
         if not len(held_out):
             raise HiSVDError(
-                f"{self.folder} holds no text for the quality gate (its text was too short to keep a part, or it is of "
-                "an older version); calibrate again on a longer text, or pass --quality_gate_delta none."
+                f"{self.folder} holds no text for the quality gate (its text was too short to hold any out, or an "
+                "older version made it); calibrate again on a longer text, or pass --quality_gate_delta none."
             )
         return held_out
 
@@ -148,7 +148,7 @@ class CalibrationCache:
         return {k: t for entry in self._files_of(index) for k, t in self._read_checked(entry).items()}
 
     def read_backward(self, index: int) -> dict[str, torch.Tensor]:
-        """The gradient pass's tensors of one layer, checked; none if there was no such pass.
+        """The gradient pass's tensors of one layer, checked; empty if there was no such pass.
 
         Raises:
             HiSVDError: the file is missing, truncated or edited.
@@ -176,7 +176,7 @@ class CalibrationCache:
     def read_small(self, index: int, ending: str) -> dict[str, torch.Tensor]:
         """The tensors of one layer whose names end in SPECTRA or LEADING_VECTORS, each checked.
 
-        Reads a small part of the files.
+        Only a small part of the files is read.
 
         Raises:
             HiSVDError: a file is missing, truncated or these tensors were edited.

@@ -11,7 +11,7 @@ from hisvd.rank_metrics import effective_rank
 def tail_redundancy(singular_values: torch.Tensor, rank: int) -> float | None:
     """1 − e/len(q), with e the effective rank of the discarded values q = σ_{rank+1..} of shape (k,).
 
-    0 for a flat tail (everything dropped matters alike), near 1 for a tail that is itself low-rank.
+    0 for a flat tail (everything dropped matters equally), near 1 for a tail that is itself low-rank.
     None where fewer than two values are discarded: such a tail has no shape.
     """
     tail = singular_values[rank:]

@@ -19,11 +19,11 @@ def subspace_overlap(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def layer_clusters(leading_vectors: Sequence[dict[str, torch.Tensor]], clusters: int | None = None) -> list[int]:
-    """Cluster number of every layer, 0 upwards; a cluster is a run of adjacent layers.
+    """The cluster index of every layer, from 0; a cluster is a run of adjacent layers.
 
     `leading_vectors[layer]` maps the layer's sublayers to their leading right singular vectors (k, n). The link
-    between two adjacent layers is the mean overlap over the sublayers that both have; the weakest links are cut, so
-    that `clusters` runs remain (default: about the square root of the number of layers).
+    between two adjacent layers is the mean overlap over the sublayers that both have; the weakest links are cut to
+    leave `clusters` runs (default: about the square root of the number of layers).
     """
     count = len(leading_vectors)
     wanted = min(clusters or max(1, round(math.sqrt(count))), count)
@@ -32,7 +32,7 @@ def layer_clusters(leading_vectors: Sequence[dict[str, torch.Tensor]], clusters:
         overlaps = [subspace_overlap(v, above[name]) for name, v in below.items() if name in above]
         links.append(sum(overlaps) / max(len(overlaps), 1))
     cuts = set(sorted(range(len(links)), key=lambda i: links[i])[: wanted - 1])
-    numbers = [0]
+    indices = [0]
     for i in range(len(links)):
-        numbers.append(numbers[-1] + (i in cuts))
-    return numbers
+        indices.append(indices[-1] + (i in cuts))
+    return indices

@@ -90,7 +90,7 @@ def compress(
         if open_job.writers:
             factor_layers(open_job)
         if not distributed.is_first():
-            return []  # the first process puts the shards together
+            return []  # the first process assembles the shards
         return [CompressedModel(w.output, job.plans[t], _finish(job, t, w)) for t, w in job.writers.items()]
 
 
@@ -114,7 +114,7 @@ def prepared(
     if cache.identity["nsamples"] < distributed.count():
         raise HiSVDError(
             f"{cache.folder} holds {cache.identity['nsamples']} sequences, fewer than the {distributed.count()} "
-            "processes; start at most as many."
+            "processes; start at most one per sequence."
         )
     writers = {}
     sizes = {"model_numbers_before": checkpoint.count_parameters(), "weight_bytes_before": checkpoint.count_bytes()}
@@ -147,9 +147,9 @@ def _needed_bytes(job: CompressionJob) -> int:
 
 
 def _unfinished(job: CompressionJob) -> CompressionJob:
-    """The job without the targets all of whose shards are written."""
+    """The job without the targets whose shards are all written."""
     writers = {target: writer for target, writer in job.writers.items() if not writer.has_all_shards()}
-    distributed.wait()  # until all have looked
+    distributed.wait()  # until all have checked
     return replace(job, plans={target: job.plans[target] for target in writers}, writers=writers)
 
 
@@ -161,11 +161,11 @@ def factor_layers(job: CompressionJob) -> None:
     """
     checkpoint, cache, writers = job.checkpoint, job.cache, list(job.writers.values())
     start = min(writer.shards_done() for writer in writers)
-    distributed.wait()  # until all have looked
+    distributed.wait()  # until all have checked
     changes = job.export.encode is not None or job.changes(cache.sublayers)
     layer_names = [layer_tensor_names(checkpoint, cache.sublayers_of(index)[0]) for index in range(cache.num_layers)]
     if start < cache.num_layers:
-        # A model that stays as it is needs no tokens.
+        # An unchanged model needs no tokens.
         update = UPDATES[job.settings.update if changes else "none"](job, start)
         layers = range(start, cache.num_layers)
         for index in progress_bar(layers, "compressing layers", total=cache.num_layers, initial=start):
@@ -185,7 +185,7 @@ def factor_layers(job: CompressionJob) -> None:
 
 
 def _finish(job: CompressionJob, target: float, writer: ModelWriter) -> dict:
-    """Encode what the quality gate allows, put the output together, and return its report."""
+    """Encode what the quality gate allows, assemble the output, and return its report."""
     if not writer.is_complete:
         gate = export_within(job, writer) if job.settings.gated else None
         modules = {} if job.export.multiply else job.plans[target].modules(job.cache.sublayers)

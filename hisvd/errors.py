@@ -1,4 +1,4 @@
-"""The one exception that the programs turn into a sentence and exit code 2, and how other libraries' errors join it."""
+"""The one exception that the programs turn into a sentence and exit code 2, and helpers for its messages."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ def first_line(error: Exception) -> str:
 
 @contextmanager
 def naming(culprit: str) -> Iterator[None]:
-    """Inside: a HiSVDError gets the name of what it is about put before it, "culprit: sentence"."""
+    """Within the context, prefix the message of a HiSVDError with what it is about: "culprit: sentence"."""
     try:
         yield
     except HiSVDError as error:

@@ -3,7 +3,7 @@
 Memory counts what is alive at the worst moment of a stage, on one device: BASE for Python and its libraries, one layer
 (compress.py: one for the original and one per target), its second moments in float64, and the largest temporaries of a
 decomposition; or, while tokens are embedded and logits computed, what lies outside the decoder layers. n is the width
-of an input, m that of an output. Products in float64 count twice, decompositions by themselves.
+of an input, m that of an output. Products in float64 count twice; decompositions are counted separately.
 """
 
 import os
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from hisvd.component.families import adapter_for
 from hisvd.layer_statistics import NUM_LEADING_VECTORS
 from hisvd.settings import CalibrationSettings, Resources
-from hisvd.utils.data_utils import TOKENS_A_BATCH
+from hisvd.utils.data_utils import TOKENS_PER_BATCH
 from hisvd.utils.eval_utils import LOGITS_AT_ONCE
 from hisvd.utils.model_utils import (
     check_calibratable,
@@ -66,11 +66,11 @@ class Shapes:
 
 @dataclass(frozen=True)
 class RunSizes:
-    """How much text a run reads, in which dtypes.
+    """How much text a run reads, and in which dtypes it computes.
 
     Second moments of inputs come from `nsamples` windows of `seqlen` tokens, those of output gradients from
-    `grad_nsamples` of them. `compute` is the dtype of the forward passes, `stored` that of the checkpoint; compression
-    is to `targets` ratios at once.
+    `grad_nsamples` of them. `compute` is the dtype of the forward passes, `stored` that of the checkpoint, `targets`
+    the number of compression targets in one run.
     """
 
     nsamples: int
@@ -99,7 +99,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a chain of stages takes on a device that makes so many floating-point operations per second."""
+    """What the stages take on a device with the given rates, in floating-point operations per second."""
 
     model_type: str
     shapes: Shapes
@@ -148,7 +148,7 @@ def estimate(
     compute = resolve_dtype(settings.dtype, device, stored) or stored
     sizes = RunSizes(settings.nsamples, settings.gradient_windows, settings.seqlen, compute, stored)
     shapes = shapes_of(empty_model(config))
-    rates = measured_rates(device, compute)
+    rates = measure_rates(device, compute)
     return Estimate(config.model_type, shapes, sizes, device, *rates, estimated_stages(shapes, sizes))
 
 
@@ -181,8 +181,8 @@ def estimated_stages(shapes: Shapes, sizes: RunSizes) -> list[Stage]:
 
 
 def activation_bytes(shapes: Shapes, sizes: RunSizes) -> int:
-    """Bytes of the hidden states that calibrate.py keeps in files: two files of all sequences, which layers read and
-    write in turn, and of those with gradients the inputs of all layers and two files of two gradients each.
+    """Bytes of the hidden states that calibrate.py keeps in files: two files for all sequences, which layers read and
+    write in turn, and for those with gradients the inputs of all layers and two files of two gradients each.
     """
     count = 2 * sizes.nsamples + sizes.grad_nsamples * (len(shapes.layers) + 1 + 4)
     return count * sizes.seqlen * shapes.hidden * sizes.compute.itemsize
@@ -206,7 +206,7 @@ def stream_bytes(hidden: int, tokens: int, compute: torch.dtype, targets: int) -
     return 2 * (1 + targets) * tokens * hidden * compute.itemsize
 
 
-def measured_rates(device: torch.device, compute: torch.dtype) -> tuple[float, float]:
+def measure_rates(device: torch.device, compute: torch.dtype) -> tuple[float, float]:
     """Floating-point operations per second of products in `compute` and of eigh in float64, measured now."""
     a = torch.randn(2048, 2048, device=device).to(compute)
     b = torch.randn(1024, 1024, device=device, dtype=torch.float64)
@@ -215,7 +215,7 @@ def measured_rates(device: torch.device, compute: torch.dtype) -> tuple[float, f
 
 
 def _seconds(function: Callable[[], object]) -> float:
-    """The faster of two calls after a first one."""
+    """The time of the faster of two calls after a warm-up."""
     times = []
     for _ in range(3):
         start = time.perf_counter()
@@ -227,19 +227,19 @@ def _seconds(function: Callable[[], object]) -> float:
 
 
 def _memory(shapes: Shapes, sizes: RunSizes, in_layer: float, layers: int = 1) -> float:
-    """BASE and the worst of three moments: inside a layer, of which so many copies are held; outside of the layers,
-    while weights are converted; with one layer beside them, to see what it returns.
+    """BASE plus the worst of three moments: inside a layer, of which `layers` copies are held; outside the layers,
+    while weights are converted; there with one layer loaded too, to see what it returns.
     """
     largest = max(layer.parameters for layer in shapes.layers)
     outside = (sizes.compute.itemsize + sizes.stored.itemsize) * shapes.outside
-    beside = sizes.compute.itemsize * (shapes.outside + largest)
-    return BASE + max(sizes.compute.itemsize * layers * largest + in_layer, outside, beside)
+    with_layer = sizes.compute.itemsize * (shapes.outside + largest)
+    return BASE + max(sizes.compute.itemsize * layers * largest + in_layer, outside, with_layer)
 
 
 def _batch(shapes: Shapes, compute: torch.dtype, graph: bool) -> float:
-    """One batch inside a layer: what linears receive, with autograd also what they give and its gradients."""
+    """One batch inside a layer: the inputs of linears, and with autograd their outputs and gradients as well."""
     widths = max(sum(n + 2 * graph * sum(ms) for n, ms in layer.inputs) for layer in shapes.layers)
-    return TOKENS_A_BATCH * compute.itemsize * (8 * shapes.hidden + widths)
+    return TOKENS_PER_BATCH * compute.itemsize * (8 * shapes.hidden + widths)
 
 
 def _decomposition(m: int, n: int) -> float:
@@ -267,7 +267,9 @@ def _forward(shapes: Shapes, sizes: RunSizes) -> Stage:
 
 def _backward(shapes: Shapes, sizes: RunSizes) -> Stage:
     tokens, peak, decompositions = sizes.grad_nsamples * sizes.seqlen, 0.0, 0.0
-    top = BASE + 6 * 4 * LOGITS_AT_ONCE + sizes.compute.itemsize * (shapes.outside + TOKENS_A_BATCH * 4 * shapes.hidden)
+    top = (
+        BASE + 6 * 4 * LOGITS_AT_ONCE + sizes.compute.itemsize * (shapes.outside + TOKENS_PER_BATCH * 4 * shapes.hidden)
+    )
     forward = 2.0 * tokens * (shapes.parameters - shapes.outside)
     forward += _attention_flops(shapes, sizes.grad_nsamples, sizes.seqlen)
     flops = 3 * forward + 12 * tokens * shapes.hidden * shapes.vocabulary
@@ -294,7 +296,9 @@ def _compression(shapes: Shapes, sizes: RunSizes) -> Stage:
             statistics = gradients * sum(4 * m * m for _, later in layer.inputs[index:] for m in later)
             sums = targets * 8 * (2 * n * n + shapes.hidden * n)
             work = max(16 * n * n + gradients * 8 * m * m + _decomposition(m, n) for m in outputs)
-            batch = _batch(shapes, sizes.compute, False) + 4 * n * (3 * TOKENS_A_BATCH + n)  # x, x', x − x', a product
+            batch = _batch(shapes, sizes.compute, False) + 4 * n * (
+                3 * TOKENS_PER_BATCH + n
+            )  # x, x', x − x', a product
             peak = max(peak, statistics + weights + sums + max(work, batch))
             flops += 4 / 3 * targets * n**3
             flops += 2 * tokens * (targets * 2 * n * n + (1 + targets) * layer.parameters / 2)  # half a layer before it

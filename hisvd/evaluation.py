@@ -24,7 +24,7 @@ from hisvd.utils.data_utils import (
 from hisvd.utils.eval_utils import (
     DEFAULT_SEQLEN,
     free_memory,
-    linear_numbers,
+    linear_parameters,
     peak_memory,
     perplexity,
     reset_peak_memory,
@@ -96,7 +96,7 @@ def load_texts(datasets: Sequence[str], data_dir: str | None = None) -> Texts:
 
 
 def evaluate_texts(model: str | Path, texts: Texts, settings: EvaluationSettings, resources: Resources) -> dict:
-    """`evaluate` on texts that are loaded already, once for several models."""
+    """`evaluate` on texts that are already loaded, once for several models."""
     path = os.fspath(model)
     with progress_shown(resources.progress), exhaustion_explained(path, settings.offload_folder):
         device = resolve_device(resources.device)
@@ -110,13 +110,13 @@ def evaluate_texts(model: str | Path, texts: Texts, settings: EvaluationSettings
         loaded: PreTrainedModel | StreamedModel
         if settings.offload_folder:
             loaded = streamed_model(path, device, settings.dtype, tokens.seqlen)
-            stored, dense = linear_numbers(loaded.skeleton)
+            stored, dense = linear_parameters(loaded.skeleton)
             make_folder(Path(settings.offload_folder))
             with tempfile.TemporaryDirectory(dir=settings.offload_folder) as folder:
                 ppl = {name: streamed_perplexity(loaded, w, name, Path(folder)) for name, w in windows.items()}
         else:
             loaded = whole_model(path, device, settings.dtype)
-            stored, dense = linear_numbers(loaded)
+            stored, dense = linear_parameters(loaded)
             ppl = {name: perplexity(loaded, w, name) for name, w in windows.items()}
             if settings.speed:
                 rates = speed(loaded, next(iter(windows.values()))[0])
@@ -139,7 +139,7 @@ def evaluate_texts(model: str | Path, texts: Texts, settings: EvaluationSettings
 
 @dataclass(frozen=True)
 class TokenizedTexts:
-    """Texts as one model reads them: a row of ids (tokens,) per data set, for windows of `seqlen`, each after `bos`."""
+    """Texts as one model reads them: a row of ids (tokens,) per data set; windows of `seqlen` start with `bos`."""
 
     ids: dict[str, torch.Tensor]
     seqlen: int
@@ -154,13 +154,13 @@ def tokens_for(model: str, texts: Texts, settings: EvaluationSettings, default_s
     """
     config, tokenizer = config_of(model), tokenizer_of(model)
     seqlen, bos = window_length(config, settings.seqlen, default_seqlen, model), leading_bos(config, tokenizer)
-    protocol = settings.protocol if bos is None else "default"  # else the first window would start with two
+    protocol = settings.protocol if bos is None else "default"  # otherwise the first window would have two
     ids = {name: tokenize(join_documents(texts[name]), tokenizer, protocol) for name in texts}
     return TokenizedTexts(ids, seqlen, bos)
 
 
 def weights_at(model: str) -> Path:
-    """Where a model's files lie here: a folder (of the Hub's cache, for an id), or a `.pt`."""
+    """The local files of a model: a folder (in the Hub's cache, for an id) or a `.pt`."""
     return Path(model) if Path(model).is_file() else local_folder(model)
 
 
@@ -168,14 +168,14 @@ def whole_model(model: str, device: torch.device, dtype: str) -> PreTrainedModel
     """The model with all its weights on `device`.
 
     Raises:
-        HiSVDError: it cannot be loaded, or exceeds the memory that is free there.
+        HiSVDError: it cannot be loaded, or exceeds the free memory of the device.
     """
     compute = resolve_dtype(dtype, device, None)
     needed, free = bytes_in_memory(weights_at(model), compute), free_memory(device)
     if needed > free:
         raise HiSVDError(
-            f"{model} takes {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free on {device}; "
-            f"{ways_out(model)}."
+            f"{model} takes {needed / 1e9:.1f} GB of memory, but only {free / 1e9:.1f} GB are free on {device}; "
+            f"{remedies(model)}."
         )
     # Not load().to(dtype): that would round the rotary frequencies, which from_pretrained keeps in float32.
     return load(model, compute, device)
@@ -195,15 +195,15 @@ def streamed_model(model: str, device: torch.device, dtype: str, seqlen: int) ->
     return streamed
 
 
-def ways_out(model: str) -> str:
-    """What to do about a model that the memory does not hold."""
+def remedies(model: str) -> str:
+    """What to do about a model that does not fit into memory."""
     folder = "save it as a folder and use" if Path(model).is_file() else "use"
     return f"{folder} --offload_folder DIR (perplexity alone, one layer in memory), or --dtype bfloat16"
 
 
 @contextmanager
 def exhaustion_explained(model: str, offload_folder: str | Path | None) -> Iterator[None]:
-    """Inside: an accelerator whose memory is exhausted gives a sentence with the ways out.
+    """Within the context, turn the accelerator's out-of-memory error into a sentence that names remedies.
 
     Raises:
         HiSVDError: it is exhausted.
@@ -211,5 +211,5 @@ def exhaustion_explained(model: str, offload_folder: str | Path | None) -> Itera
     try:
         yield
     except torch.OutOfMemoryError:
-        remedy = "lower --seqlen, or use --device cpu" if offload_folder else ways_out(model)
+        remedy = "lower --seqlen, or use --device cpu" if offload_folder else remedies(model)
         raise HiSVDError(f"The accelerator's memory is exhausted by {model}; {remedy}.") from None

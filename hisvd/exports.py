@@ -1,4 +1,4 @@
-"""What becomes of a linear's factors on their way to the file: the choices of --export."""
+"""What is done to a linear's factors before they are written: the choices of --export."""
 
 from collections.abc import Callable
 from typing import NamedTuple

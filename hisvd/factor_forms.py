@@ -16,7 +16,7 @@ from hisvd.sparse_int6 import dequantize
 
 Shape = tuple[int, int]  # of a weight: (m, n) = (out_features, in_features)
 Entries = dict[str, torch.Tensor]  # state dict entries of a linear, without its bias
-DENSE = "dense"  # in place of a form's name: multiply the factors back into the weight of a plain linear
+DENSE = "dense"  # instead of a form's name: multiply the factors back into the weight of a plain linear
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,12 @@ class FactorForm:
     """One way to store left (m, r) @ right (r, n): two linears, and what else the module of the form needs.
 
     `inner` is the path, inside that module, of the linear that reads the sublayer's input and has r outputs, `outer`
-    that of the linear which reads the outputs of `inner`. `others` names the entries beside their weights. The three
+    that of the linear which reads the outputs of `inner`. `others` names the entries besides their weights. The three
     together tell the forms apart, so no two forms have the same ones.
 
     `parameters(r, (m, n))` counts the stored parameters for r < min(m, n) and grows with r.
     `pack(left, right, root, dtype)` makes the entries, weights in `dtype`, from factors in float64. `root` is the lower
-    Cholesky root (n, n) of the inputs' second moment, which weighs rounding errors; None: all inputs count the same.
+    Cholesky root (n, n) of the inputs' second moment, which weights rounding errors; None: all inputs count equally.
     `product(inner, outer, entries)` is the weight (m, n) that the two linears' weights and the other entries stand for.
     """
 
@@ -81,7 +81,7 @@ def factor_tensors(
     `root` is as in FactorForm. For the form DENSE, the weight of a plain linear.
 
     Raises:
-        HiSVDError: an entry is not finite; the message is to follow the linear's name, see `errors.naming`.
+        HiSVDError: an entry is not finite; the caller puts the linear's name first, see `errors.naming`.
     """
     entries = {"weight": (left @ right).to(dtype)} if form == DENSE else FORMS[form].pack(left, right, root, dtype)
     if not all(tensor.isfinite().all() for tensor in entries.values()):
@@ -93,7 +93,7 @@ def factor_tensors(
 
 
 def form_of(entries: Entries) -> str | None:
-    """The form of a linear with these state dict entries, be its factors in INT6 or not; None: it is in one piece."""
+    """The form of a linear with these state dict entries, its factors in INT6 or not; None: it is not factored."""
     names = {key.partition(".")[0] for key in entries} - {"bias"}
     return next((name for name, f in FORMS.items() if names == {f.inner, f.outer, *f.others}), None)
 

@@ -1,6 +1,6 @@
-"""From the weights of one decoder layer to what the files hold of them: the one place where matrices are factored.
+"""Turn the weights of one decoder layer into what the files hold: the one place where matrices are factored.
 
-An update (hisvd.updates) says which weights are factored, and what their inputs are; it is given the result at once.
+An update (hisvd.updates) says which weights are factored and what their inputs are, and receives each result at once.
 """
 
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ from hisvd.whitening_svd import (
     whitened,
 )
 
-if TYPE_CHECKING:  # the settings name the updates, so that they import this module
+if TYPE_CHECKING:  # the settings take their choices from the updates, so they import this module
     from hisvd.plan import Plan
     from hisvd.settings import CompressionSettings
 
@@ -35,7 +35,7 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class CompressionJob:
-    """One model on its way to several targets; `plans` and `writers` are by target, `settings` are resolved."""
+    """One model and its targets; `plans` and `writers` are keyed by target, `settings` are resolved."""
 
     checkpoint: Checkpoint
     cache: CalibrationCache
@@ -67,7 +67,7 @@ class CompressionJob:
 
 
 class Case(NamedTuple):
-    """Linears that share an input, for the targets for which they are the same.
+    """Linears that share an input, for the targets that agree on their weights and inputs.
 
     `weights` holds W (m, n) by path inside the layer, `dtype` is what the files store them in, `moment` is
     E[x xᵀ] (n, n) of their input in float64.
@@ -80,26 +80,26 @@ class Case(NamedTuple):
 
 
 class Update(Protocol):
-    """What hisvd.updates offers for each choice of --update, used in this order for one layer after the other."""
+    """The interface of every choice of --update (hisvd.updates); methods are called in this order, layer by layer."""
 
-    shares_layers: bool  # several processes share the layers; else all of them work on each
+    shares_layers: bool  # several processes share the layers; otherwise all work on each
 
     def start(self, index: int, stored: Tensors) -> Tensors:
-        """Take up layer `index`, whose tensors in the checkpoint are `stored`; its statistics from the cache."""
+        """Begin layer `index`, whose tensors in the checkpoint are `stored`; returns its statistics from the cache."""
 
     def cases(self, index: int, members: list[Sublayer], needs_moment: bool) -> Iterator[Case]:
         """The cases of the linears `members`, which share an input, with moments if asked for."""
 
     def place(self, target: float, sublayer: Sublayer, entries: Entries) -> None:
-        """Take note of what a sublayer has become."""
+        """Receive what a sublayer has become."""
 
     def advance(self, index: int) -> None:
-        """Leave layer `index`, all of whose sublayers have been placed."""
+        """End layer `index`, all of whose sublayers have been placed."""
 
 
 @torch.no_grad()
 def factor_layer(job: CompressionJob, update: Update, index: int, stored: Tensors) -> dict[float, Tensors]:
-    """The tensors of layer `index` in the files of every target, from those of the checkpoint.
+    """The tensors of layer `index` for the files of every target, made from those of the checkpoint.
 
     Raises:
         HiSVDError: factors that are not finite, or a damaged cache.
@@ -115,7 +115,7 @@ def factor_layer(job: CompressionJob, update: Update, index: int, stored: Tensor
                 root = cholesky_root(case.moment, H_DAMPING)
             for s in members:
                 for target, entries in _results(job, case, s, statistics, root):
-                    # Rounded as the files are: later layers are fitted to what the saved model will give.
+                    # Rounded like the files: later layers are fitted to what the saved model will compute.
                     update.place(target, s, entries)
                     replace_entries(job.checkpoint, s, shards[target], entries)
         for s in members:

@@ -22,10 +22,10 @@ def gradients_at_top(
     """Gradients (b, seqlen, 2 hidden) of summed next-token losses with respect to the last layer's outputs.
 
     `hidden` yields those outputs for consecutive batches of `tokens`; `draws` (sequences, seqlen − 1) holds numbers
-    drawn from [0, 1). To be consumed inside `streamed.outside_weights`. The first half is for the text's own tokens,
+    drawn from [0, 1). Consume it inside `streamed.outside_weights`. The first half is for the text's own tokens,
     the second for tokens drawn from the model's predictions: F is then the mean of the empirical Fisher matrix and of a
-    sample of the exact one, which errs less than either. Norm and head treat tokens one by one, and run on few at a
-    time, as logits are large.
+    sample of the exact one, which errs less than either. Norm and head treat tokens independently, and run on few at
+    a time because logits are large.
     """
     batch_size, chunk = streamed.batch_size, tokens_at_once(streamed.skeleton)
     for states, ids, uniform in zip(hidden, tokens.split(batch_size), draws.split(batch_size), strict=True):
@@ -36,7 +36,7 @@ def gradients_at_top(
             leaf = part.detach().requires_grad_()
             with torch.enable_grad():
                 logits = streamed.logits(leaf).float()
-                targets = (labels, drawn_labels(logits.detach(), part_draws))
+                targets = (labels, sample_labels(logits.detach(), part_draws))
                 losses = [nn.functional.cross_entropy(logits, t, reduction="sum") for t in targets]
                 parts = [torch.autograd.grad(loss, leaf, retain_graph=True)[0] for loss in losses]
             flat_gradient.append(torch.cat(parts, -1))
@@ -44,8 +44,8 @@ def gradients_at_top(
         yield gradient
 
 
-def drawn_labels(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """A token (tokens,) from each distribution softmax(logits), (tokens, vocabulary), by inverting its sums.
+def sample_labels(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """A token (tokens,) from each distribution softmax(logits), (tokens, vocabulary), by inverting its cumulative sums.
 
     `uniform` (tokens,) holds numbers drawn from [0, 1).
     """
@@ -64,18 +64,18 @@ class OutputGradientMoments:
         self.moments = {p: torch.zeros(n, n, dtype=torch.float64, device=device) for p, n in sizes.items()}
         self.outputs: dict[str, torch.Tensor] = {}
         self.tokens = 0
-        self.tokens_at = dict.fromkeys(paths, 0)  # those that reach a linear: of an expert, not all
+        self.tokens_at = dict.fromkeys(paths, 0)  # those that reach the linear: for an expert, not all
         for path in paths:
-            layer.get_submodule(path).register_forward_hook(self._noting(path))
+            layer.get_submodule(path).register_forward_hook(self._recorder(path))
 
-    def _noting(self, path: str) -> Callable[[nn.Module, tuple, torch.Tensor], None]:
+    def _recorder(self, path: str) -> Callable[[nn.Module, tuple, torch.Tensor], None]:
         def hook(_: nn.Module, __: tuple, output: torch.Tensor) -> None:
             self.outputs[path] = output
 
         return hook
 
     def add(self, tokens: int, gradients: dict[str, torch.Tensor]) -> None:
-        """Add the gradients (..., m) of one batch of so many tokens."""
+        """Add the gradients (..., m) of one batch of `tokens` tokens."""
         for path, gradient in gradients.items():
             rows = gradient.reshape(-1, gradient.shape[-1]).float()
             self.moments[path] += rows.T @ rows
@@ -83,7 +83,7 @@ class OutputGradientMoments:
         self.tokens += tokens
 
     def finish(self) -> None:
-        """Make the moments and the counts of tokens those of all processes, and pool those of rare experts."""
+        """Sum the moments and token counts over all processes, and pool those of rare experts."""
         self.moments = {path: distributed.total(moment) for path, moment in self.moments.items()}
         self.tokens = int(distributed.total(torch.tensor(self.tokens)))
         self.tokens_at = {path: int(distributed.total(torch.tensor(n))) for path, n in self.tokens_at.items()}
@@ -100,7 +100,7 @@ def input_gradients(
 ) -> Iterator[torch.Tensor]:
     """Take gradients from the outputs of `layer` to its inputs, batch by batch, filling `moments` on the way.
 
-    Those of both losses (see gradients_at_top) lie side by side, (b, seqlen, 2 hidden), and count alike.
+    The gradients of both losses (see gradients_at_top) are side by side, (b, seqlen, 2 hidden), and count equally.
 
     Raises:
         HiSVDError: a gradient is not finite; the layer is named.
@@ -110,7 +110,7 @@ def input_gradients(
         with torch.enable_grad():
             output = layer(hidden, *args, **kwargs)
             output = output[0] if isinstance(output, tuple) else output
-        reached = [path for path in moments.paths if path in moments.outputs]  # some experts may have no token
+        reached = [path for path in moments.paths if path in moments.outputs]  # some experts may receive no token
         outputs, at_inputs = [moments.outputs.pop(path) for path in reached], []
         for gradient, retain_graph in zip(both.chunk(2, -1), (True, False), strict=True):
             below, *at_linears = torch.autograd.grad(output, [hidden, *outputs], gradient, retain_graph)

@@ -15,7 +15,7 @@ from hisvd.utils import distributed
 class InputMoments:
     """Σ x xᵀ over tokens for every distinct input tensor of a layer's linears.
 
-    Hooks note the tensor each linear receives; linears that receive the same tensor (by identity) share one
+    Hooks record the tensor each linear receives; linears that receive the same tensor (by identity) share one
     moment, summed in float32 within a batch and float64 across batches. `groups` names them by the adapter, else by
     their first member.
     """
@@ -29,23 +29,23 @@ class InputMoments:
             self._start(name, layer.get_parameter(f"{paths[0]}.weight"))
         self._seen: list[tuple[str, torch.Tensor]] = []
         for path in adapter.sublayer_paths(layer):
-            layer.get_submodule(path).register_forward_pre_hook(self._noting(path))
+            layer.get_submodule(path).register_forward_pre_hook(self._recorder(path))
 
     def _start(self, group: str, like: torch.Tensor) -> None:
         self.moments[group] = like.new_zeros(like.shape[-1], like.shape[-1], dtype=torch.float64)
         self.tokens[group] = 0
 
-    def _noting(self, path: str) -> Callable[[nn.Module, tuple[torch.Tensor]], None]:
+    def _recorder(self, path: str) -> Callable[[nn.Module, tuple[torch.Tensor]], None]:
         def hook(_: nn.Module, args: tuple[torch.Tensor]) -> None:
             self._seen.append((path, args[0].detach()))
 
         return hook
 
     def add_batch(self) -> None:
-        """Add what the hooks noted during one forward.
+        """Add what the hooks recorded during one forward pass.
 
         Raises:
-            HiSVDError: the adapter's groups are not what the layer does.
+            HiSVDError: the layer does not share inputs as the adapter says.
         """
         observed: list[tuple[list[str], torch.Tensor]] = []
         for path, x in self._seen:
@@ -67,8 +67,8 @@ class InputMoments:
         name = next((n for n, members in self.groups.items() if sorted(members) == sorted(paths)), None)
         if name is None and self.adapter.inputs:
             raise HiSVDError(
-                f"In {self.layer_name} the linears that share an input are {paths}, which the '{self.adapter.family}' "
-                f"adapter does not say; this version of transformers changed the family."
+                f"In {self.layer_name} the linears that share an input are {paths}, unlike in the "
+                f"'{self.adapter.family}' adapter; this version of transformers has changed the family."
             )
         if name is None:
             name = paths[0]
@@ -76,7 +76,7 @@ class InputMoments:
         return name
 
     def finish(self) -> None:
-        """Make the moments and the counts of tokens those of all processes, and pool those of rare experts.
+        """Sum the moments and token counts over all processes, and pool those of rare experts.
 
         Raises:
             HiSVDError: a linear that every token should reach was not called.
@@ -87,11 +87,11 @@ class InputMoments:
         if rare and distributed.is_first():
             names = ", ".join(rare)
             logging.getLogger("hisvd").warning(
-                "%s: too few tokens reach %s; all experts' moments stand in.", self.layer_name, names
+                "%s: too few tokens reach %s; the moments of all experts are used instead.", self.layer_name, names
             )
         for group, count in self.tokens.items():
             if not count:
                 raise HiSVDError(
-                    f"In {self.layer_name} nothing calls {self.groups[group]}, as the '{self.adapter.family}' adapter "
-                    "says; this version of transformers changed the family."
+                    f"In {self.layer_name} nothing calls {self.groups[group]}, unlike in the "
+                    f"'{self.adapter.family}' adapter; this version of transformers has changed the family."
                 )

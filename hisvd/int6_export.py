@@ -1,4 +1,4 @@
-"""The INT6 2:4 pairwise sparse format for a model that is in memory, without calibration."""
+"""The INT6 2:4 pairwise sparse format for a model in memory, without calibration."""
 
 from torch import nn
 

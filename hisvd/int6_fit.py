@@ -1,4 +1,4 @@
-"""Which pairs an INT6 weight keeps, and their values, by what they do to the outputs on the model's own inputs.
+"""Choose the pairs that an INT6 weight keeps, and their values, by the output error on the model's own inputs.
 
 The error is ‖(W − Ŵ) H^{1/2}‖, as in whitening_svd. A first pass goes through the chunks of 8 columns; the columns not
 yet chosen are free to compensate for the error of the chunk (SparseGPT, arXiv 2301.00774, chunk by chunk with its
@@ -27,7 +27,7 @@ from hisvd.sparse_int6 import (
 from hisvd.whitening_svd import H_DAMPING, cholesky_root
 
 BLOCK = 128  # columns that are chosen chunk by chunk between two matrix products
-SWEEPS = 4  # times that every chunk is chosen again
+SWEEPS = 4  # passes in which every chunk is chosen again
 # The columns of a chunk that each of the 6 choices of two pairs keeps.
 KEPT = [[2 * a, 2 * a + 1, 2 * b, 2 * b + 1] for a, b in itertools.combinations(range(4), 2)]
 
@@ -37,8 +37,8 @@ def int6_entries(
 ) -> dict[str, torch.Tensor]:
     """The state dict entries of a linear, plain or factored, with every weight of at least 64 inputs in INT6.
 
-    With `moment` (n, n), E[x xᵀ] of the inputs, codes are fitted to them; the outer factor of a pair first to what the
-    stored inner one makes of the inputs. Without it, by the plain format rule.
+    With `moment` (n, n), E[x xᵀ] of the inputs, codes are fitted to them; the outer factor of a pair is first fitted
+    to the outputs of the stored inner one. Without it, codes follow the plain format rule.
 
     Raises:
         HiSVDError: a weight is not finite.
@@ -63,7 +63,7 @@ def int6_entries(
 def _replace_by_code(
     entries: dict[str, torch.Tensor], name: str, moment: torch.Tensor | None, sweeps: int
 ) -> torch.Tensor:
-    """Put the code of the weight `name` in its place, if it has at least 64 inputs; what is stored then, float64."""
+    """Replace the weight `name` by its code if it has at least 64 inputs; returns the weight as stored, float64."""
     weight = entries[name]
     if weight.shape[1] < COLUMNS:
         return weight.double()
@@ -94,7 +94,7 @@ def fit_int6(weight: torch.Tensor, moment: torch.Tensor, sweeps: int = SWEEPS) -
     weight = padded(weight.float())
     moment = torch.nn.functional.pad(moment.double(), (0, weight.shape[1] - n) * 2)
     moment += H_DAMPING * moment.diagonal().mean().clamp_min(SMALLEST_SCALE) * torch.eye(len(moment)).to(moment)
-    # Inputs of larger energy are chosen first, from the end, while most of the others are open.
+    # Inputs of larger energy are chosen first, from the end, while most others are still free.
     energy = moment.diagonal().unflatten(0, (-1, CHUNK)).sum(1)
     order = (CHUNK * energy.argsort()[:, None] + torch.arange(CHUNK, device=energy.device)).flatten()
     weight, moment = weight[:, order], moment[order][:, order]
@@ -197,15 +197,15 @@ class ChunkMetrics(NamedTuple):
 
 @functools.cache
 def kept_columns(device: torch.device) -> torch.Tensor:
-    """KEPT (6, 4) on a device, copied there once: a copy per chunk makes the host wait for all that is queued."""
+    """KEPT (6, 4) on a device, copied there once: a copy per chunk would make the host wait for all queued work."""
     return torch.tensor(KEPT, device=device)
 
 
 def best_chunk(wanted: torch.Tensor, metrics: ChunkMetrics, scales: torch.Tensor | None) -> torch.Tensor:
     """The legal chunk (m, 8) near `wanted` (m, 8) in the metric; every choice of two pairs is tried.
 
-    With `scales` (m,) the values kept are rounded to codes one by one, the errors fed back; without, they stay as they
-    are.
+    With `scales` (m,) the kept values are rounded to codes one by one, with errors fed back; without, they are not
+    rounded.
     """
     kept = torch.einsum("mj,kij->mki", wanted, metrics.fill)
     if scales is not None:
@@ -221,7 +221,7 @@ def _cost(error: torch.Tensor, metric: torch.Tensor) -> torch.Tensor:
 
 
 def _rounded(ideal: torch.Tensor, slope: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """`ideal` (m, 6, 4) on the codes times `scales` (m, 1), none of them 0, from the last column to the first."""
+    """`ideal` (m, 6, 4) rounded to nonzero codes times `scales` (m, 1), from the last column to the first."""
     rounded, error = torch.empty_like(ideal), torch.zeros_like(ideal)
     for j in range(ideal.shape[-1] - 1, -1, -1):
         wanted = (ideal[..., j] + (error[..., j + 1 :] * slope[..., j + 1 :, j]).sum(-1)) / scales

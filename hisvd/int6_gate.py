@@ -1,8 +1,8 @@
 """Which linears are stored in INT6: as many as the perplexity on held-out calibration text allows.
 
-Linears are ranked by the second-order estimate of the loss that their code adds, a weight; the longest start of that
-list is taken whose model stays within the bound. The search starts where the estimates add up to the bound; every step
-runs the held-out text once. Linears get their final codes when a step first needs them.
+Linears are ranked by the second-order estimate of the loss that their code adds per weight, and the longest prefix of
+that list whose model stays within the bound is exported. The search starts where the estimates add up to the bound;
+every step runs the held-out text once. Linears get their final codes when a step first needs them.
 """
 
 import itertools
@@ -32,8 +32,8 @@ from hisvd.whitening_svd import H_DAMPING, cholesky_root, whitened
 def export_within(job: CompressionJob, writer: ModelWriter) -> dict:
     """Put INT6 codes into the shards of `writer` so that the perplexity rises by at most the settings' fraction.
 
-    Returns what the report says of it: perplexities before and after, and the linears exported and not. A run that
-    was killed after the decision keeps it.
+    Returns what the report says about it: perplexities before and after, and the linears exported and not exported. A
+    run that is killed after the decision keeps it.
 
     Raises:
         HiSVDError: the cache has no held-out text, or is damaged.
@@ -57,9 +57,9 @@ def export_within(job: CompressionJob, writer: ModelWriter) -> dict:
 
 
 def longest_within(delta: float, order: list[str], expected: int, text: "HeldOutText") -> dict:
-    """The longest start of `order` that raises the perplexity of `text` by at most `delta`, and the perplexities.
+    """The longest prefix of `order` that raises the perplexity of `text` by at most `delta`, and the perplexities.
 
-    Looks at `expected` first, further off by growing steps until there is one on either side, then in between.
+    Tries `expected` first, moves away in growing steps until the bound lies between two tries, then bisects.
     """
     before = after = text.perplexity(set())
     fits, too_many = 0, len(order) + 1
@@ -85,15 +85,15 @@ def longest_within(delta: float, order: list[str], expected: int, text: "HeldOut
 
 
 class Int6Codes:
-    """The INT6 codes of the linears in the shards of `writer`, made when first asked for and kept beside them."""
+    """The INT6 codes of the linears in the shards of `writer`, made on first use and kept beside them."""
 
     def __init__(self, job: CompressionJob, writer: ModelWriter) -> None:
         self.job, self.checkpoint, self.cache, self.writer = job, job.checkpoint, job.cache, writer
 
     def estimated_losses(self) -> dict[str, float]:
-        """The loss that the code of each linear adds, ½ ‖F^{1/2} (W − Ŵ) H^{1/2}‖², without gradients that without F.
+        """The loss that the code of each linear adds, ½ ‖F^{1/2} (W − Ŵ) H^{1/2}‖²; without gradients, F is left out.
 
-        Of codes fitted in one pass, which are quick to make.
+        It is estimated for codes fitted in one pass, which are quick to make.
         """
         losses = {}
         whitening = "two_sided" if self.cache.has_gradients else "input"
@@ -111,7 +111,7 @@ class Int6Codes:
         return losses
 
     def shard(self, index: int, exported: set[str]) -> Entries:
-        """The tensors of layer `index` with the codes of the sublayers in `exported` in place of their weights."""
+        """The tensors of layer `index` with the codes of the sublayers in `exported` instead of their weights."""
         tensors, statistics = self.writer.read_shard(index), None
         for s in self.cache.sublayers_of(index):
             if s.name not in exported:
@@ -150,7 +150,7 @@ class HeldOutText:
 
     @torch.no_grad()
     def perplexity(self, exported: set[str]) -> float:
-        """Of the model with the sublayers in `exported` in INT6."""
+        """The perplexity of the model with the sublayers in `exported` in INT6."""
 
         def layer_of(index: int) -> nn.Module:
             tensors = self.codes.shard(index, exported)

@@ -1,4 +1,4 @@
-"""From the moments of one decoder layer to what the cache keeps of it: eigenpairs and singular values."""
+"""Turn the moments of one decoder layer into what the cache keeps: eigenpairs and singular values."""
 
 import torch
 from torch import nn
@@ -32,7 +32,7 @@ def layer_statistics(
     tensors: dict[str, torch.Tensor] = {}
     sublayers = []
     for group, paths in moments.groups.items():
-        moment = moments.moments.pop(group).div_(moments.tokens[group])  # popped: the largest tensors go early
+        moment = moments.moments.pop(group).div_(moments.tokens[group])  # popped to free the largest tensors early
         eigenvalues, eigenvectors = torch.linalg.eigh(moment)
         tensors |= {f"{group}.eigenvalues": _stored(eigenvalues), f"{group}.eigenvectors": _stored(eigenvectors)}
         del eigenvalues, eigenvectors

@@ -1,4 +1,4 @@
-"""The tensors of one decoder layer, as files name them and as the layer's modules do."""
+"""The tensors of one decoder layer, by their names in the files and in the layer's modules."""
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ def layer_tensor_names(checkpoint: Checkpoint, first: Sublayer) -> set[str]:
 
 
 def stored_prefix(checkpoint: Checkpoint, sublayer: Sublayer) -> str:
-    """What the names of a sublayer's tensors in the files start with."""
+    """The prefix of the names of a sublayer's tensors in the files."""
     return checkpoint.stored_name(f"{sublayer.name}.weight").removesuffix("weight")
 
 
@@ -30,7 +30,7 @@ def entries_of(checkpoint: Checkpoint, sublayer: Sublayer, tensors: dict[str, to
 def replace_entries(
     checkpoint: Checkpoint, sublayer: Sublayer, tensors: dict[str, torch.Tensor], entries: Entries
 ) -> None:
-    """Put `entries` (moved to the CPU) in the place of those that `tensors` holds of the sublayer."""
+    """Replace the sublayer's entries in `tensors` by `entries`, moved to the CPU."""
     prefix = stored_prefix(checkpoint, sublayer)
     for name in entries_of(checkpoint, sublayer, tensors):
         del tensors[prefix + name]
@@ -38,7 +38,7 @@ def replace_entries(
 
 
 def place_entries(layer: nn.Module, path: str, entries: Entries) -> None:
-    """Make the linear at `path` of `layer` the one that `entries` describe, in the layer's compute dtype."""
+    """Replace the linear at `path` of `layer` by the one that `entries` describe, in the layer's compute dtype."""
     swap_linears(layer, modules_of(path, entries))
     layer.get_submodule(path).load_state_dict(entries, strict=False)
 

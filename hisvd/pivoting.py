@@ -14,7 +14,7 @@ def pack_pivoted(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor,
 
     With B = base (r, n) and C = coefficients (m−r, r), row i of the product is row permutation[i] of [B; C B];
     permutation has shape (m,). The base rows are picked by LU with partial pivoting of `left`, then exchanged
-    until the coefficients are about 1 at most: rounding C and B to bfloat16 errs by a third less for it.
+    until no coefficient is much larger than 1: that lowers the error of rounding C and B to bfloat16 by a third.
     """
     left = left.double()
     m, rank = left.shape

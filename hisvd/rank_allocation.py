@@ -1,4 +1,4 @@
-"""Stage 1 and the loss-aware allocation: the ranks of all sublayers that spend exactly the budget.
+"""Stage 1 and the loss-aware allocation: ranks for all sublayers that use up the budget.
 
 A share is a count of stored parameters (float) for one sublayer; shares become ranks only at the end.
 """
@@ -11,7 +11,7 @@ import torch
 from hisvd.errors import HiSVDError
 from hisvd.shape_utils import Sublayer, largest_rank, next_rank, stored_parameters
 
-SMALLEST_SHARE = 1e-12  # of a sublayer's size: one that asks for nothing gets what the others have no room for
+SMALLEST_SHARE = 1e-12  # of a sublayer's size: one that asks for nothing gets what others cannot use
 
 
 def budget_of(sublayers: Sequence[Sublayer], target: float) -> int:
@@ -43,7 +43,7 @@ def stage1_shares(
 def project_shares(shares: Sequence[float], sublayers: Sequence[Sublayer], target: float, form: str) -> list[float]:
     """Clip every share to [parameters of rank 1, mn] and rescale the others until the sum is the budget.
 
-    The clipped sum grows with the common scale, so that the scale is found by bisection.
+    The clipped sum grows with the common scale, so the scale is found by bisection.
 
     Raises:
         HiSVDError: the budget does not even hold rank 1 everywhere.
@@ -113,7 +113,7 @@ def loss_ranks(
     `singular_values` holds those of the whitened weights, largest first; with two-sided whitening half the sum
     estimates the loss added. For a multiplier λ every sublayer takes the rank (or dense, tail 0) that minimises
     tail + λ · parameters, and λ is bisected: exact on the convex hull. What is left of the budget is spent on the
-    ranks that lower the tail most per parameter, and where no rank lowers a tail any more, on all alike.
+    ranks that lower the tail most per parameter, and once no rank lowers a tail any further, on all sublayers.
 
     Raises:
         HiSVDError: the budget does not even hold rank 1 everywhere.
@@ -150,7 +150,7 @@ def loss_ranks(
         if not gains:
             return ranks
         rate, k, rank = max(gains)
-        if rate <= 0 or low == 0:  # low: however little a tail counts, the budget holds all that lowers it
+        if rate <= 0 or low == 0:  # low == 0: the budget holds everything that lowers a tail
             return _spread(left, ranks, sublayers, target, form)
         left -= float(costs[k][rank - 1] - costs[k][ranks[k] - 1])
         ranks[k] = rank
@@ -170,7 +170,7 @@ def _tails(singular_values: torch.Tensor) -> torch.Tensor:
 
 
 def _spread(left: float, ranks: list[int], sublayers: Sequence[Sublayer], target: float, form: str) -> list[int]:
-    """Larger `ranks` for the `left` parameters of the budget, each sublayer's part by what it lacks to be dense."""
+    """Larger ranks that spend the `left` parameters too, in proportion to what each sublayer lacks to be dense."""
     stored = [stored_parameters(r, s.shape, form) for r, s in zip(ranks, sublayers, strict=True)]
     lacking = sum(s.size for s in sublayers) - sum(stored)
     shares = [n + (s.size - n) * left / lacking for n, s in zip(stored, sublayers, strict=True)]

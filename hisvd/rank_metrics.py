@@ -1,6 +1,6 @@
 """Three answers to "what is the rank of this matrix", each from its singular values and its shape.
 
-RANK_METRICS holds them by name: an entry more there is a `--rank_method` more.
+RANK_METRICS holds them by name; each entry is a choice of `--rank_method`.
 """
 
 from collections.abc import Callable
@@ -44,5 +44,5 @@ RANK_METRICS: dict[str, Callable[[torch.Tensor, tuple[int, int]], float]] = {
 
 
 def rank_of(singular_values: torch.Tensor, shape: tuple[int, int], method: str) -> float:
-    """The rank by `method`, a key of RANK_METRICS, at least 1 so that its logarithm is a density."""
+    """The rank by `method`, a key of RANK_METRICS, at least 1 so that its logarithm is not negative."""
     return max(RANK_METRICS[method](singular_values, shape), 1.0)

@@ -1,4 +1,4 @@
-"""Moments of experts that few tokens reach: those of all the layer's experts, pooled, take their place."""
+"""Replace the moments of experts that few tokens reach by the pooled moments of all the layer's experts."""
 
 import torch
 
@@ -8,8 +8,8 @@ from hisvd.component.experts import is_routed, kind_of
 def pool_rare(sums: dict[str, torch.Tensor], tokens: dict[str, int]) -> list[str]:
     """Replace Σ v vᵀ (n, n) over an expert's tokens, where these are fewer than n, by the sum over all experts.
 
-    Fewer tokens than channels leave directions unseen. The pooled sum is scaled to the expert's own count of tokens
-    (at least one, which `tokens` then says as well). Both arguments are changed in place and keyed by the name of a
+    Fewer tokens than channels leave directions unseen. The pooled sum is scaled to the expert's own token count
+    (at least one, which is then written to `tokens`). Both arguments are changed in place and keyed by the name of a
     linear or of a group of them. Returns the names of those replaced.
     """
     rare = [name for name in sums if is_routed(name) and tokens[name] < len(sums[name])]

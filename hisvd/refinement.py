@@ -7,8 +7,8 @@ import torch
 
 from hisvd.cluster_sublayer_lwe import cluster_scores, tail_redundancy
 
-# (LWE score x ≥ 0, strength β ≥ 0) → factor in (0, 1] on a share; β = 0 changes nothing. An entry more is a
-# `--modulation` more.
+# (LWE score x ≥ 0, strength β ≥ 0) → factor in (0, 1] on a share; β = 0 changes nothing. Each entry is a
+# choice of `--modulation`.
 MODULATIONS: dict[str, Callable[[float, float], float]] = {
     "logarithmic": lambda x, beta: 1.0 / (1.0 + beta * math.log1p(x)),
     "power": lambda x, beta: (1.0 + x) ** -beta,

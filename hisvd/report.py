@@ -1,4 +1,4 @@
-"""The only author of hisvd.json: what a plan and its result are recorded as, told in print and on the model card."""
+"""The only author of hisvd.json: how a plan and its result are recorded, printed and described on the model card."""
 
 import math
 from importlib.metadata import version
@@ -14,7 +14,7 @@ from hisvd.sparse_int6 import COLUMNS, FORMAT_NAME, USER_ALIAS
 from hisvd.tables import table
 from hisvd.utils.save_utils import REPORT, ModelWriter
 
-# Parameters that an entry of these dtypes stands for: permutations and metadata are none, a byte of INT6 is 4/3 values.
+# Parameters per element of these dtypes: permutations and metadata hold none, a byte of INT6 holds 4/3 values.
 PARAMETERS_PER_ENTRY = {"I32": 0, "U8": 4 / 3}
 
 
@@ -50,9 +50,9 @@ def plan_report(cache: CalibrationCache, plan: Plan, settings: CompressionSettin
 
 
 def finished_report(writer: ModelWriter, gate: dict | None) -> tuple[dict, set[str]]:
-    """The plan's report with what the shards really hold, and the stored names of the weights in INT6.
+    """The plan's report with what the shards actually hold, and the stored names of the weights in INT6.
 
-    `gate` is what the quality gate says of its choice.
+    `gate` is what the quality gate says about its choice.
     """
     stored = writer.stored_tensors()
     report = dict(writer.plan)
@@ -73,7 +73,7 @@ def finished_report(writer: ModelWriter, gate: dict | None) -> tuple[dict, set[s
 def int6_figures(codes: set[str], sizes_in_files: dict[str, int]) -> dict:
     """What hisvd.json says about the INT6 weights `codes`, from the sizes of all tensors in the files.
 
-    Bits are per weight of those linears, columns of padding included.
+    Bits are per weight of those linears, padding columns included.
     """
     sizes = {
         part: sum(sizes_in_files[f"{name}.{part}"] for name in codes)
@@ -94,7 +94,7 @@ def int6_figures(codes: set[str], sizes_in_files: dict[str, int]) -> dict:
 
 
 def rank_table(plan: Plan, sublayers: list[Sublayer]) -> str:
-    """Ranks as a table: one row per decoder layer, one column per type; of experts the smallest and largest."""
+    """Ranks as a table: one row per decoder layer, one column per type; for experts the smallest and largest."""
     types = list(dict.fromkeys(kind_of(s.path) for s in sublayers))
     found: dict[tuple[int, str], list[Sublayer]] = {}
     for s in sublayers:
@@ -116,7 +116,7 @@ def summary(report: dict) -> str:
     line = f"Target {report['target_compression']:g} ({how}): {after:,} of {before:,} linear parameters kept"
     line += f" ({after / before:.3%})"
     if report["linear_numbers_planned"] != after:
-        line += f"; multiplied back from {report['linear_numbers_planned']:,} factored ones (--export dense)"
+        line += f"; multiplied back from {report['linear_numbers_planned']:,} factored parameters (--export dense)"
     return line
 
 

@@ -1,7 +1,7 @@
-"""Round a pair of factors to its storage dtype so that the outputs err less than by rounding to nearest.
+"""Round a pair of factors to its storage dtype, with a smaller output error than rounding to nearest.
 
-Coefficients that rebuild rows from other rows read inputs that are much alike, and rounding each of them by itself adds
-up in the outputs. Source: GPTQ, arXiv 2210.17323, in the form of Babai's nearest plane, arXiv 2507.18553.
+Coefficients that rebuild rows from other rows read strongly correlated inputs, so their independent rounding errors
+add up in the outputs. Source: GPTQ, arXiv 2210.17323, in the form of Babai's nearest plane, arXiv 2507.18553.
 """
 
 import torch
@@ -10,14 +10,14 @@ from hisvd.whitening_svd import cholesky_root
 
 BLOCK = 128  # columns that are rounded one by one between two matrix products
 DAMPING = 1e-4  # added to the second moment of the outer factor's inputs, as a fraction of its mean diagonal entry
-EXACT = 1e-6  # dtypes of a smaller relative spacing are rounded to nearest
+EXACT = 1e-6  # dtypes with a smaller relative spacing are rounded to nearest
 
 
 def round_with_feedback(weight: torch.Tensor, root: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`weight` (m, n) on the grid of `dtype`, as float64, with a small ‖(weight − rounded) root‖_F.
 
-    `root` is lower triangular (n, n). From the last column to the first, each takes up what the errors of the columns
-    after it do to the same entry of the product.
+    `root` is lower triangular (n, n). Columns are rounded from the last to the first; each compensates
+    for the effect that the errors of the columns after it have on the same entry of the product.
     """
     slope = root / root.diagonal()
     rounded, error = torch.empty_like(weight), torch.zeros_like(weight)
@@ -36,8 +36,8 @@ def round_product(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Factors of outer (m, r) @ inner (r, n), float64 on the grid of `dtype`, for inputs of second moment root rootᵀ.
 
-    `root` is lower triangular (n, n); without it all inputs count the same. `inner` is rounded with feedback, `outer`
-    fitted again to the result, then rounded with feedback in the metric of its own inputs.
+    `root` is lower triangular (n, n); without it all inputs count equally. `inner` is rounded with feedback; `outer`
+    is refitted to the result, then rounded with feedback in the metric of its own inputs.
     """
     if torch.finfo(dtype).eps < EXACT or not outer.numel():
         return outer.to(dtype).double(), inner.to(dtype).double()

@@ -1,8 +1,8 @@
-"""Fit the factors, layer by layer, to the inputs that the compressed model really sees.
+"""Fit the factors, layer by layer, to the inputs that the compressed model actually sees.
 
-With x the input of a linear in the original model and x' the one behind the compressed layers below, the weight that
-best repeats the original outputs is W E[x x'ᵀ] E[x' x'ᵀ]⁻¹. The target of the factors goes a part μ of that way, and
-linears that write into the residual stream also make good a part γ of the error e that the stream has there already:
+With x the input of a linear in the original model and x' its input after the compressed layers below, the weight that
+best reproduces the original outputs is W E[x x'ᵀ] E[x' x'ᵀ]⁻¹. The factors' target goes a fraction μ of that way, and
+linears that write into the residual stream also correct a fraction γ of the error e already present in the stream:
 
     T = W + (μ W E[(x − x') x'ᵀ] + γ E[e x'ᵀ]) E[x' x'ᵀ]⁻¹
 
@@ -25,14 +25,14 @@ from hisvd.factoring import Case, CompressionJob, Tensors
 from hisvd.layer_tensors import compressed_layer, place_entries, stored_prefix
 from hisvd.shape_utils import Sublayer
 from hisvd.utils import distributed
-from hisvd.utils.activation_files import AGAIN, ActivationPair, of_use
+from hisvd.utils.activation_files import AGAIN, ActivationPair, is_reusable
 from hisvd.utils.data_utils import default_batch_size
 from hisvd.utils.progress import progress_bar
 from hisvd.utils.streaming import Arguments, StreamedModel
 from hisvd.whitening_svd import cholesky_root
 
-MU = 0.5  # part of the way to the original outputs
-GAMMA = 0.5  # part of the residual stream's error that is made good
+MU = 0.5  # fraction of the way to the original outputs
+GAMMA = 0.5  # fraction of the residual stream's error that is corrected
 RIDGE = 1e-1  # added to E[x' x'ᵀ] before it is inverted, as a fraction of its mean diagonal entry
 
 
@@ -40,7 +40,7 @@ class UpdateMoments(NamedTuple):
     """Means over tokens, float64: own E[x' x'ᵀ] (n, n), lag E[(x − x') x'ᵀ] (n, n), stream E[e x'ᵀ] (hidden, n).
 
     `stream` is measured where a linear that reads x' writes into the residual stream. An expert has `own` alone, from
-    the original model: the compressed one sends it other tokens, which have no counterpart.
+    the original model: the compressed one routes other tokens to it, which have no counterpart.
     """
 
     own: torch.Tensor
@@ -63,7 +63,7 @@ def update_target(
 
 
 class _Reached(Exception):
-    """A forward has come to the linear that was waited for."""
+    """Raised when a forward pass reaches the linear of interest."""
 
 
 def input_and_stream(
@@ -94,13 +94,13 @@ def input_and_stream(
 
 
 class SequentialUpdate:
-    """The calibration tokens on their way through the dense layers and, for every target, the compressed ones.
+    """Runs the calibration tokens through the dense layers and, for every target, the compressed ones.
 
-    Several processes share the tokens; from the sums of their moments all of them make the same factors.
+    Several processes share the tokens; from the sums of their moments they all compute the same factors.
 
     Memory: one decoder layer and its moments for the dense model and for every target, and one batch. Hidden states
     pass through files in the partial folders of the outputs. A killed run resumes at its first missing layer; where
-    the files are gone, the tokens first pass through the layers that are finished.
+    the files are missing, the tokens first pass through the finished layers.
     """
 
     shares_layers = False
@@ -117,13 +117,13 @@ class SequentialUpdate:
         self.streamed = StreamedModel(job.checkpoint, batch_size, job.device, job.cache.dtype, job.activation_budget)
         self.adapter = self.streamed.adapter
         self._use_streams()
-        # A target that is further on has hidden states of another layer in its files.
+        # The files of a target that is further ahead hold hidden states of another layer.
         in_step = all(writer.shards_done() <= first_layer + 1 for writer in job.writers.values())
         if distributed.is_first():
             for path in (path for writer in job.writers.values() for path in writer.work.glob("*.bin")):
-                if not of_use(path, distributed.count()):
+                if not is_reusable(path, distributed.count()):
                     path.unlink()
-        distributed.wait()  # until all have looked
+        distributed.wait()  # until all have checked
         whole = first_layer > 0 and in_step and all(stream[first_layer].is_whole() for stream in self._all_streams())
         if distributed.everywhere(whole):
             self.arguments = self.streamed.embed(self.tokens, None)
@@ -143,7 +143,7 @@ class SequentialUpdate:
     def _begin(self, first_layer: int) -> None:
         """Embed the tokens, and take them through the layers below `first_layer`, which are finished."""
         own = self._all_streams()
-        if first_layer:  # not in the run's own files: after a kill they would be taken for those of that layer
+        if first_layer:  # not into the run's own files: after a kill they would pass for that layer's
             self._use_streams(AGAIN)
         self.arguments = self.streamed.embed(self.tokens, self.dense_stream[0])
         for stream in self.streams.values():
@@ -162,7 +162,7 @@ class SequentialUpdate:
             self._use_streams()
 
     def start(self, index: int, stored: Tensors) -> Tensors:
-        """Load the layer, and the gradients' statistics of it (those of the inputs too where experts need them)."""
+        """Load the layer; returns its gradient statistics (and input statistics where experts need them)."""
         self.stored = stored
         self.dense_layer = self.streamed.layer(index)
         self.layers = {target: self.streamed.layer(index) for target in self.streams}
@@ -182,7 +182,7 @@ class SequentialUpdate:
             moments = measured.pop(target)
             weights = self._updated(layer, members, moments)
             own = moments.own
-            del moments  # lag and stream are as large as the moment that is needed further
+            del moments  # lag and stream are as large as the moment that is still needed
             yield Case([target], weights, dtype, own)
 
     def place(self, target: float, sublayer: Sublayer, entries: Entries) -> None:
@@ -197,7 +197,7 @@ class SequentialUpdate:
         del self.dense_layer, self.layers
 
     def _updated(self, layer: nn.Module, members: list[Sublayer], moments: UpdateMoments) -> dict[str, torch.Tensor]:
-        """The weights that the factors of `members`, which share an input, are to come close to, by path."""
+        """The weights, by path, that the factors of `members`, which share an input, are to approximate."""
         weights: dict[str, torch.Tensor] = {s.path: layer.get_parameter(f"{s.path}.weight") for s in members}
         if moments.lag is None:
             return weights

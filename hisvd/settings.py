@@ -230,7 +230,7 @@ class EvaluationSettings:
         check_at_least("nsamples", self.nsamples, 1)
         if self.offload_folder and self.speed:
             raise HiSVDError(
-                "--speed needs the whole model in memory, so it does not go with --offload_folder; leave one out."
+                "--speed needs the whole model in memory, so it cannot be combined with --offload_folder; drop one."
             )
 
 

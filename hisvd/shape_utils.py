@@ -54,6 +54,6 @@ def next_rank(rank: int, shape: Shape, form: str) -> int:
 
 
 def largest_rank(parameters: float, shape: Shape, form: str) -> int:
-    """The largest rank, at least 1, that stores at most so many parameters (rank 1 where none does)."""
+    """The largest rank, at least 1, that stores at most `parameters` parameters (1 where none does)."""
     ranks = range(1, min(shape) + 1)
     return max(1, bisect_right(ranks, parameters, key=lambda rank: stored_parameters(rank, shape, form)))

@@ -16,18 +16,18 @@ CHUNK = 8  # values; 4 pairs
 COLUMNS = 64  # rows are padded to a multiple of this: one metadata word
 LARGEST = 31  # of the quantized values; the smallest is −32
 SMALLEST_SCALE = 1e-6
-BLOCK_SIZE = 2**20  # weights handled at once: what that takes beside them stays below 64 MiB
-WORD_OF_PAIR = {1: torch.int16, 2: torch.int32, 4: torch.int64}  # as wide as two values of so many bytes
+BLOCK_SIZE = 2**20  # weights processed at once: keeps temporaries below 64 MiB
+WORD_OF_PAIR = {1: torch.int16, 2: torch.int32, 4: torch.int64}  # by bytes per value: as wide as two values
 
 
 def padded(weight: torch.Tensor) -> torch.Tensor:
     """`weight` (rows, cols) with columns of zeros up to a multiple of 64."""
-    missing = (COLUMNS - weight.shape[1] % COLUMNS) % COLUMNS  # torch.compile of torch 2.6 takes -n % 64 as C does
+    missing = (COLUMNS - weight.shape[1] % COLUMNS) % COLUMNS  # torch.compile of torch 2.6 computes -n % 64 as C does
     return torch.nn.functional.pad(weight, (0, missing))
 
 
 def prune(weight: torch.Tensor) -> torch.Tensor:
-    """`weight` (rows, 64 k) with the two pairs of larger squared energy of every chunk; of equals the first stays."""
+    """`weight` (rows, 64 k) with the two pairs of larger squared energy in every chunk; of equals the first is kept."""
     pairs = weight.unflatten(1, (-1, 4, 2))
     energies = pairs.square().sum(-1).unbind(-1)
     kept = [
@@ -40,7 +40,7 @@ def prune(weight: torch.Tensor) -> torch.Tensor:
 def quantize(pruned: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(q int8 (rows, cols) in −32 … 31, scales float32 (rows,)) of a pruned float32 weight; non-zeros stay non-zero.
 
-    The scale stored is the least-squares fit of q · scale to the weight.
+    The stored scale is the least-squares fit of q · scale to the weight.
     """
     scale = pruned.abs().amax(1, keepdim=True).clamp_min(SMALLEST_SCALE) / LARGEST
     q = (pruned / scale).round().clamp(-LARGEST - 1, LARGEST)
@@ -52,8 +52,8 @@ def quantize(pruned: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def make_encodable(q: torch.Tensor) -> torch.Tensor:
     """The nearest code the format can hold: two kept pairs per chunk, two non-zero values each.
 
-    The first two pairs that are not zero are kept, the lowest others added where there are fewer. A zero beside a
-    non-zero value becomes ±1 with its sign, a kept pair of zeros (1, 1).
+    The first two nonzero pairs are kept; where there are fewer, the lowest others are added. A zero beside a nonzero
+    value becomes ±1 with its sign, a kept pair of zeros becomes (1, 1).
     """
     pairs = q.unflatten(1, (-1, 4, 2))
     filled = (pairs != 0).any(-1)
@@ -99,7 +99,7 @@ def unpack(payload: torch.Tensor, metadata: torch.Tensor, dtype: torch.dtype = t
 
 
 def rows_at_once(columns: int) -> int:
-    """Rows of so many columns that are handled at once."""
+    """Rows of `columns` columns that are processed at once."""
     return max(1, BLOCK_SIZE // columns)
 
 
@@ -114,7 +114,7 @@ def check_finite(weight: torch.Tensor) -> None:
 
 
 def pack_weight(weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """packed_weight, metadata and scales of `weight` (rows, cols) by the plain rule: the larger pairs stay.
+    """packed_weight, metadata and scales of `weight` (rows, cols) by the plain rule: the larger pairs are kept.
 
     Raises:
         HiSVDError: the weight is not finite.

@@ -11,7 +11,7 @@ from hisvd.shape_utils import Sublayer
 
 
 class OneShot:
-    """Every matrix as it is in the checkpoint, with the inputs that it has in the original model."""
+    """Factors every matrix as it is in the checkpoint, for the inputs that it has in the original model."""
 
     shares_layers = True
 
@@ -31,7 +31,7 @@ class OneShot:
         yield Case(list(job.plans), weights, weights[members[0].path].dtype, moment)
 
     def place(self, target: float, sublayer: Sublayer, entries: Entries) -> None:
-        """Nothing depends on it."""
+        """Nothing to do: no later case depends on it."""
 
     def advance(self, index: int) -> None:
         """Drop the layer."""

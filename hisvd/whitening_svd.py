@@ -14,14 +14,14 @@ import torch
 
 H_DAMPING = 1e-4  # added to H as a fraction of its mean diagonal entry
 F_DAMPING = 1e-2  # the same for F, which is inverted
-# Added at least, for a moment that is zero: in float64 its root can be inverted and its square is not 0, so that such a
-# moment weighs all directions alike; in float32 it is 0, so that what it weighs counts for nothing beside the others.
+# The least that is added, for a moment that is zero: in float64 its root can be inverted and its square is not 0, so
+# such a moment weights all directions equally; in float32 it is 0, so what it weights does not count beside the others.
 SMALLEST = 1e-100
 VANISHING = 1e-20  # the largest entry of F's root below which factors as large as its inverse could not be stored
 
 
 class Whitening(NamedTuple):
-    """The sides of W that a metric weighs."""
+    """The sides of W that a metric weights."""
 
     inputs: bool  # by H
     outputs: bool  # by F
@@ -101,7 +101,7 @@ def low_rank_factors(
     """(left, right) of shapes (m, r), (r, n) in float64: left @ right = F^{−1/2} U_r U_rᵀ F^{1/2} W.
 
     `left_basis` holds the left singular vectors of `whitened(weight, root, f)` for the same f. An F that is zero, or
-    nearly so, gives factors of no extreme size: only ratios within F matter to the product.
+    nearly so, does not give extreme factors: only ratios within F matter to the product.
     """
     left = left_basis[:, :rank]
     if f is None:

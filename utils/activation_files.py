@@ -12,13 +12,13 @@ from hisvd.utils import distributed
 from hisvd.utils.files import sync_file
 from hisvd.utils.memory import release_freed_memory
 
-AGAIN = "_again"  # in names of files that repeat what finished layers gave
+AGAIN = "_again"  # marks files from a repeated pass over finished layers
 
 
 class ActivationFile:
     """Hidden states (sequences, seqlen, hidden) in a flat file, read and written one batch at a time.
 
-    The file is there for a run that resumes after a kill; with `in_memory` what was written is read from memory.
+    A run can resume from the file after a kill; with `in_memory`, what was written is read from memory instead.
     """
 
     def __init__(self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype, in_memory: bool = False) -> None:
@@ -27,11 +27,11 @@ class ActivationFile:
         self.batches: list[torch.Tensor] = []
 
     def is_whole(self) -> bool:
-        """Whether the file is there with all its bytes."""
+        """Whether the file exists with all its bytes."""
         return self.path.is_file() and self.path.stat().st_size == self.shape[0] * self.bytes_per_sequence
 
     def move_to(self, other: "ActivationFile") -> None:
-        """Give the file to `other`, in the place of what that has."""
+        """Hand the file over to `other`, replacing its own."""
         os.replace(self.path, other.path)
         sync_file(other.path.parent)
         other.batches, self.batches = self.batches, []
@@ -65,13 +65,13 @@ class ActivationFile:
                 yield torch.frombuffer(data, dtype=self.dtype).view(-1, *self.shape[1:]).to(device)
 
 
-def of_use(path: Path, processes: int) -> bool:
-    """Whether a run of so many processes can resume with the file at `path`.
+def is_reusable(path: Path, processes: int) -> bool:
+    """Whether a run of `processes` processes can resume with the file at `path`.
 
-    Files whose names end in AGAIN belong to a pass over finished layers, which starts anew; those of another number of
-    processes hold other sequences, and those of a layer that is long past once a run of this number resumes.
+    Files with AGAIN in their names belong to a pass over finished layers, which starts anew; those of another number of
+    processes hold other sequences, and are outdated by the time a run of their number resumes.
     """
-    return AGAIN not in path.name and distributed.processes_behind(path.name) == processes
+    return AGAIN not in path.name and distributed.processes_of(path.name) == processes
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class ActivationPair:
     """Two files that take turns: pair[k] holds what decoder layer k reads, and layer k writes pair[k + 1].
 
     From the top down (gradients) layer k reads pair[k + 1] and writes pair[k]. With `first`, pair[0] is a file of its
-    own, which is still there after the last layer.
+    own, which outlives the last layer.
     """
 
     even: ActivationFile
@@ -87,14 +87,14 @@ class ActivationPair:
     first: ActivationFile | None = None
 
     def __getitem__(self, index: int) -> ActivationFile:
-        """The file of what layer `index` reads, or the layer below it gives."""
+        """The file that layer `index` reads and the layer below it writes."""
         if index == 0 and self.first:
             return self.first
         return self.odd if index % 2 else self.even
 
     def move_to(self, other: "ActivationPair", index: int) -> None:
-        """Give what layer `index` reads to another pair; the file beside it is deleted."""
+        """Hand what layer `index` reads over to another pair; the other file is deleted."""
         self[index].move_to(other[index])
-        beside = self.odd if self[index] is self.even else self.even
-        beside.path.unlink(missing_ok=True)
-        beside.batches.clear()
+        unread = self.odd if self[index] is self.even else self.even
+        unread.path.unlink(missing_ok=True)
+        unread.batches.clear()

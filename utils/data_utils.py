@@ -15,16 +15,16 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from hisvd.component.families import ADAPTERS
 from hisvd.errors import HiSVDError
 
-if TYPE_CHECKING:  # the settings name the protocols, so that they import this module
+if TYPE_CHECKING:  # the settings take their choices from the protocols, so they import this module
     from hisvd.settings import CalibrationSettings
 
 # The splits that evaluation and calibration read; C4 has no test split.
 EVALUATION_SPLIT = {"wikitext2": "test", "ptb": "test", "c4": "validation", "python-docs": "test"}
 CALIBRATION_SPLIT = dict.fromkeys(EVALUATION_SPLIT, "train")
-MOST_DOCUMENTS = {"c4": {"train": 20_000, "validation": 2_000}}  # read from the start of a split
+MAX_DOCUMENTS = {"c4": {"train": 20_000, "validation": 2_000}}  # read from the start of a split
 PYTHON_DOCS_TRAIN_SHARE = 0.8
 HELD_OUT_WINDOWS = 16
-TOKENS_A_BATCH = 4096  # a compromise between speed and memory
+TOKENS_PER_BATCH = 4096  # a compromise between speed and memory
 
 # How the text of an evaluation is tokenized. Published tables (SVD-LLM's code and those built on it) let the tokenizer
 # add its special tokens once, at the ends of the joined text: for Llama one BOS, which shifts every window by a token.
@@ -44,7 +44,7 @@ def load_documents(dataset: str, splits: dict[str, str], data_dir: str | None = 
     one per line if it is .json or .jsonl.
 
     Raises:
-        HiSVDError: an unknown name, a missing or unreadable file, or the Hub is out of reach.
+        HiSVDError: an unknown name, a missing or unreadable file, or the Hub cannot be reached.
     """
     if dataset not in splits:
         path = Path(dataset)
@@ -56,12 +56,12 @@ def load_documents(dataset: str, splits: dict[str, str], data_dir: str | None = 
     split = splits[dataset]
     if dataset in BUNDLED_READERS:
         return BUNDLED_READERS[dataset](split)
-    most = MOST_DOCUMENTS.get(dataset, {}).get(split)
+    limit = MAX_DOCUMENTS.get(dataset, {}).get(split)
     local = Path(data_dir or default_data_dir()) / f"{dataset}-{split}{LOCAL_SUFFIXES[dataset]}"
     if local.is_file():
-        return _read_file(local, LOCAL_READERS[dataset], most)
+        return _read_file(local, LOCAL_READERS[dataset], limit)
     try:
-        return list(islice(HUB_READERS[dataset](split), most))
+        return list(islice(HUB_READERS[dataset](split), limit))
     except Exception as error:  # datasets, its file systems and the hub client raise dozens of types
         raise HiSVDError(
             f"'{dataset}' was not found as {local} and could not be fetched from the Hugging Face Hub "
@@ -71,7 +71,7 @@ def load_documents(dataset: str, splits: dict[str, str], data_dir: str | None = 
 
 
 def load_text(dataset: str, splits: dict[str, str], data_dir: str | None = None) -> str:
-    """What `load_documents` gives, joined with blank lines."""
+    """What `load_documents` returns, joined with blank lines."""
     return join_documents(load_documents(dataset, splits, data_dir))
 
 
@@ -80,15 +80,15 @@ def join_documents(documents: Iterable[str]) -> str:
     return "\n\n".join(documents)
 
 
-def _read_file(path: Path, reader: Callable[[TextIO], Iterable[str]], most: int | None = None) -> list[str]:
-    """The documents that `reader` finds in a file, at most the first `most` of them.
+def _read_file(path: Path, reader: Callable[[TextIO], Iterable[str]], limit: int | None = None) -> list[str]:
+    """The documents that `reader` finds in a file, at most the first `limit` of them.
 
     Raises:
         HiSVDError: the file is not UTF-8, or a line is not a JSON object with a `text` string.
     """
     try:
         with open(path, encoding="utf-8") as file:
-            return list(islice(reader(file), most))
+            return list(islice(reader(file), limit))
     except UnicodeDecodeError:
         raise HiSVDError(f"{path} is not UTF-8 text; convert it first.") from None
     except (ValueError, KeyError, TypeError):
@@ -121,7 +121,7 @@ def _ptb_lines(file: TextIO) -> Iterator[str]:
 
 
 def _python_docs(split: str) -> list[str]:
-    """The language reference that CPython carries; its first 80 % of topics is the training split."""
+    """The language reference that ships with CPython; the first 80 % of its topics are the training split."""
     from pydoc_data.topics import topics
 
     texts = [topics[name] for name in sorted(topics)]
@@ -164,9 +164,9 @@ def tokenize(text: str, tokenizer: PreTrainedTokenizerBase, protocol: str = "def
 
 
 def leading_bos(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that every window of a family that breaks without it (Gemma) starts with; None: windows are all text.
+    """The token that starts every window if the family breaks without it (Gemma); None: windows are all text.
 
-    Text for such windows is tokenized without special tokens, so that none comes twice.
+    Text for such windows is tokenized without special tokens, so that BOS does not appear twice.
     """
     adapter = ADAPTERS.get(config.get_text_config().model_type)
     if adapter is None or not adapter.needs_bos:
@@ -246,7 +246,7 @@ def evaluation_windows(
     count = len(ids) // length
     if count == 0:
         raise HiSVDError(
-            f"The text of {source} has {len(ids)} tokens, less than one window of {seqlen}; lower --seqlen or use a "
+            f"The text of {source} has {len(ids)} tokens, fewer than one window of {seqlen}; lower --seqlen or use a "
             "longer text."
         )
     count = min(count, nsamples or count)
@@ -254,8 +254,8 @@ def evaluation_windows(
 
 
 def default_batch_size(seqlen: int) -> int:
-    """Sequences per forward pass, so that it sees about TOKENS_A_BATCH tokens."""
-    return max(1, TOKENS_A_BATCH // seqlen)
+    """Sequences per forward pass, so that it sees about TOKENS_PER_BATCH tokens."""
+    return max(1, TOKENS_PER_BATCH // seqlen)
 
 
 def token_fingerprint(tokens: torch.Tensor) -> str:

@@ -1,6 +1,6 @@
-"""Several processes, started by torchrun: whose share of the work is which, and sums over all.
+"""Several processes, started by torchrun: each one's share of the work, and sums over all of them.
 
-Alone, a process has all of it and sends nothing.
+A process on its own has all of the work and sends nothing.
 """
 
 import os
@@ -25,12 +25,12 @@ VARIABLES = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PO
 
 
 def join() -> None:
-    """Join the processes that torchrun describes in the environment; without any, stay alone.
+    """Join the processes that torchrun describes in the environment; without any, run alone.
 
-    Tensors on GPUs go by nccl if every process of this machine has a GPU of its own.
+    Tensors on GPUs are sent by nccl if every process of this machine has a GPU of its own.
 
     Raises:
-        HiSVDError: the environment describes other processes in part only, or they cannot be reached.
+        HiSVDError: the environment describes the other processes incompletely, or they cannot be reached.
     """
     processes = _variable("WORLD_SIZE", "1")
     if processes <= 1 or distributed.is_initialized():
@@ -39,7 +39,7 @@ def join() -> None:
     if missing:
         raise HiSVDError(
             f"WORLD_SIZE is {processes}, but these are not set: {', '.join(missing)}; start several processes with "
-            "torchrun, or unset WORLD_SIZE for one alone."
+            "torchrun, or unset WORLD_SIZE to run only one."
         )
     gpus = torch.cuda.device_count()
     own_gpus = gpus >= _variable("LOCAL_WORLD_SIZE")
@@ -55,16 +55,16 @@ def join() -> None:
             world_size=processes,
             timeout=WORK_TIMEOUT,
         )
-        store.set_timeout(WORK_TIMEOUT)  # nccl meets by it once more, at the first sum on GPUs
+        store.set_timeout(WORK_TIMEOUT)  # nccl connects through it once more, at the first sum on GPUs
     except (RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError
         raise HiSVDError(
-            f"The {processes} processes cannot meet at {address} (MASTER_ADDR and MASTER_PORT): {first_line(error)}; "
-            "give torchrun an address that all machines reach and a free port."
+            f"The {processes} processes cannot connect at {address} (MASTER_ADDR and MASTER_PORT): "
+            f"{first_line(error)}; give torchrun an address that all machines reach and a free port."
         ) from None
 
 
 def local_device(devices: int) -> int:
-    """The number of this process's accelerator among the `devices` that it sees: LOCAL_RANK.
+    """The index of this process's accelerator among the `devices` that it sees: LOCAL_RANK.
 
     Raises:
         HiSVDError: there are fewer.
@@ -72,7 +72,7 @@ def local_device(devices: int) -> int:
     local = _variable("LOCAL_RANK", "0")
     if local >= devices:
         raise HiSVDError(
-            f"LOCAL_RANK is {local}, but the accelerators visible here number {devices}; start one process for each "
+            f"LOCAL_RANK is {local}, but the number of visible accelerators is {devices}; start one process for each "
             "(torchrun --nproc_per_node), make more visible (CUDA_VISIBLE_DEVICES), or use --device cpu."
         )
     return local
@@ -82,12 +82,14 @@ def _variable(name: str, default: str | None = None) -> int:
     """The environment variable `name` as a number."""
     value = os.environ.get(name) or default
     if value is None or not value.isdecimal():
-        raise HiSVDError(f"The environment variable {name} is not a number: {value!r}; torchrun sets it, or unset it.")
+        raise HiSVDError(
+            f"The environment variable {name} is not a number: {value!r}; let torchrun set it, or unset it."
+        )
     return int(value)
 
 
 def leave() -> None:
-    """Part from the other processes once all work is done; without this an interpreter may abort at its end."""
+    """Leave the process group once all work is done; otherwise the interpreter may abort on exit."""
     if distributed.is_initialized():
         # torch 2.6 ends gloo's threads while it holds the GIL, for which one that frees the last sum may still wait.
         time.sleep(0.1)
@@ -95,10 +97,10 @@ def leave() -> None:
 
 
 def fail(code: int) -> NoReturn:
-    """End this process with `code`: one of several at once and without parting.
+    """End this process with `code`; one of several exits at once, without leaving the process group.
 
-    The others wait in a sum that will never come about, and parting (nccl's above all) would wait for them in turn.
-    Once this process has gone, they see a closed connection, or torchrun ends them.
+    The others wait in a sum that will never complete, and leaving (with nccl above all) would wait for them in turn.
+    Once this process is gone, they see a closed connection, or torchrun ends them.
     """
     if distributed.is_initialized():
         try:
@@ -115,7 +117,7 @@ def count() -> int:
 
 
 def index() -> int:
-    """The number of this process, from 0."""
+    """The index of this process, from 0."""
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
@@ -125,7 +127,7 @@ def is_first() -> bool:
 
 
 def share(tensor: torch.Tensor) -> torch.Tensor:
-    """This process's rows of `tensor`: every size-th, so that a share of the first rows is the start of the share."""
+    """This process's rows of `tensor`: every `count()`-th, so the share of the first rows comes first."""
     return tensor[index() :: count()]
 
 
@@ -134,7 +136,7 @@ def own_name(name: str) -> str:
     return f"{name}_{index()}_of_{count()}" if count() > 1 else name
 
 
-def processes_behind(name: str) -> int:
+def processes_of(name: str) -> int:
     """The number of processes of the run that gave a file this name by own_name."""
     found = re.search(r"_\d+_of_(\d+)", name)
     return int(found[1]) if found else 1
@@ -152,9 +154,9 @@ def total(tensor: torch.Tensor) -> torch.Tensor:
             distributed.all_reduce(tensor)
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:  # gloo's and nccl's word for a closed connection
+        except RuntimeError as error:  # what gloo and nccl raise for a closed connection
             raise HiSVDError(
-                f"Process {index()} stops because another has ended, whose own message says why ({first_line(error)})."
+                f"Process {index()} stops because another has ended; its own message says why ({first_line(error)})."
             ) from None
     return tensor
 
@@ -166,7 +168,7 @@ def everywhere(flag: bool) -> bool:
 
 @contextmanager
 def first_alone() -> Iterator[None]:
-    """Inside: process 0 first, the others when it has left."""
+    """A context that process 0 enters first, the others after it has left."""
     if not is_first():
         wait()
     yield
@@ -175,5 +177,5 @@ def first_alone() -> Iterator[None]:
 
 
 def wait() -> None:
-    """Until every process has come here (or to the other side of first_alone)."""
+    """Wait until every process has called this (or reached the other side of first_alone)."""
     total(torch.zeros(1))

@@ -36,7 +36,7 @@ DECODED_TOKENS = 32
 
 
 def window_length(config: PreTrainedConfig, seqlen: int | None, default: int, model: str) -> int:
-    """Tokens per window: `seqlen` or the default, as far as the model (named `model` in messages) has positions.
+    """Tokens per window: `seqlen`, or the default up to the positions of the model (named `model` in messages).
 
     Raises:
         HiSVDError: `seqlen` exceeds them.
@@ -49,7 +49,7 @@ def window_length(config: PreTrainedConfig, seqlen: int | None, default: int, mo
 
 
 @torch.inference_mode()
-def perplexity(model: PreTrainedModel, windows: torch.Tensor, name: str, tokens_a_batch: int = 4096) -> dict:
+def perplexity(model: PreTrainedModel, windows: torch.Tensor, name: str, tokens_per_batch: int = 4096) -> dict:
     """exp of the mean next-token cross-entropy over windows (count, seqlen), in float32.
 
     Every token of a window but its first is scored; several processes share the windows. Returns
@@ -59,7 +59,7 @@ def perplexity(model: PreTrainedModel, windows: torch.Tensor, name: str, tokens_
         HiSVDError: the loss is not a finite number.
     """
     total, mine = 0.0, distributed.share(windows)
-    batches = mine.split(max(1, tokens_a_batch // windows.shape[1])) if len(mine) else ()
+    batches = mine.split(max(1, tokens_per_batch // windows.shape[1])) if len(mine) else ()
     for batch in progress_bar(batches, f"perplexity on {name}", leave=False):
         ids = batch.to(model.device)
         hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
@@ -143,13 +143,13 @@ def _figures(total: float, scored: int, name: str) -> dict:
 
 
 def tokens_at_once(model: PreTrainedModel) -> int:
-    """Tokens whose logits are computed at once, so that they are no more than LOGITS_AT_ONCE."""
+    """Tokens whose logits are computed at once, which make at most LOGITS_AT_ONCE logits."""
     return max(1, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
 
 
 @dataclass
 class _HiddenStateAlone(BaseModelOutputWithPast):
-    """A decoder's output; what some families pass on beside the hidden state, as routers' logits, is None."""
+    """A decoder's output; what some families return besides the hidden state, such as router logits, is None."""
 
     def __getattr__(self, name: str) -> None:
         return None
@@ -158,8 +158,8 @@ class _HiddenStateAlone(BaseModelOutputWithPast):
 def head_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     """Logits (tokens, vocabulary) of final hidden states (tokens, hidden), by the model's own head code.
 
-    The model's forward runs with a decoder that returns `hidden`, so that scaling or soft-capping of a
-    family's logits is applied as it does.
+    The model's forward runs with a decoder that returns `hidden`, so the family's own scaling or soft-capping of
+    logits is applied.
     """
     dummy = torch.zeros(1, hidden.shape[0], dtype=torch.long, device=hidden.device)
     output = _HiddenStateAlone(last_hidden_state=hidden[None])
@@ -208,7 +208,7 @@ def median_seconds(function: Callable[[], object], device: torch.device, repeats
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Start measuring the peak anew (on the CPU where the system allows it: Linux)."""
+    """Start measuring the peak anew (on the CPU only where the system allows it: Linux)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif Path("/proc/self/clear_refs").exists():
@@ -230,7 +230,7 @@ def peak_memory(device: torch.device) -> int:
 def free_memory(device: torch.device) -> int:
     """Bytes that this process can still allocate on an accelerator, or of the host's memory.
 
-    An accelerator that tells nothing (MPS) shares the host's memory.
+    An accelerator that does not report it (MPS) shares the host's memory.
     """
     module = torch.get_device_module(device)
     if not hasattr(module, "mem_get_info"):
@@ -239,8 +239,8 @@ def free_memory(device: torch.device) -> int:
     return module.mem_get_info(device)[0] + cached
 
 
-def linear_numbers(model: PreTrainedModel) -> tuple[int, int]:
-    """(stored, dense) parameters in the decoder layers' linear weights; INT6 stores half of a weight's."""
+def linear_parameters(model: PreTrainedModel) -> tuple[int, int]:
+    """(stored, dense) parameters in the decoder layers' linear weights; INT6 stores half of a weight's parameters."""
     stored = dense = 0
     factors: set[nn.Module] = set()
     for module in decoder_layers(model, adapter_for(model)).modules():

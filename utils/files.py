@@ -1,4 +1,4 @@
-"""Writing files so that what exists is never lost and what is new is never half there."""
+"""Writing files so that existing ones are never lost and new ones are never incomplete."""
 
 import hashlib
 import json
@@ -75,7 +75,7 @@ def sha256_of_tensor(tensor: torch.Tensor) -> str:
 
 
 def make_folder(path: Path) -> Path:
-    """Create a folder (and its parents) that can be written into.
+    """Create a writable folder and its parents.
 
     Raises:
         HiSVDError: it cannot be created or written.
@@ -91,17 +91,17 @@ def make_folder(path: Path) -> Path:
 
 
 def check_disk(folders: Sequence[Path], needed: float, purpose: str) -> None:
-    """Make sure that a run that fills `folders` with `needed` bytes, those that are there counted, finds the room.
+    """Make sure there is room for a run that fills `folders` with `needed` bytes, existing files included.
 
     Raises:
-        HiSVDError: the disk has too little left.
+        HiSVDError: the disk has too little space left.
     """
     missing = needed - sum(path.stat().st_size for f in folders for path in f.glob("*") if path.is_file())
     free = shutil.disk_usage(folders[0]).free
     if missing > free:
         raise HiSVDError(
             f"{purpose} needs {missing / 1e9:.1f} GB on the disk of {folders[0]}, which has {free / 1e9:.1f} GB left; "
-            "free some, or write to another disk."
+            "free some space, or write to another disk."
         )
 
 

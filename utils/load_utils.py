@@ -41,7 +41,7 @@ PT_FILE_PREFIX = "file:"
 # Buffers that checkpoints of older versions of transformers carry and that no model reads any more.
 FORMER_BUFFERS = re.compile(r"\b(rotary_emb\.inv_freq|(attn|attention|self_attn)\.(bias|masked_bias)|position_ids)$")
 FLOATING_POINT = ("F64", "F32", "F16", "BF16")  # dtypes in safetensors headers
-NAMED_TENSORS = 3  # that a message names of each fault
+MAX_NAMED_TENSORS = 3  # that a message lists for each fault
 
 
 def load(
@@ -98,7 +98,7 @@ def load(
 
 
 def check_all_loaded(info: dict[str, Any], source: str) -> None:
-    """Refuse a model that is not what its files say, from what `from_pretrained` tells of loading it.
+    """Refuse a model that is not what its files say, judging by the loading info of `from_pretrained`.
 
     Tied weights, which files leave out, and what a family ignores are not in `info`.
 
@@ -108,16 +108,16 @@ def check_all_loaded(info: dict[str, Any], source: str) -> None:
     misshapen = [f"{name} {tuple(found)} instead of {tuple(due)}" for name, found, due in info["mismatched_keys"]]
     surplus = [name for name in info["unexpected_keys"] if not FORMER_BUFFERS.search(name)]
     faults = {"missing": info["missing_keys"], "of the wrong shape": misshapen, "not part of the model": surplus}
-    told = [f"{fault}: {first_few(names)}" for fault, names in faults.items() if names]
-    if told:
+    described = [f"{fault}: {first_few(names)}" for fault, names in faults.items() if names]
+    if described:
         raise HiSVDError(
-            f"The tensors in {source} are not those that its config.json describes ({'; '.join(told)}): files are "
-            "damaged, or belong to another model; download or make them again."
+            f"The tensors in {source} are not those that its config.json describes ({'; '.join(described)}): the files "
+            "are damaged or belong to another model; download or create them again."
         )
 
 
 def check_layer_count(checkpoint: Checkpoint, model: PreTrainedModel, layers: str) -> None:
-    """Refuse a checkpoint with decoder layers that its config.json does not have: read by name, they would be left out.
+    """Refuse a checkpoint with decoder layers missing from its config.json: they would be skipped silently.
 
     `model` is the model without weights, `layers` the path of the decoder layers in it.
 
@@ -138,12 +138,12 @@ def check_layer_count(checkpoint: Checkpoint, model: PreTrainedModel, layers: st
     if surplus:
         raise HiSVDError(
             f"{checkpoint.folder} holds more decoder layers than the {count} of its config.json "
-            f"({first_few(surplus)}); correct config.json, or download or make the folder again."
+            f"({first_few(surplus)}); correct config.json, or download or create the folder again."
         )
 
 
 def expert_fault(path: str, config: PreTrainedConfig) -> str:
-    """Why experts in the model folder `path` cannot be put together; transformers only says that they cannot.
+    """Why experts in the model folder `path` cannot be fused; transformers only says that they cannot.
 
     Raises:
         HiSVDError: the folder has no safetensors files, or one cannot be read.
@@ -155,9 +155,9 @@ def expert_fault(path: str, config: PreTrainedConfig) -> str:
 
 
 def first_few(names: Collection[str]) -> str:
-    """The first NAMED_TENSORS names in order, and how many there are more."""
-    more = f" and {len(names) - NAMED_TENSORS} more" if len(names) > NAMED_TENSORS else ""
-    return ", ".join(sorted(names)[:NAMED_TENSORS]) + more
+    """The first MAX_NAMED_TENSORS names in order, and how many more there are."""
+    more = f" and {len(names) - MAX_NAMED_TENSORS} more" if len(names) > MAX_NAMED_TENSORS else ""
+    return ", ".join(sorted(names)[:MAX_NAMED_TENSORS]) + more
 
 
 def config_of(path: str | os.PathLike) -> PreTrainedConfig:
@@ -187,7 +187,7 @@ def read_pt(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     except Exception:  # the zip reader, the unpickler and its allow-list each raise types of their own
         content = None
     if not isinstance(content, dict) or content.get("format") != PT_FORMAT:
-        raise HiSVDError(f"{path} is not a model written by compress.py, or is truncated; make it again.")
+        raise HiSVDError(f"{path} is not a model written by compress.py, or is truncated; create it again.")
     side_files = {k.removeprefix(PT_FILE_PREFIX): v for k, v in content.items() if k.startswith(PT_FILE_PREFIX)}
     weights = {k: v for k, v in content.items() if k != "format" and not k.startswith(PT_FILE_PREFIX)}
     return side_files, weights

@@ -1,11 +1,11 @@
-"""Give freed memory back to the system."""
+"""Return freed memory to the system."""
 
 import ctypes
 import sys
 
 
 def release_freed_memory() -> None:
-    """Return to the system what the C library holds of freed memory; where it is not glibc, do nothing.
+    """Return freed memory that glibc still holds to the system; with another C library, do nothing.
 
     glibc keeps freed blocks of up to 32 MB for later use, and over the layers of a model these come to hundreds of MB.
     """

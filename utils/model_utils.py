@@ -33,7 +33,7 @@ from hisvd.utils import distributed
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-HUB_SIDE_FILES = ("*.json", "*.model", "*.txt", "*.jinja")  # what is fetched beside the weights
+HUB_SIDE_FILES = ("*.json", "*.model", "*.txt", "*.jinja")  # what is fetched besides the weights
 # Entries of config.json that say nothing about what the model computes.
 COSMETIC_CONFIG_KEYS = {
     "_name_or_path",
@@ -55,7 +55,7 @@ class Checkpoint:
 
     @cached_property
     def transposed(self) -> frozenset[str]:
-        """Stored names of the weights of linears that lie transposed in the files: GPT-2's Conv1D."""
+        """Stored names of linear weights that are transposed in the files: GPT-2's Conv1D."""
         return frozenset(map(self.stored_name, conv1d_weights(_meta_model(self.config))))
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
@@ -162,12 +162,12 @@ def safetensors_header(path: Path) -> tuple[int, dict]:
 
 
 def local_folder(model_path: str, config_only: bool = False) -> Path:
-    """The local folder for a path or a Hub id (then its files are downloaded into the Hugging Face cache).
+    """The local folder for a path or a Hub id (whose files are downloaded into the Hugging Face cache).
 
-    Of the weights only those of the index are downloaded: some repositories hold them a second time.
+    Of the weights only those in the index are downloaded: some repositories hold a second copy.
 
     Raises:
-        HiSVDError: no such folder, an empty folder, or the Hub is out of reach.
+        HiSVDError: no such folder, an empty folder, or the Hub cannot be reached.
     """
     path = Path(model_path)
     if path.is_dir():
@@ -189,12 +189,12 @@ def local_folder(model_path: str, config_only: bool = False) -> Path:
     except Exception as error:  # the hub client raises dozens of types; all mean "could not be fetched"
         raise HiSVDError(
             f"'{model_path}' is not a local folder and could not be fetched from the Hugging Face Hub "
-            f"({type(error).__name__}); download it where there is a connection and pass the folder."
+            f"({type(error).__name__}); download it on a machine with a connection and pass the folder."
         ) from None
 
 
 def weight_file_names(folder: Path) -> list[str]:
-    """The files that hold the weights of a model folder, whether they are there or not."""
+    """The files that hold the weights of a model folder, whether or not they exist."""
     index = folder / INDEX_NAME
     return sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else [SINGLE_NAME]
 
@@ -214,18 +214,18 @@ def read_config(folder: Path) -> PreTrainedConfig:
 
 
 def stored_dtype(config: PreTrainedConfig) -> torch.dtype:
-    """The dtype of the weights in the files, as config.json has it; bfloat16 if that says nothing."""
+    """The dtype of the weights in the files, as config.json states it; bfloat16 if it does not."""
     return config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
 
 
 def positions_of(config: PreTrainedConfig) -> int | None:
-    """The number of positions that a model is made for; None: config.json names none (BLOOM's)."""
+    """The number of positions that a model is made for; None if config.json has no such entry (BLOOM)."""
     text = config.get_text_config()
     return getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)  # MPT's name
 
 
 def check_calibratable(config: PreTrainedConfig, seqlen: int, model: str) -> None:
-    """Refuse what no calibration of a model with this configuration can do; `model` names it.
+    """Refuse a calibration that is impossible with this configuration; `model` names the model.
 
     Raises:
         HiSVDError: it has no decoder layers, or fewer positions than `seqlen`.
@@ -240,10 +240,10 @@ def check_calibratable(config: PreTrainedConfig, seqlen: int, model: str) -> Non
 
 
 def open_checkpoint(model_path: str, compressed_too: bool = False) -> Checkpoint:
-    """Open a folder or Hub id for lazy reading; with `compressed_too` our own compressed folders as well.
+    """Open a folder or Hub id for lazy reading; with `compressed_too`, HiSVD's compressed folders as well.
 
     Raises:
-        HiSVDError: nothing there, no safetensors, a shard missing, or a model that is quantized already.
+        HiSVDError: nothing is there, no safetensors, a missing shard, or a model that is already quantized.
     """
     folder = local_folder(model_path)
     config = read_config(folder)
@@ -273,8 +273,8 @@ def open_checkpoint(model_path: str, compressed_too: bool = False) -> Checkpoint
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The causal language model with its parameters on the meta device and its buffers computed, in eval mode.
 
-    GPT-2's Conv1D modules are nn.Linear ones in it, and experts have linears of their own. That of a compressed model
-    has its factored modules.
+    In it, GPT-2's Conv1D modules are nn.Linear, and experts have linears of their own. A compressed model has its
+    factored modules.
     """
     model = _meta_model(config)
     separate_experts(model)
@@ -289,7 +289,7 @@ def _meta_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def resolve_device(device: str) -> torch.device:
-    """`auto` is the accelerator if there is one (of several processes, each has its own), else the CPU.
+    """`auto` is the accelerator if there is one (each of several processes has its own), else the CPU.
 
     Raises:
         HiSVDError: the name is not a device of this machine, or there are fewer accelerators than processes.

@@ -1,4 +1,4 @@
-"""Progress bars that a caller of the library can switch off; of several processes the first alone shows them."""
+"""Progress bars that a caller of the library can switch off; of several processes only the first shows them."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ _shown: ContextVar[bool] = ContextVar("hisvd_progress_shown", default=True)
 
 @contextmanager
 def progress_shown(shown: bool) -> Iterator[None]:
-    """Inside: progress bars are shown, or not, those that transformers shows when it loads a model included."""
+    """Within the context, show or hide progress bars, including those of transformers when it loads a model."""
     token, before = _shown.set(shown), transformers_logging.is_progress_bar_enabled()
     if not shown:
         transformers_logging.disable_progress_bar()

@@ -18,7 +18,7 @@ from hisvd.utils.model_utils import INDEX_NAME, Checkpoint, open_safetensors
 REPORT = "hisvd.json"
 PLAN = "plan.json"
 MAX_SHARD_BYTES = 5 * 10**9
-# What a model folder holds beside config and weights.
+# What a model folder holds besides config and weights.
 SIDE_FILES = (
     "generation_config.json",
     "tokenizer*",
@@ -49,17 +49,17 @@ def is_pt(path: Path) -> bool:
 class ModelWriter:
     """Writes one compressed model: shard k for decoder layer k, the last one for everything else.
 
-    A shard past MAX_SHARD_BYTES goes into several files; the one without a number at its end is written last.
-    Shards go to the folder OUT.partial beside the output, working files to `work` inside it. `complete` adds what a
-    model folder holds, hisvd.json last, and `finish` moves the result to its place: a run that is killed at any moment
-    is resumed by the same plan, and nothing else is ever deleted.
+    A shard larger than MAX_SHARD_BYTES is split into several files; the one without a final number is written last.
+    Shards go to the folder OUT.partial beside the output, working files to `work` inside it. `complete` adds the other
+    files of a model folder, hisvd.json last, and `finish` moves the result to its place. A run that is killed at any
+    moment can resume with the same plan, and nothing else is ever deleted.
     """
 
     def __init__(self, output: Path, plan: dict, num_shards: int, transposed: Collection[str] = ()) -> None:
-        """Prepare OUT.partial. Tensors named in `transposed` are stored so (see Checkpoint.transposed).
+        """Prepare OUT.partial. Tensors named in `transposed` are stored transposed (see Checkpoint.transposed).
 
         Raises:
-            HiSVDError: the output, or an unfinished one, is there already by another plan; or it cannot be written.
+            HiSVDError: the output, or an unfinished run, exists with another plan; or it cannot be written.
         """
         self.output, self.num_shards, self.transposed = output, num_shards, transposed
         self.plan = json.loads(json.dumps(plan))
@@ -68,14 +68,14 @@ class ModelWriter:
         self.is_finished = output.exists()
         if self.is_finished:
             if not self._follows_plan(_saved_report(output)):
-                raise HiSVDError(f"{output} exists already; delete it or choose another --save_model.")
+                raise HiSVDError(f"{output} already exists; delete it or choose another --save_model.")
             return
         plan_file = self.work / PLAN
         found = _read_json(plan_file) or _read_json(self.folder / REPORT)
         if found is not None and not self._follows_plan(found):
             raise HiSVDError(
-                f"{self.folder} holds an unfinished run with other settings or of another version; run that command "
-                "again, delete the folder, or choose another --save_model."
+                f"{self.folder} holds an unfinished run with other settings or from another version; run that "
+                "command again, delete the folder, or choose another --save_model."
             )
         if found is None and self.folder.is_dir() and any(_foreign(self.folder)):
             raise HiSVDError(
@@ -92,7 +92,7 @@ class ModelWriter:
 
     @property
     def is_complete(self) -> bool:
-        """Whether all files are written, so that the result is only to be moved to its place."""
+        """Whether all files are written, so that only moving the result to its place is left."""
         return self.is_finished or (self.folder / REPORT).is_file()
 
     def _shard(self, index: int) -> Path:
@@ -111,7 +111,7 @@ class ModelWriter:
         return next(i for i in range(self.num_shards) if i == self.num_shards - 1 or not self.has_shard(i))
 
     def write_shard(self, index: int, tensors: dict[str, torch.Tensor]) -> None:
-        """Write shard `index`, in place of one that is there.
+        """Write shard `index`, replacing an existing one.
 
         Raises:
             HiSVDError: a value is not finite, or the disk is full.
@@ -119,7 +119,7 @@ class ModelWriter:
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise HiSVDError(f"The compressed weight '{name}' holds NaN or infinite values; nothing is saved.")
-        first, *others = split_by_bytes(self._turned(tensors), MAX_SHARD_BYTES)
+        first, *others = split_by_bytes(self._transpose(tensors), MAX_SHARD_BYTES)
         paths = [self._shard(index).with_suffix(f".{number}.safetensors") for number in range(2, len(others) + 2)]
         for path, part in zip(paths, others, strict=True):
             write_tensors(path, part)
@@ -129,7 +129,7 @@ class ModelWriter:
 
     def read_shard(self, index: int) -> dict[str, torch.Tensor]:
         """The tensors of shard `index`."""
-        return self._turned({k: t for path in self._files_of(index) for k, t in load_file(path).items()})
+        return self._transpose({k: t for path in self._files_of(index) for k, t in load_file(path).items()})
 
     def _files_of(self, index: int) -> list[Path]:
         return sorted(self.folder.glob(f"{self._shard(index).stem}*.safetensors"))
@@ -138,7 +138,7 @@ class ModelWriter:
         """The files of all shards, in order."""
         return [path for index in range(self.num_shards) for path in self._files_of(index)]
 
-    def _turned(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _transpose(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: tensor.T.contiguous() if name in self.transposed else tensor for name, tensor in tensors.items()}
 
     def stored_tensors(self) -> dict[str, tuple[str, list[int]]]:
@@ -151,7 +151,7 @@ class ModelWriter:
         return stored
 
     def module_names(self, checkpoint: Checkpoint, codes: set[str]) -> list[str]:
-        """The names inside the model of linears, or factors of them, that are stored under the names `codes`."""
+        """The names inside the model of the linears, or their factors, that the files store as `codes`."""
         linears = [row["name"] for row in self.plan["sublayers"]]
         by_stored = {checkpoint.stored_name(f"{name}.weight").removesuffix(".weight"): name for name in linears}
         names = []
@@ -206,7 +206,7 @@ class ModelWriter:
         return report
 
     def _remove_partial(self) -> None:
-        """Delete what was written to OUT.partial; whatever else lies there stays."""
+        """Delete what was written to OUT.partial; anything else in it stays."""
         if not self.folder.is_dir():
             return
         for pattern in ("model-*.safetensors", INDEX_NAME, "config.json", "README.md", REPORT, *SIDE_FILES):
@@ -252,14 +252,14 @@ def _saved_report(output: Path) -> dict | None:
 
 
 def _foreign(folder: Path) -> Iterator[Path]:
-    """What lies in a partial folder without a plan, and is not what a run leaves that is killed at its very start."""
+    """What a partial folder without a plan holds, except for the remains of a run killed at its very start."""
     for path in folder.iterdir():
         if not (path.name.startswith(".hisvd_probe_") or path.name == "work"):
             yield path
 
 
 def split_by_bytes(tensors: dict[str, torch.Tensor], limit: int) -> list[dict[str, torch.Tensor]]:
-    """`tensors` in order, in parts of at most `limit` bytes; a tensor that is larger has a part of its own."""
+    """`tensors` in order, in parts of at most `limit` bytes; a larger tensor has a part of its own."""
     parts: list[dict[str, torch.Tensor]] = [{}]
     left = limit
     for name, tensor in tensors.items():

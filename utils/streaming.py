@@ -24,12 +24,12 @@ from hisvd.utils.memory import release_freed_memory
 from hisvd.utils.model_utils import Checkpoint, empty_model
 from hisvd.utils.progress import progress_bar
 
-Arguments = tuple[tuple, dict[str, Any]]  # what a decoder layer receives beside the hidden states
+Arguments = tuple[tuple, dict[str, Any]]  # what a decoder layer receives besides the hidden states
 
 
 @contextmanager
 def replaced_forwards(forwards: dict[nn.Module, Callable]) -> Iterator[None]:
-    """Inside: each module's forward is the given one. The class's own forwards come back, whatever happens."""
+    """Within the context, replace each module's forward by the given one; on exit, even after errors, restore them."""
     for module, forward in forwards.items():
         module.forward = forward
     try:
@@ -47,10 +47,10 @@ def decoder_layers(model: PreTrainedModel, adapter: Adapter) -> nn.ModuleList:
 
 
 class StreamedModel:
-    """A causal language model of which one decoder layer at a time is in memory, or what lies outside of them.
+    """A causal language model with one decoder layer at a time in memory, or what lies outside the layers.
 
     Batches have `batch_size` sequences and live on `device` in `dtype`. Its activation files, in the order in which
-    they are asked for, are held in memory, too, as long as they take no more than `activation_budget` bytes.
+    they are requested, are also held in memory while they take at most `activation_budget` bytes in all.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class StreamedModel:
 
     @contextmanager
     def outside_weights(self) -> Iterator[None]:
-        """Inside: what lies outside the decoder layers has its weights: embeddings, final norm, head.
+        """Within the context, load the weights outside the decoder layers: embeddings, final norm, head.
 
         Raises:
             HiSVDError: a weight is missing or not finite.
@@ -128,7 +128,7 @@ class StreamedModel:
         return layer.to(self.device)
 
     def file(self, path: Path, tokens: torch.Tensor, side_by_side: int = 1) -> ActivationFile:
-        """The file at `path` for so many hidden states of every one of `tokens` (sequences, seqlen)."""
+        """The file at `path` for `side_by_side` hidden states per token of `tokens` (sequences, seqlen)."""
         if path not in self._files:
             width = side_by_side * self.checkpoint.config.get_text_config().hidden_size
             size = tokens.numel() * width * self.dtype.itemsize
@@ -151,8 +151,8 @@ class StreamedModel:
     ) -> list[list[Arguments]]:
         """Write the first decoder layer's hidden states for `tokens`; returns the other arguments of every layer.
 
-        Runs the model's own forward with decoder layers that only note what they are called with. Without a `target`
-        (a run that resumes has its hidden states) nothing is written; `head` receives the first sequences too. The
+        Runs the model's own forward with decoder layers that only record their arguments. Without a `target` (a run
+        that resumes has its hidden states) nothing is written; `head` also receives the first sequences. The
         result is [layer][batch]; equal arguments are kept once, so that masks and position embeddings take the memory
         of one batch.
         """
@@ -161,7 +161,7 @@ class StreamedModel:
         known: list[Arguments] = []
         first: list[torch.Tensor] = []
 
-        def noting(index: int) -> Callable:
+        def recorder(index: int) -> Callable:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 hidden, arguments = _split(args, kwargs)
                 if index == 0:
@@ -177,7 +177,7 @@ class StreamedModel:
                 self.skeleton.base_model(input_ids=batch.to(self.device), use_cache=False)
                 yield first.pop()
 
-        forwards = {layer: noting(index) for index, layer in enumerate(layers)}
+        forwards = {layer: recorder(index) for index, layer in enumerate(layers)}
         with self.outside_weights():
             as_returned = self._as_returned
             with replaced_forwards(forwards):
@@ -196,7 +196,7 @@ class StreamedModel:
         arguments: list[Arguments],
         after_batch: Callable[[], None] = lambda: None,
     ) -> Iterator[torch.Tensor]:
-        """Run all batches through `layer`, number `index`; `after_batch` is called after each forward.
+        """Run all batches through `layer`, decoder layer `index`; `after_batch` is called after each forward.
 
         Raises:
             HiSVDError: an output is not finite; the layer is named.
@@ -214,11 +214,11 @@ class StreamedModel:
             yield output
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits (tokens, vocabulary) of what the last decoder layer gave, (tokens, hidden), differentiable.
+        """Logits (tokens, vocabulary) of the last decoder layer's outputs (tokens, hidden), differentiable.
 
-        To be called inside `outside_weights`. The model's own forward runs with decoder layers that are passed over,
-        so that final norm, head and logit scaling are the family's. Every token is a sequence of its own: a single
-        sequence could have more tokens than the model has learned positions.
+        Call it inside `outside_weights`. The model's own forward runs with the decoder layers bypassed, so final norm,
+        head and logit scaling are the family's. Every token is a sequence of its own, because a single sequence could
+        have more tokens than the model has learned positions.
         """
         result = self._as_returned(hidden[:, None])
         dummy = torch.zeros(len(hidden), 1, dtype=torch.long, device=hidden.device)
@@ -227,10 +227,10 @@ class StreamedModel:
 
     @cached_property
     def _as_returned(self) -> Callable[[torch.Tensor], Any]:
-        """Gives hidden states the form in which this family's decoder layers return them: bare, or first in a tuple.
+        """The function that gives hidden states the form in which decoder layers return them: bare, or in a tuple.
 
-        Found by running the first layer on so many tokens that INT6 linears, which have a compiled product for few,
-        compile nothing. To be asked for inside `outside_weights`, before layers are replaced.
+        Found by running the first layer, on enough tokens that INT6 linears do not compile their product for few
+        tokens. Call it inside `outside_weights`, before layers are replaced.
         """
         layers, first, outputs = self._layers(), self.layer(0), []
 
@@ -254,7 +254,7 @@ def _split(args: tuple, kwargs: dict[str, Any]) -> tuple[torch.Tensor, Arguments
 
 
 def _known_equal(arguments: Arguments, known: list[Arguments]) -> Arguments:
-    """An equal one among the last few of `known`, else `arguments` itself, which is then known."""
+    """An equal one among the last few of `known`, else `arguments` itself, which is then added."""
     for candidate in known[-4:]:
         if _equal(arguments, candidate):
             return candidate

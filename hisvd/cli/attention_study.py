@@ -15,7 +15,7 @@ from hisvd.utils.files import atomic_path, check_writable_file
 from hisvd.utils.model_utils import resolve_device
 
 
-def numbers(text: str | None, option: str) -> list[int] | None:
+def whole_numbers(text: str | None, option: str) -> list[int] | None:
     """Comma-separated whole numbers; None for None.
 
     Raises:
@@ -33,7 +33,7 @@ def study_model(model: str, texts: Texts, options: Mapping[str, Any]) -> dict:
     Raises:
         HiSVDError: the model cannot be loaded or studied, or a text or option does not fit it.
     """
-    layers, d_r = (numbers(options[name], f"--{name}") for name in ("layers", "d_r"))
+    layers, d_r = (whole_numbers(options[name], f"--{name}") for name in ("layers", "d_r"))
     settings, resources = settings_from(options, EvaluationSettings), settings_from(options, Resources)
     with exhaustion_explained(model, None):
         tokens = tokens_for(model, texts, settings, STUDY_SEQLEN)
@@ -92,7 +92,7 @@ def verdict(study: dict) -> str:
 
 
 def check_plot(path: Path) -> None:
-    """Refuse a plot that could not be drawn at the end.
+    """Refuse, before the work starts, a plot that could not be drawn at its end.
 
     Raises:
         HiSVDError: matplotlib is missing, or the file is not an image it can write, or cannot be written.
@@ -104,13 +104,13 @@ def check_plot(path: Path) -> None:
     kinds = FigureCanvasBase.get_supported_filetypes()
     if path.suffix.removeprefix(".") not in kinds:
         raise HiSVDError(
-            f"--plot {path} has no ending that matplotlib can write; use one of {', '.join(sorted(kinds))}."
+            f"--plot {path} has no extension that matplotlib can write; use one of {', '.join(sorted(kinds))}."
         )
     check_writable_file(path)
 
 
 def draw_studies(results: list[dict], path: Path) -> None:
-    """A row per model and data set: cumulative variance by rank, a line per head; ΔPPL against d_r."""
+    """One row per model and data set: cumulative variance by rank, one line per head; ΔPPL against d_r."""
     import matplotlib
 
     matplotlib.use("Agg")

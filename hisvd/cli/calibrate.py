@@ -25,7 +25,7 @@ from hisvd.utils.files import check_writable_file, write_json
 
 @click.command()
 @click.option("--model_path", required=True, help="Model folder with safetensors, or a Hub id.")
-@click.option("--model_name", required=True, help="Name of the model in the cache folder's name.")
+@click.option("--model_name", required=True, help="Name of the model, part of the cache folder's name.")
 @click.option("--nsamples", type=click.IntRange(1), default=256, show_default=True, help="Calibration sequences.")
 @click.option("--seqlen", type=click.IntRange(2), default=2048, show_default=True, help="Tokens per sequence.")
 @click.option("--dataset", default="wikitext2", show_default=True, help="wikitext2, c4, ptb, python-docs or a file.")
@@ -52,7 +52,7 @@ from hisvd.utils.files import check_writable_file, write_json
     help="Gradients use the first N calibration sequences.",
 )
 @click.option("--batch_size", type=click.IntRange(1), help="Sequences per forward pass  [default: about 4096 tokens]")
-@click.option("--output_dir", default="calibration_cache", show_default=True, help="Where caches are kept.")
+@click.option("--output_dir", default="calibration_cache", show_default=True, help="Folder that holds the caches.")
 @click.option(
     "--dry_run", is_flag=True, help="Print what this run and compress.py need, from config.json alone, and stop."
 )
@@ -70,27 +70,27 @@ def main(**options: Any) -> None:
     model, json_path = options["model_path"], options["json_path"]
     if options["dry_run"]:
         needs = estimate(model, settings, resources)
-        say(needs_table(needs))
+        say(estimate_table(needs))
         if json_path:
-            write_json(check_writable_file(json_path), needs_figures(needs))
+            write_json(check_writable_file(json_path), estimate_figures(needs))
         return
     name = file_safe(options["model_name"])
     folder = cache_folder(options["output_dir"], name, settings.nsamples, settings.seqlen)
     finished = (folder / MANIFEST).exists() and read_cache(folder).complete
     cache = calibrate(model, folder, settings, resources)
     if finished:
-        say(f"{folder} is complete already: nothing to do.")
+        say(f"{folder} is already complete: nothing to do.")
     tokens = settings.nsamples * settings.seqlen
     say(f"Calibration of {cache.num_layers} layers on {tokens} tokens of {settings.dataset}: {folder}")
 
 
-def needs_table(needs: Estimate) -> str:
-    """Memory, disk and time of every stage, under a line that says of what."""
+def estimate_table(needs: Estimate) -> str:
+    """A table of memory, disk and time per stage, under a line that describes the run."""
     sizes, rates = needs.sizes, (needs.rate / 1e9, needs.rate_of_decompositions / 1e9)
     title = (
-        f"{needs.model_type}, {needs.shapes.parameters:,} parameters in {len(needs.shapes.layers)} layers and around "
-        f"them; {sizes.nsamples} × {sizes.seqlen} tokens, gradients of {sizes.grad_nsamples}; {rates[0]:,.0f} GFLOP/s "
-        f"in {sizes.compute}, {rates[1]:,.0f} in decompositions, as measured now on {needs.device}"
+        f"{needs.model_type}, {needs.shapes.parameters:,} parameters, {len(needs.shapes.layers)} decoder layers; "
+        f"{sizes.nsamples} × {sizes.seqlen} tokens, gradients of {sizes.grad_nsamples} sequences; {rates[0]:,.0f} "
+        f"GFLOP/s in {sizes.compute}, {rates[1]:,.0f} in decompositions, as measured now on {needs.device}"
     )
     rows = [
         [s.name, f"{s.memory / 2**30:.1f}", f"{s.disk / 1e9:.1f}", f"{needs.seconds(s) / 3600:.2f}"]
@@ -99,8 +99,8 @@ def needs_table(needs: Estimate) -> str:
     return f"{title}\n{table(['stage', 'memory GiB', 'disk GB', 'hours'], rows)}"
 
 
-def needs_figures(needs: Estimate) -> dict:
-    """The same for a JSON file."""
+def estimate_figures(needs: Estimate) -> dict:
+    """The same figures for a JSON file."""
     return {
         "numbers": needs.shapes.parameters,
         "nsamples": needs.sizes.nsamples,

@@ -77,7 +77,7 @@ def device_option(function: Callable) -> Callable:
         "--device",
         default="auto",
         show_default=True,
-        help="cpu, cuda, cuda:1, mps …; auto: an accelerator if any.",
+        help="cpu, cuda, cuda:1, mps …; auto: an accelerator if there is one.",
     )(function)
 
 
@@ -99,7 +99,7 @@ def activation_budget_option(function: Callable) -> Callable:
         type=click.FloatRange(0),
         default=0.0,
         show_default=True,
-        help="Hidden states up to this size are read from memory; past it, from the files that hold them in any case.",
+        help="Hidden states up to this size are read from memory, larger ones from the files that always hold them.",
     )(function)
 
 
@@ -109,7 +109,7 @@ def data_dir_option(function: Callable) -> Callable:
         "--data_dir",
         default=default_data_dir,
         show_default="HISVD_DATA_DIR or data",
-        help="Where local copies of the data sets are looked for.",
+        help="Folder in which local copies of the data sets are looked for.",
     )(function)
 
 

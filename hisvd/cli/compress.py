@@ -90,7 +90,7 @@ def parse_targets(text: str) -> list[float]:
     type=click.Choice(list(UPDATES)),
     default="sequential",
     show_default=True,
-    help="sequential: fit every layer to what the compressed layers below it give (runs the calibration text again); "
+    help="sequential: fit every layer to the outputs of the compressed layers below it (runs the text again); "
     "none: decompose each matrix once for all targets, which is quicker.",
 )
 @click.option(

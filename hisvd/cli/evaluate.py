@@ -35,7 +35,7 @@ PERPLEXITY_OPTIONS = ("nsamples", "speed", "offload_folder")
     "model_paths",
     multiple=True,
     required=True,
-    help="Model folder, .pt of compress.py or Hub id; give it several times for one table.",
+    help="Model folder, .pt file of compress.py or Hub id; repeat it to compare models in one table.",
 )
 @click.option("--datasets", default="wikitext2", show_default=True, help="Comma-separated names or text files.")
 @data_dir_option
@@ -51,21 +51,23 @@ PERPLEXITY_OPTIONS = ("nsamples", "speed", "offload_folder")
 @click.option(
     "--offload_folder",
     type=click.Path(path_type=Path),
-    help="Perplexity with one decoder layer in memory at a time; hidden states lie in this folder meanwhile.",
+    help="Perplexity with one decoder layer in memory at a time; hidden states are kept in this folder meanwhile.",
 )
 @click.option("--speed", is_flag=True, help="Also measure prefill and decode tokens/s and peak memory.")
 @click.option(
     "--attention_residual",
     is_flag=True,
-    help="Study instead whether attention is one value vector plus a small correction, on --layers.",
+    help="Instead, study whether attention on --layers is one value vector plus a small correction.",
 )
 @click.option("--layers", help="Study: comma-separated decoder layers, from 0  [default: the last quarter]")
-@click.option("--d_r", help="Study: dimensions of the residual that are kept  [default: 1,2,4,8,16,32]")
-@click.option("--n_blocks", type=click.IntRange(1), default=30, show_default=True, help="Study: windows evaluated on.")
+@click.option("--d_r", help="Study: dimensions of the residual to keep  [default: 1,2,4,8,16,32]")
 @click.option(
-    "--calib_blocks", type=click.IntRange(1), default=4, show_default=True, help="Study: windows before them for bases."
+    "--n_blocks", type=click.IntRange(1), default=30, show_default=True, help="Study: windows to evaluate on."
 )
-@click.option("--plot", type=click.Path(path_type=Path), help="Study: draw spectra and ΔPPL into this image.")
+@click.option(
+    "--calib_blocks", type=click.IntRange(1), default=4, show_default=True, help="Study: earlier windows, for bases."
+)
+@click.option("--plot", type=click.Path(path_type=Path), help="Study: draw spectra and ΔPPL to this image.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the figures to this file.")
 @device_option
 @dtype_option
@@ -81,7 +83,7 @@ def main(context: click.Context, **options: Any) -> None:
         check_plot(plot)
     texts = load_texts(comma_separated(options["datasets"]), settings.data_dir)
     results = []
-    for result in (studied if options["attention_residual"] else evaluated)(texts, options):
+    for result in (study_models if options["attention_residual"] else evaluate_models)(texts, options):
         results.append(result)
         if json_path and distributed.is_first():
             write_json(json_path, results)
@@ -92,27 +94,27 @@ def main(context: click.Context, **options: Any) -> None:
 
 
 def check_combination(context: click.Context, study: bool) -> None:
-    """Refuse options that were given for the study without it, or for the perplexities with it.
+    """Refuse options of the study without it, and options of perplexities with it.
 
     Raises:
         HiSVDError: one was given.
     """
-    rule = "does not go with" if study else "needs"
+    rule = "cannot be combined with" if study else "needs"
     for option in context.command.params:
         given = context.get_parameter_source(option.name) is ParameterSource.COMMANDLINE
         if given and option.name in (PERPLEXITY_OPTIONS if study else STUDY_OPTIONS):
             raise HiSVDError(f"{option.opts[0]} {rule} --attention_residual.")
 
 
-def evaluated(texts: Texts, options: dict[str, Any]) -> Iterator[dict]:
-    """The figures of one model after the other."""
+def evaluate_models(texts: Texts, options: dict[str, Any]) -> Iterator[dict]:
+    """The figures of one model after another."""
     for model in options["model_paths"]:
         settings, resources = settings_from(options, EvaluationSettings), settings_from(options, Resources)
         yield evaluate_texts(model, texts, settings, resources)
 
 
-def studied(texts: Texts, options: dict[str, Any]) -> Iterator[dict]:
-    """The study of one model after the other; its tables are printed as soon as they are there."""
+def study_models(texts: Texts, options: dict[str, Any]) -> Iterator[dict]:
+    """The study of one model after another; its tables are printed as soon as they are ready."""
     for model in options["model_paths"]:
         result = study_model(model, texts, options)
         for name, study in result["attention_residual"].items():
