@@ -1,18 +1,18 @@
 # shellcheck shell=bash
-# What the batch scripts share: where things lie, and how a step is logged. Sourced, not run.
-# A model NAME is calibrated into calibration_cache/, compressed into compressed_models/NAME_80p …, evaluated into
-# results/NAME.json; each step's output goes to logs/STEP_NAME.log. Environment variables change the sizes.
+# What the batch scripts share: paths, and how a step is logged. Sourced, not run.
+# For a model NAME, the cache goes to calibration_cache/, compressed models to compressed_models/NAME_80p …, figures to
+# results/NAME.json, and each step's output to logs/STEP_NAME.log. Environment variables change the sizes.
 set -euo pipefail
 
 if [ -z "${1:-}" ]; then
-  echo "Error: no folder is given; usage: $(sed -n 's/^#   //p' "$0")" >&2
+  echo "Error: no folder given; usage: $(sed -n 's/^#   //p' "$0")" >&2
   exit 2
 fi
 
 PYTHON="${PYTHON:-python}"
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 NSAMPLES="${NSAMPLES:-256}"          # calibration sequences
-GRAD_NSAMPLES="${GRAD_NSAMPLES:-64}" # of which measure gradients
+GRAD_NSAMPLES="${GRAD_NSAMPLES:-64}" # of which this many also give gradients
 SEQLEN="${SEQLEN:-2048}"
 DATASET="${DATASET:-wikitext2}"      # to calibrate on
 DATASETS="${DATASETS:-wikitext2,c4}" # to evaluate on
@@ -28,7 +28,7 @@ output_of() { # arguments: NAME, target
   echo "compressed_models/$1_$(awk -v t="$2" 'BEGIN { print 100 * t }')p"
 }
 
-step() { # arguments: step, NAME, program, options: runs it, output to the screen and to the log
+step() { # arguments: step, NAME, program, options; shows the program's output and logs it
   mkdir -p logs results compressed_models
   echo "$1 $2: logs/$1_$2.log"
   "$PYTHON" "$HERE/$3" "${@:4}" 2>&1 | tee -a "logs/$1_$2.log"
@@ -39,16 +39,16 @@ calibrate_model() { # arguments: NAME, MODEL_DIR, DEVICE; a finished cache is le
     --nsamples "$NSAMPLES" --grad_nsamples "$GRAD_NSAMPLES" --seqlen "$SEQLEN" --dataset "$DATASET"
 }
 
-compress_model() { # arguments: NAME, MODEL_DIR, DEVICE; targets whose output exists are left out
+compress_model() { # arguments: NAME, MODEL_DIR, DEVICE; targets whose output exists are skipped
   local target output="compressed_models/$1" missing=()
   for target in $TARGETS; do
     [ -e "$(output_of "$1" "$target")" ] || missing+=("$target")
   done
   if [ ${#missing[@]} -eq 0 ]; then
-    echo "compress $1: all there"
+    echo "compress $1: all targets exist"
     return
   fi
-  [ ${#missing[@]} -gt 1 ] || output="$(output_of "$1" "${missing[0]}")" # a single target puts no ratio into the name
+  [ ${#missing[@]} -gt 1 ] || output="$(output_of "$1" "${missing[0]}")" # for a single target compress.py adds no ratio to the name
   step compress "$1" compress.py --model_path "$2" --calib_cache "$(cache_of "$1")" --device "$3" \
     --target_compression "$(IFS=,; echo "${missing[*]}")" --update "$UPDATE" \
     --save_model "$output" --json "results/compress_$1.json"
@@ -61,7 +61,7 @@ evaluate_model() { # arguments: NAME, MODEL_DIR, DEVICE; skipped if the results 
     [ "results/$1.json" -nt "$(output_of "$1" "$target")" ] || stale=yes
   done
   if [ -z "$stale" ]; then
-    echo "evaluate $1: results/$1.json is there"
+    echo "evaluate $1: results/$1.json is up to date"
     return
   fi
   step evaluate "$1" evaluate.py "${models[@]}" --datasets "$DATASETS" --seqlen "$SEQLEN" --device "$3" \
@@ -69,7 +69,7 @@ evaluate_model() { # arguments: NAME, MODEL_DIR, DEVICE; skipped if the results 
   mv "results/$1.partial.json" "results/$1.json"
 }
 
-each_model() { # arguments: a function above, MODELS_DIR, DEVICE: for every NAME with a folder of that name
+each_model() { # arguments: a function above, MODELS_DIR, DEVICE; calls it for every NAME with a folder of that name
   local name found=""
   for name in "${NAMES[@]}"; do
     if [ -d "$2/$name" ]; then
@@ -78,7 +78,7 @@ each_model() { # arguments: a function above, MODELS_DIR, DEVICE: for every NAME
     fi
   done
   if [ -z "$found" ]; then
-    echo "Error: $2 holds none of the folders ${NAMES[*]}." >&2
+    echo "Error: $2 has none of the folders ${NAMES[*]}." >&2
     exit 2
   fi
 }

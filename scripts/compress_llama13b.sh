@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Llama 13B: calibrate where that is missing, then keep 80 to 40 % in one run. What is done is skipped.
+# Llama 13B: calibrate if needed, then compress to 80 … 40 % in one run. Finished steps are skipped.
 #   bash scripts/compress_llama13b.sh MODEL_DIR [DEVICE]
 source "$(dirname "${BASH_SOURCE[0]}")/batch.sh"
 calibrate_model llama13b "$1" "${2:-auto}"

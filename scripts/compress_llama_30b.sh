@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Llama 30B: calibrate where that is missing, then keep 80 to 40 % in one run. What is done is skipped.
+# Llama 30B: calibrate if needed, then compress to 80 … 40 % in one run. Finished steps are skipped.
 #   bash scripts/compress_llama_30b.sh MODEL_DIR [DEVICE]
 source "$(dirname "${BASH_SOURCE[0]}")/batch.sh"
 calibrate_model llama_30b "$1" "${2:-auto}"

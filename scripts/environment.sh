@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Sourced by the other scripts: makes .venv beside the checkout's files if it is missing or out of date, and sets
-# PYTHON. HISVD_VENV names another place for it.
+# Sourced by the other scripts: creates .venv in the checkout if it is missing or out of date, and sets PYTHON.
+# HISVD_VENV names another place for it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -8,7 +8,7 @@ VENV="${HISVD_VENV:-.venv}"
 PYTHON="$VENV/bin/python"
 REQUIREMENTS="${REQUIREMENTS:-requirements.txt}"
 
-install_environment() { # arguments: what to install beside $REQUIREMENTS
+install_environment() { # arguments: what to install besides $REQUIREMENTS
   local stamp
   stamp="$VENV/.installed-$(cat "$REQUIREMENTS" pyproject.toml <(echo "$@") | cksum | cut -d' ' -f1)"
   if [ ! -x "$PYTHON" ]; then

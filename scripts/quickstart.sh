@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to a table: environment, SmolLM2-135M, calibration, compression to 0.8 and 0.6, INT6 export, evaluation.
-# Run again, it reuses whatever is there already. Leaves out compress.py's update, which would double the time.
+# A second run reuses whatever exists. Leaves out compress.py's update, which would double the time.
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 bash scripts/fetch_smollm2.sh
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The tests of tiny models with the oldest versions of the libraries that pyproject.toml allows, in an environment of
-# their own (.venv-oldest, 6 GB: old builds of torch bring CUDA's libraries along). Arguments go to pytest:
+# The tests of tiny models with the oldest versions of the libraries that pyproject.toml allows, in a separate
+# environment (.venv-oldest, 6 GB: old builds of torch come with CUDA's libraries). Arguments go to pytest:
 # bash scripts/test_oldest.sh tests/test_experts.py
 export HISVD_VENV="${HISVD_VENV:-.venv}-oldest"
 REQUIREMENTS="$(mktemp)"

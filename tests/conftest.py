@@ -1,4 +1,4 @@
-"""Tiny models with real tokenizers, built once a session; the programs run in this process or as a user would."""
+"""Tiny models with real tokenizers, built once per session; the programs run in this process or as a user would."""
 
 import os
 import subprocess
@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read at import: the Hub is out of reach, so fail at once
+os.environ["HF_HUB_OFFLINE"] = "1"  # read at import: fail at once instead of trying to reach the Hub
 
 import pytest
 import torch
@@ -78,8 +78,8 @@ def saved_tensors(path):
     return {k: v for file in path.glob("*.safetensors") for k, v in load_file(file).items()}
 
 
-def linear_numbers(tensors):
-    """Stored numbers of the decoder's linear weights, from the tensors alone."""
+def linear_parameters(tensors):
+    """Stored parameters of the decoder's linear weights, from the tensors alone."""
     return sum(
         t.numel()
         for name, t in tensors.items()
@@ -111,7 +111,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(config: AutoConfig, folder: Path, tokenizer: PreTrainedTokenizerFast, dtype=torch.float32) -> Path:
-    """A random-weight model folder; biases random too, so that losing one shows."""
+    """A random-weight model folder; biases are random too, so that a lost one shows."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
@@ -125,7 +125,7 @@ def build_model(config: AutoConfig, folder: Path, tokenizer: PreTrainedTokenizer
 
 @pytest.fixture(scope="session")
 def model_folders(tmp_path_factory, tokenizer) -> dict[str, Path]:
-    """One tiny float32 model folder a family."""
+    """One tiny float32 model folder per family."""
     root = tmp_path_factory.mktemp("models")
     return {name: build_model(config, root / name, tokenizer) for name, config in CONFIGS.items()}
 

@@ -1,11 +1,11 @@
-"""A GPU that is not there: CPU tensors that say they are on cuda:0, to check placement on machines without one.
+"""A GPU that does not exist: CPU tensors that claim to be on cuda:0, to check placement on machines without one.
 
-Inside `fake_accelerator()` everything asked for on "cuda" is computed on the CPU, to the same bits, by tensors of the
-class OnAccelerator. An operation on tensors of two devices, which a GPU would refuse, is noted with the line it comes
-from and then computed all the same, so that one run finds all of them. Also noted is what the host waits for: results
-that it asks for (syncs), and copies to the GPU (uploads; PyTorch waits for those from ordinary memory, too).
+Inside `fake_accelerator()` everything requested on "cuda" is computed on the CPU, to the same bits, by tensors of the
+class OnAccelerator. An operation on tensors of two devices, which a GPU would refuse, is recorded with the line it
+comes from and then computed anyway, so that one run finds all of them. It also records what the host waits for:
+results that it reads (syncs), and copies to the GPU (uploads; PyTorch waits for those from pageable memory, too).
 
-Patches torch far and wide, and libraries remember what they found out about devices: use it in a process of its own.
+It patches torch in many places, and libraries cache what they find out about devices: use it in a separate process.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ WAITING = {
     "unique_dim",
 }
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
-# Beside the pointwise operations: those that take a 0-dimensional CPU tensor as if it were a number.
+# Besides the pointwise operations: those that accept a 0-dimensional CPU tensor as if it were a number.
 TAKING_NUMBERS = {"fill", "fill_", "index_fill", "index_fill_", "masked_fill", "masked_fill_", "where"}
 FROM_DATA = {torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor}
 MOVING = {torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.cuda, torch.Tensor.type_as}
@@ -65,9 +65,9 @@ class Record:
 
 
 class OnAccelerator(torch.Tensor):
-    """A tensor that says it is on cuda:0. `content` is the CPU tensor that it stands for.
+    """A tensor that claims to be on cuda:0. `content` is the CPU tensor that it stands for.
 
-    To PyTorch's C++ code, which in a build for CPUs knows no other, it is on the CPU; what would tell is overridden.
+    To C++ code, which knows no other device in a CPU build, it is on the CPU; what would show that is overridden.
     """
 
     content: torch.Tensor
@@ -115,13 +115,13 @@ class OnAccelerator(torch.Tensor):
 
 @contextlib.contextmanager
 def fake_accelerator() -> Iterator[Record]:
-    """Inside: as far as code in this thread can tell there is a GPU, cuda:0. Gives the record of what happens on it."""
+    """Within the context, code in this thread sees a GPU, cuda:0. Yields the record of what happens on it."""
     record = Record()
 
     def synchronize() -> None:
         record.syncs["synchronize", _place()] += 1
 
-    def functions() -> dict[str, Callable]:  # new ones at each call: dynamo, if it is there, takes each for one thing
+    def functions() -> dict[str, Callable]:  # new ones at each call, because dynamo identifies functions
         zeros = (
             "current_device",
             "current_device_index",
@@ -136,7 +136,7 @@ def fake_accelerator() -> Iterator[Record]:
 
     cuda = {"get_device_capability": lambda *_: (9, 0)}
     accelerator = {"current_accelerator": lambda check_available=False: torch.device("cuda")}
-    # transformers would load in other threads, where the modes are not on; nothing compiles for a device that is not.
+    # transformers would load in other threads, where the modes are off; nothing compiles for a device that is missing.
     settings = {"HF_DEACTIVATE_ASYNC_LOAD": "1", "TORCH_COMPILE_DISABLE": "1"}
     swapping = torch.__future__.get_swap_module_params_on_conversion()
     with contextlib.ExitStack() as stack:
@@ -152,7 +152,7 @@ def fake_accelerator() -> Iterator[Record]:
 
 
 class _Placing(TorchFunctionMode):
-    """Makes tensors on the accelerator, and moves them there and back."""
+    """Creates tensors on the accelerator, and moves them there and back."""
 
     def __init__(self, record: Record) -> None:
         super().__init__()
@@ -204,7 +204,7 @@ class _Computing(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # there is nothing to skip, and it takes time
+        return False  # there is nothing to skip, and skipping takes time
 
     def __init__(self, record: Record) -> None:
         super().__init__()
@@ -212,7 +212,7 @@ class _Computing(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs, facts = kwargs or {}, _facts(func)
-        if facts.composite:  # in inference mode these come undivided
+        if facts.composite:  # in inference mode these arrive undecomposed
             with self:
                 return func.decompose(*args, **kwargs)
         given: list[OnAccelerator] = []
@@ -239,11 +239,11 @@ class _Computing(TorchDispatchMode):
         result = func(*contents, **named)
         if not facts.written:
             return _with_tensors(_wrapped, result)
-        whose = {id(t.content): t for t in given}  # operations in place give back what they were given
+        whose = {id(t.content): t for t in given}  # in-place operations return what they were given
         return _with_tensors(lambda r: whose[id(r)] if id(r) in whose else _wrapped(r), result)
 
     def _note(self, facts: "_Facts", args: tuple, kwargs: dict, on_cpu: list[torch.Tensor]) -> None:
-        """Record an operation on the accelerator that waits, uploads, or has arguments on the CPU that it may not."""
+        """Record an operation on the accelerator that waits, uploads, or has arguments that must not be on the CPU."""
         name = facts.name
         if facts.waits and kwargs.get("output_size") is None:
             self.record.syncs[name, _place()] += 1
@@ -302,7 +302,7 @@ def _facts(func: Any) -> _Facts:
 
 
 def _with_tensors(function: Any, value: Any) -> Any:
-    """`value` with `function` of each tensor in it in that tensor's place."""
+    """`value` with each tensor in it replaced by `function` of that tensor."""
     kind = type(value)
     if kind is OnAccelerator or isinstance(value, torch.Tensor):
         return function(value)
@@ -318,7 +318,7 @@ def _content(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _wrapped(content: torch.Tensor) -> torch.Tensor:
-    """A tensor on the accelerator for what an operation on such has given; on the meta device it stays there."""
+    """A result of an operation, as a tensor on the accelerator; on the meta device it stays there."""
     if content.is_meta:
         return content
     if torch.is_inference_mode_enabled() and not content.is_inference():  # a view of an ordinary tensor
@@ -336,7 +336,7 @@ def _on_accelerator(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _place() -> str:
-    """The innermost line of the repository, and what it called outside of PyTorch, if anything."""
+    """The innermost line in the repository, and what it called outside PyTorch, if anything."""
     frame, outside = sys._getframe(1), ""
     while frame:
         path = Path(frame.f_code.co_filename)

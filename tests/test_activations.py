@@ -1,4 +1,4 @@
-"""Hidden states between layers: in files always, in memory up to a budget, the results the same."""
+"""Hidden states between layers: always in files, in memory up to a budget, with the same results."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def test_what_is_written_is_read_again(tmp_path, in_memory):
     hidden = torch.randn(7, 3, 5)
     file = ActivationFile(tmp_path / "a.bin", (7, 3, 5), torch.float32, in_memory)
     head = ActivationFile(tmp_path / "b.bin", (5, 3, 5), torch.float32, in_memory)
-    for scale in (1, 2):  # what was written before is gone
+    for scale in (1, 2):  # the second write replaces the first
         file.write(batches_of(scale * hidden, 2), head)
         assert file.is_whole() and head.is_whole()
         if in_memory:
@@ -26,7 +26,7 @@ def test_what_is_written_is_read_again(tmp_path, in_memory):
         for stored, expected in ((file, scale * hidden), (head, scale * hidden[:5])):
             read = list(stored.read(2, torch.device("cpu")))
             assert torch.equal(torch.cat(read), expected)
-            read[0].zero_()  # a reader may write into what it got
+            read[0].zero_()  # a reader may overwrite its batch
             assert torch.equal(torch.cat(list(stored.read(2, torch.device("cpu")))), expected)
 
 

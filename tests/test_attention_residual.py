@@ -78,7 +78,7 @@ def test_low_rank_lies_between_top_1_and_full(models, family):
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_top_1_and_moments_from_the_models_own_probabilities(models, family):
-    """The definition, from the eager attentions that transformers hands out and the values that v_proj gives."""
+    """The definition, from the eager attentions that transformers returns and the values that v_proj computes."""
     model = models[family]
     attention, seen = model.model.layers[3].self_attn, {}
     handles = [

@@ -1,4 +1,4 @@
-"""Bad input, each fed to the programs: one sentence, exit code 2, nothing overwritten."""
+"""Bad input to the programs: one sentence, exit code 2, nothing overwritten."""
 
 import json
 import pickle
@@ -135,7 +135,7 @@ def test_target_out_of_range(model, cache, tmp_path, target):
     expect_sentence(compress(model, cache, tmp_path, target=target), target.split(",")[-1])
 
 
-def test_unknown_data_set_or_too_short_a_text(model, tmp_path):
+def test_unknown_data_set_or_text_that_is_too_short(model, tmp_path):
     expect_sentence(calibrate(model, tmp_path, "--dataset", "wikitext3"), "wikitext3", "wikitext2")
     (tmp_path / "short.txt").write_text("short")
     expect_sentence(calibrate(model, tmp_path, "--dataset", tmp_path / "short.txt"), "short.txt", "32 are needed")
@@ -205,7 +205,7 @@ def test_cache_of_other_settings_is_not_overwritten(model, tmp_path):
 
 
 @pytest.mark.parametrize("options", [[], ["--dry_run"]])
-def test_what_a_model_has_too_few_of(model, tmp_path, options):
+def test_too_few_positions_or_layers(model, tmp_path, options):
     expect_sentence(calibrate(model, tmp_path, "--seqlen", 129, *options), "--seqlen 129", "128 positions", str(model))
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 0}))
@@ -213,7 +213,7 @@ def test_what_a_model_has_too_few_of(model, tmp_path, options):
     assert not (tmp_path / "caches").exists()
 
 
-def test_compressed_model_is_no_source(chain, cache, tmp_path):
+def test_compressed_model_cannot_be_compressed_again(chain, cache, tmp_path):
     compressed = chain("llama", "0.8", "compressed")
     expect_sentence(calibrate(compressed, tmp_path), "compressed", "original")
 

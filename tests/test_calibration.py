@@ -15,7 +15,7 @@ import hisvd
 from hisvd.calibration_cache import SPECTRA, read_cache
 from hisvd.component.adapter import Adapter
 from hisvd.errors import HiSVDError
-from hisvd.gradient_pass import drawn_labels
+from hisvd.gradient_pass import sample_labels
 from hisvd.input_moments import InputMoments
 from hisvd.utils.data_utils import CALIBRATION_SPLIT, calibration_windows, load_text, split_held_out, tokenize
 
@@ -71,7 +71,7 @@ def gradient_moments_of(model, tokens):
             module.register_forward_hook(lambda _, __, y, name=name: outputs.__setitem__(name, y))
     logits = model(tokens).logits[:, :-1].flatten(0, 1)
     uniform = torch.rand(6, 31, generator=torch.Generator().manual_seed(0)).flatten()
-    labels = (tokens[:, 1:].flatten(), drawn_labels(logits.detach(), uniform))
+    labels = (tokens[:, 1:].flatten(), sample_labels(logits.detach(), uniform))
     moments = {}
     for targets in labels:
         loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
@@ -102,11 +102,11 @@ def test_streamed_gradient_moments_equal_autograds(model_folders, caches, family
 def test_labels_are_drawn_as_often_as_the_model_predicts_them():
     logits = torch.tensor([2.0, 0.0, -torch.inf, 1.0]).repeat(20_000, 1)
     uniform = torch.rand(20_000, generator=torch.Generator().manual_seed(1))
-    shares = torch.bincount(drawn_labels(logits, uniform), minlength=4) / 20_000
+    shares = torch.bincount(sample_labels(logits, uniform), minlength=4) / 20_000
     torch.testing.assert_close(shares, logits[0].softmax(-1), rtol=0, atol=0.01)
     assert shares[2] == 0
     ends = torch.tensor([0.0, 1 - 2**-24])
-    assert drawn_labels(logits[:2], ends).tolist() == [0, 3]
+    assert sample_labels(logits[:2], ends).tolist() == [0, 3]
 
 
 def test_without_gradients_the_cache_holds_only_the_forward_pass(model_folders, caches, tmp_path):
@@ -164,7 +164,7 @@ def test_an_adapter_that_groups_by_name_what_receives_other_tensors_is_refused(i
     layer = ThreeReaders()
     moments = InputMoments(layer, "layer 0", Adapter("family", "layers", inputs))
     layer(torch.randn(2, 7, 5))
-    with pytest.raises(HiSVDError, match=r"layer 0 .*\['q', 'k'\].* 'family' adapter does not say"):
+    with pytest.raises(HiSVDError, match=r"layer 0 .*\['q', 'k'\].* unlike in the 'family' adapter"):
         moments.add_batch()
 
 
@@ -198,7 +198,7 @@ def test_killed_run_resumes_to_the_same_bits_and_redoes_no_layer(whole_run, tmp_
     assert all((folder / file).stat().st_mtime_ns == stamp for file, stamp in kept.items())
     names = sorted(f.name for f in whole.iterdir())
     assert names == sorted(f.name for f in folder.iterdir() if not f.name.endswith(".tmp"))
-    assert len(names) == 18  # a manifest, tokens, 8 layers, 8 gradients: hidden states are gone
+    assert len(names) == 18  # a manifest, tokens, 8 layers, 8 gradients: hidden states are deleted
     for name in names:
         assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
 

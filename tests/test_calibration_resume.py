@@ -1,4 +1,4 @@
-"""A calibration that was interrupted: what is finished stays, what is gone is made again, nothing else is deleted."""
+"""A calibration that was interrupted: finished work stays, lost work is redone, nothing else is deleted."""
 
 import re
 import shutil
@@ -16,7 +16,7 @@ CACHE = "tiny_n6_s32_with_hessian"
 
 @pytest.fixture
 def interrupted(model_folders, tmp_path, monkeypatch):
-    """A run that ends after so many layers of the forward and the gradient pass; its arguments and its folder."""
+    """A run that stops after so many layers of the forward and the gradient pass; its arguments and its folder."""
 
     def call(layers, gradients=0):
         arguments = calibrate_arguments(model_folders["llama"], tmp_path)
@@ -41,7 +41,7 @@ def interrupted(model_folders, tmp_path, monkeypatch):
 
 
 def finished_files(folder):
-    """Name → time of the last change, of the layers that the manifest lists."""
+    """Name → modification time, for the layers that the manifest lists."""
     cache = read_cache(folder)
     return {e["file"]: (folder / e["file"]).stat().st_mtime_ns for e in cache.layers + cache.gradients}
 
@@ -86,7 +86,7 @@ def test_a_kill_while_hidden_states_are_made_again_loses_nothing(interrupted, ca
     def stopping(file, batches, head=None):
         if "_again" in file.path.name:
             calls.append(file)
-            if len(calls) == layers + (gradients and gradients + 1):  # the last but one
+            if len(calls) == layers + (gradients and gradients + 1):  # the last but one layer
                 raise HiSVDError("interrupted")
         write(file, batches, head)
 

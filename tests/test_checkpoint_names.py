@@ -33,7 +33,7 @@ CONFIGS = {
     ),
     "mixtral": MixtralConfig(**TINY, **HEADS, num_local_experts=4, num_experts_per_tok=2),
 }
-# (what the model's names hold, what published names hold in its place)
+# (part of the model's names, what published names have instead)
 PUBLISHED = {
     "gpt_neox": [(r"^lm_head\.", "embed_out.")],
     "gemma3": [

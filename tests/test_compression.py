@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import IDS, calibrate_arguments, expect_sentence, linear_numbers, run, saved_tensors
+from conftest import IDS, calibrate_arguments, expect_sentence, linear_parameters, run, saved_tensors
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
@@ -15,10 +15,10 @@ import hisvd
 def test_budget_holds_in_the_saved_file(chain, model_folders, form):
     targets = "0.9,0.8,0.7,0.6,0.5,0.4,0.3"
     output = chain("llama", targets, "out", "--factors", form)
-    dense = linear_numbers(saved_tensors(model_folders["llama"]))
+    dense = linear_parameters(saved_tensors(model_folders["llama"]))
     for target in targets.split(","):
         folder = output.with_name(f"out_{100 * float(target):g}p")
-        kept = linear_numbers(saved_tensors(folder)) / dense
+        kept = linear_parameters(saved_tensors(folder)) / dense
         assert float(target) - 0.001 <= kept <= float(target), (target, kept)
         report = json.loads((folder / "hisvd.json").read_text())
         assert report["linear_kept"] == kept and report["target_compression"] == float(target)
@@ -80,7 +80,7 @@ def test_pivoted_equals_svd_of_the_same_ranks(model_folders, caches, tmp_path):
             weights[name] = saved_tensors(job.writers[0.5].folder)
     for name, dense in weights["svd"].items():
         torch.testing.assert_close(dense, weights["pivoted"][name], rtol=1e-4, atol=1e-6)
-    stored = {form: linear_numbers(weights[f"{form}_factored"]) for form in ("pivoted", "svd")}
+    stored = {form: linear_parameters(weights[f"{form}_factored"]) for form in ("pivoted", "svd")}
     assert stored["svd"] - stored["pivoted"] == sum(r * r for r in ranks.values())
 
 
@@ -107,7 +107,7 @@ def test_two_sided_needs_gradients(model_folders, tmp_path):
 @pytest.mark.parametrize("whitening", ["two_sided", "input", "none"])
 def test_every_allocation_with_every_whitening_meets_the_budget(chain, model_folders, allocation, whitening):
     output = chain("llama", "0.6", "out", "--allocation", allocation, "--whitening", whitening)
-    kept = linear_numbers(saved_tensors(output)) / linear_numbers(saved_tensors(model_folders["llama"]))
+    kept = linear_parameters(saved_tensors(output)) / linear_parameters(saved_tensors(model_folders["llama"]))
     assert 0.599 <= kept <= 0.6
 
 
@@ -169,7 +169,7 @@ def test_interrupted_run_keeps_its_shards(chain, model_folders, caches, tmp_path
     real_basis = factoring.left_singular_vectors
     monkeypatch.setattr(factoring, "left_singular_vectors", lambda a: decomposed.append(1) or real_basis(a))
     assert run("compress", *arguments).code == 0
-    assert len(decomposed) <= 2 * 7  # two of four layers were left
+    assert len(decomposed) <= 2 * 7  # two of four layers remained
     resumed = saved_tensors(tmp_path / "out")
     assert expected.keys() == resumed.keys() and all(torch.equal(expected[k], resumed[k]) for k in expected)
     assert not (tmp_path / "out.partial").exists()
@@ -231,7 +231,7 @@ def test_existing_output_is_never_overwritten(chain, model_folders, caches, tmp_
     output = chain("llama", "0.8", "out.pt")
     before = output.read_bytes()
     where = ["--model_path", model_folders["llama"], "--calib_cache", caches["llama"], "--target_compression", "0.5"]
-    expect_sentence(run("compress", *where, "--save_model", output), str(output), "exists already")
+    expect_sentence(run("compress", *where, "--save_model", output), str(output), "already exists")
     assert output.read_bytes() == before
 
 

@@ -1,4 +1,4 @@
-"""Several processes on the CPU give what one gives."""
+"""Several processes on the CPU give the results of one."""
 
 import json
 import os
@@ -18,8 +18,8 @@ from hisvd.calibration_cache import read_cache
 from hisvd.utils import distributed
 from hisvd.utils.model_utils import resolve_device
 
-# calibrate.py in a process of its own: its process 1 does FAULT in place of its third sum, while the others wait for
-# it there, and parting hangs, as it does with nccl while others wait.
+# calibrate.py in its own processes: process 1 runs FAULT instead of its third sum, while the others wait for it there,
+# and leaving the group hangs, as it does with nccl while others wait.
 FAULTY = """
 import os, signal, sys, time
 import click
@@ -52,7 +52,7 @@ def free_port():
 
 
 def start_processes(count, *command):
-    """A Python command in `count` processes that know of each other, as torchrun starts them, but without torchrun."""
+    """A Python command in `count` processes that know each other as if torchrun had started them."""
     shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     environments = [
@@ -61,8 +61,8 @@ def start_processes(count, *command):
     return [subprocess.Popen([sys.executable, *map(str, command)], env=e, **pipes) for e in environments]
 
 
-def ends_of(processes, within):
-    """(exit code, standard output, standard error) of each; all end by themselves `within` these many seconds."""
+def outcomes(processes, within):
+    """(exit code, standard output, standard error) of each; all must end by themselves `within` so many seconds."""
     end = time.monotonic() + within
     try:
         return [(p.wait(max(0.01, end - time.monotonic())), p.stdout.read(), p.stderr.read()) for p in processes]
@@ -78,7 +78,7 @@ def launched(processes, program, *arguments):
 
 
 def torchrun(*arguments):
-    """Run it to its end; the finished process."""
+    """Run the command to its end; returns the finished process."""
     return subprocess.run(launched(*arguments), capture_output=True, text=True, timeout=300)
 
 
@@ -117,11 +117,13 @@ def test_perplexity_is_that_of_one_process(model_folders, tmp_path):
     assert finished.stdout.count("python-docs") == 1
 
 
-def test_one_failing_process_stops_all_and_a_rerun_goes_on(model_folders, tmp_path):
+def test_one_failing_process_stops_all_and_a_rerun_resumes(model_folders, tmp_path):
     arguments = calibrate_arguments(model_folders["llama"], tmp_path)
     too_many = torchrun(4, "calibrate", *arguments, "--grad_nsamples", 3)
     assert too_many.returncode != 0 and "start fewer processes" in too_many.stderr
-    assert "Error: --nsamples" in too_many.stderr  # of those that torchrun did not end before; what follows is its own
+    assert (
+        "Error: --nsamples" in too_many.stderr
+    )  # from a process that torchrun did not end first; the rest is torchrun's
     assert torchrun(2, "calibrate", *arguments).returncode == 0
 
 
@@ -138,11 +140,11 @@ def test_one_failing_process_stops_all_and_a_rerun_goes_on(model_folders, tmp_pa
 def test_a_failing_process_leaves_at_once_and_the_others_follow(model_folders, tmp_path, fault, code, message):
     (tmp_path / "faulty.py").write_text(FAULTY.replace("FAULT", fault))
     command = [tmp_path / "faulty.py", *calibrate_arguments(model_folders["llama"], tmp_path)]
-    waiting, failing = ends_of(start_processes(2, *command), within=60)  # most of it imports
+    waiting, failing = outcomes(start_processes(2, *command), within=60)  # mostly spent on imports
     assert failing[0] == code and message in failing[2], failing
     assert ("Traceback" in failing[2]) == (code == 1)
     assert failing[1] == "about to fail" or code == -signal.SIGTERM
-    assert waiting[0] == 2 and "Process 0 stops because another has ended" in waiting[2]
+    assert waiting[0] == 2 and "Process 0 stops because another has ended; its own message says why" in waiting[2]
     assert "Traceback" not in waiting[2] and waiting[2].count("Error: ") == 1
 
 
@@ -167,7 +169,7 @@ def test_ctrl_c_for_all_processes_ends_them_with_130(model_folders, tmp_path):
         time.sleep(0.002)
     for process in running:
         process.send_signal(signal.SIGINT)
-    for code, _, error in ends_of(running, within=20):
+    for code, _, error in outcomes(running, within=20):
         assert code == 130 and "Interrupted" in error and "Traceback" not in error, error
 
 
@@ -184,7 +186,7 @@ def described(monkeypatch):
     return change
 
 
-def test_half_an_environment_is_refused(described):
+def test_an_incomplete_environment_is_refused(described):
     described(RANK=None, MASTER_ADDR=None)
     with pytest.raises(hisvd.HiSVDError, match="WORLD_SIZE is 2, but these are not set: RANK, MASTER_ADDR; start"):
         distributed.join()
@@ -200,11 +202,11 @@ def test_a_taken_port_and_a_missing_process_are_refused(described, monkeypatch):
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
         described(RANK=0, LOCAL_RANK=0, MASTER_PORT=port)
-        with pytest.raises(hisvd.HiSVDError, match=rf"cannot meet at localhost:{port} .*a free port\.$"):
+        with pytest.raises(hisvd.HiSVDError, match=rf"cannot connect at localhost:{port} .*a free port\.$"):
             distributed.join()
     monkeypatch.setattr(distributed, "MEETING_TIMEOUT", timedelta(seconds=1))
     described(MASTER_PORT=free_port())
-    with pytest.raises(hisvd.HiSVDError, match="The 2 processes cannot meet at localhost"):
+    with pytest.raises(hisvd.HiSVDError, match="The 2 processes cannot connect at localhost"):
         distributed.join()
 
 
@@ -236,7 +238,7 @@ def test_fewer_accelerators_than_processes_are_refused(described, monkeypatch):
     assert resolve_device("auto") == torch.device("cuda")  # alone
     monkeypatch.setattr(distributed, "count", lambda: 2)
     with pytest.raises(
-        hisvd.HiSVDError, match=r"LOCAL_RANK is 1, but the accelerators visible here number 1; .*--device cpu"
+        hisvd.HiSVDError, match=r"LOCAL_RANK is 1, but the number of visible accelerators is 1; .*--device cpu"
     ):
         resolve_device("auto")
     assert resolve_device("cpu") == torch.device("cpu")
@@ -244,11 +246,11 @@ def test_fewer_accelerators_than_processes_are_refused(described, monkeypatch):
     assert resolve_device("auto") == torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     described(LOCAL_RANK=2)
-    with pytest.raises(hisvd.HiSVDError, match="LOCAL_RANK is 2, but the accelerators visible here number 2"):
+    with pytest.raises(hisvd.HiSVDError, match="LOCAL_RANK is 2, but the number of visible accelerators is 2"):
         distributed.join()
 
 
-def test_a_killed_process_stops_all_and_a_rerun_goes_on(cache, model_folders, tmp_path):
+def test_a_killed_process_stops_all_and_a_rerun_resumes(cache, model_folders, tmp_path):
     arguments = calibrate_arguments(model_folders["llama"], tmp_path, "llama")
     folder = tmp_path / "llama_n6_s32_with_hessian"
     running = subprocess.Popen(launched(2, "calibrate", *arguments), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)

@@ -17,7 +17,7 @@ def test_the_examples_of_extending_run(model_folders, tokenizer, tmp_path, monke
     entries = [(ADAPTERS, "stablelm"), (FORMS, "scaled"), (MODULE_OF_FORM, "scaled"), (ALLOCATIONS, "deeper")]
     for registry, name in entries:
         assert name not in registry
-        monkeypatch.setitem(registry, name, None)  # so that the entry is taken out again, whatever happens
+        monkeypatch.setitem(registry, name, None)  # so that the entry is removed again, even after a failure
         del registry[name]
     stablelm = build_model(StableLmConfig(**SHARED, **HEADS), tmp_path / "stablelm", tokenizer)
     work = tmp_path / "work"

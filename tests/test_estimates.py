@@ -1,4 +1,4 @@
-"""The dry run and the check of the disk say what a run really takes; large results go into several shards."""
+"""The dry run and the disk check agree with what a run takes; large results are split into several shards."""
 
 import json
 import shutil
@@ -34,18 +34,18 @@ def test_disk_of_a_calibration_is_what_its_files_take(model_folders, caches, tmp
     written = {}
     write = ActivationFile.write
 
-    def noting(self, batches, head=None):
+    def recording(self, batches, head=None):
         write(self, batches, head)
         for file in (self, head) if head else (self,):
             written[file.path] = file.path.stat().st_size
 
-    monkeypatch.setattr(ActivationFile, "write", noting)
+    monkeypatch.setattr(ActivationFile, "write", recording)
     assert run("calibrate", *calibrate_arguments(model_folders["llama"], tmp_path)).code == 0
     checkpoint = open_checkpoint(str(model_folders["llama"]))
     shapes = shapes_of(empty_model(checkpoint.config))
     sizes = RunSizes(nsamples=6, grad_nsamples=6, seqlen=32, compute=torch.float32, stored=torch.float32)
     assert sum(written.values()) == activation_bytes(shapes, sizes)
-    eigenvalues = sum(n + sum(ms) for layer in shapes.layers for n, ms in layer.inputs)  # not worth counting
+    eigenvalues = sum(n + sum(ms) for layer in shapes.layers for n, ms in layer.inputs)  # too small to count
     stored = [file for file in caches["llama"].glob("*.safetensors") if file.name != "tokens.safetensors"]
     numbers = sum(t.numel() for file in stored for t in load_file(file).values())
     assert 4 * (numbers - eigenvalues) == cache_bytes(shapes, gradients=True)
@@ -56,7 +56,7 @@ def test_disk_of_a_calibration_is_what_its_files_take(model_folders, caches, tmp
     assert sum(written.values()) == stream_bytes(64, 6 * 32, torch.float32, 2)
 
 
-def test_a_full_disk_is_told_before_the_start(model_folders, caches, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_before_the_start(model_folders, caches, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(TB, TB, 1000))
     result = run("calibrate", *calibrate_arguments(model_folders["llama"], tmp_path))
@@ -96,9 +96,9 @@ def test_estimates_grow_with_what_they_depend_on():
 
     one, deeper, longer = peak(), peak(layers=20), peak(nsamples=16)
     for base, deep, long in zip(one, deeper, longer, strict=True):
-        assert base.memory == deep.memory == long.memory  # of one layer
+        assert base.memory == deep.memory == long.memory  # that of one layer
         assert base.disk < deep.disk and base.disk < long.disk
-        assert base.flops < long.flops or "gradients" in base.name  # whose number of sequences stayed
+        assert base.flops < long.flops or "gradients" in base.name  # whose number of sequences is unchanged
         assert deep.flops_of_decompositions == pytest.approx(10 * base.flops_of_decompositions)
     wider, more = peak(intermediate_size=16000), peak(targets=3)
     assert all(a.memory < b.memory for a, b in zip(one, wider, strict=True)) and one[2].memory < more[2].memory

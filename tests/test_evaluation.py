@@ -40,7 +40,7 @@ def test_perplexity_equals_the_models_own_loss_in_any_chunking(model_folders, mo
         expected = model(windows, labels=windows).loss.item()
     for at_once in (2**26, 300 * 7):
         monkeypatch.setattr(eval_utils, "LOGITS_AT_ONCE", at_once)
-        figures = eval_utils.perplexity(model, windows, "test", tokens_a_batch=32)
+        figures = eval_utils.perplexity(model, windows, "test", tokens_per_batch=32)
         assert figures["nll"] == pytest.approx(expected, rel=1e-5)
         assert figures["perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)
         assert figures["tokens_scored"] == 5 * 15
@@ -73,7 +73,7 @@ def test_original_folder_and_pt_in_one_table_with_json(chain, model_folders, tmp
         assert f"{figures['perplexity']['python-docs']['perplexity']:.2f}" in result.output
 
 
-def test_int6_layer_by_layer_and_what_does_not_go_with_it(chain, tmp_path, monkeypatch):
+def test_int6_layer_by_layer_and_what_cannot_be_combined_with_it(chain, tmp_path, monkeypatch):
     folder = chain("llama", "0.8", "out", "--export", "int6", "--quality_gate_delta", "none")
     options = ["--model_path", folder, "--datasets", "python-docs", "--seqlen", 32, "--nsamples", 3]
     offload = ["--offload_folder", tmp_path / "offload"]
@@ -160,7 +160,7 @@ def test_free_memory_is_the_accelerators(chain, accelerator, monkeypatch, output
     accelerator["bytes"] = 1000
     expect_sentence(run("evaluate", *options), str(path), "on cuda:0", "--offload_folder")
     expect_sentence(run("evaluate", *options[:4], "--attention_residual"), str(path), "on cuda:0")
-    # The host may be full: the model does not pass through its memory.
+    # The host's memory may be full: the model does not pass through it.
     accelerator["bytes"] = 10**9
     monkeypatch.setattr(psutil, "virtual_memory", lambda: None)
     loaded = []
@@ -217,7 +217,7 @@ RAW = {
     "wikitext2": " \r\n = A = \r\n \r\n text , and more \r\n \r\n",
     "ptb": " no it was n't black monday \n but while <unk> \n",
 }
-HUB_ROWS = {  # what the Hub's loading scripts made of those files
+HUB_ROWS = {  # what the Hub's loading scripts make of those files
     "wikitext2": ["", " = A = \n", "", " text , and more \n", ""],
     "ptb": ["no it was n't black monday", "but while <unk>"],
     "c4": [f"document {i}" for i in range(2005)],
@@ -226,7 +226,7 @@ HUB_ROWS = {  # what the Hub's loading scripts made of those files
 
 @pytest.fixture
 def hub(monkeypatch):
-    """The Hub's rows in place of the Hub."""
+    """The Hub's rows instead of the Hub."""
     names = {"Salesforce/wikitext": "wikitext2", "ptb-text-only/ptb_text_only": "ptb", "allenai/c4": "c4"}
 
     def load_dataset(repository, *_, split, streaming=False, **__):
@@ -268,7 +268,7 @@ def test_file_given_by_its_path_is_read_as_it_is(tmp_path):
 
 @pytest.fixture(scope="module")
 def bos_tokenizer(tokenizer):
-    """One that starts a text with BOS, as Llama's and Gemma's do."""
+    """A tokenizer that starts a text with BOS, as those of Llama and Gemma do."""
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     bos = backend.token_to_id("~")
     backend.post_processor = processors.TemplateProcessing(single="~ $A", special_tokens=[("~", bos)])

@@ -57,7 +57,7 @@ def test_no_tensor_is_merged_into_separate_experts(config):
     rename, *_ = all_conversions = [object(), *get_model_conversion_mapping(model)]
     quantizer._process_model_before_weight_loading(model)
     kept = quantizer.update_weight_conversions(all_conversions)  # transformers 5.8 to 5.20
-    assert quantizer.update_weight_conversions(all_conversions, model) == kept  # 5.21 on
+    assert quantizer.update_weight_conversions(all_conversions, model) == kept  # 5.21 and later
     assert rename in kept
     merges = [c for c in all_conversions if isinstance(c, WeightConverter)]
     if config.model_type == "mixtral":

@@ -63,7 +63,7 @@ CONFIGS = {
     ),
     "qwen3_moe": Qwen3MoeConfig(**SHARED, **HEADS, **TINY, **EXPERTS, mlp_only_layers=[1]),
     "generic (stablelm)": StableLmConfig(**SHARED, **HEADS, **TINY),
-    # Layers that return tuples, some with attention beside the MLP, so that their linears share an input.
+    # Layers that return tuples, some with attention in parallel to the MLP, so that their linears share an input.
     "generic (falcon)": FalconConfig(**FALCON, **TINY),  # one key and value for all heads
     "generic (falcon), new": FalconConfig(**FALCON, **TINY, new_decoder_architecture=True, num_kv_heads=2),
     "generic (falcon), alibi": FalconConfig(
@@ -97,7 +97,7 @@ def chain(request, tokenizer, tmp_path_factory):
     root = tmp_path_factory.mktemp("family")
     model = build_model(CONFIGS[request.param], root / "one", tokenizer)
     whole = AutoModelForCausalLM.from_pretrained(model)
-    # GPT-2 is published as saved from the base model: names without "transformer."
+    # GPT-2 is published as saved from its base model: names without "transformer."
     (whole.base_model if request.param == "gpt2" else whole).save_pretrained(root / "model", max_shard_size="100KB")
     tokenizer.save_pretrained(root / "model")
     assert len(list((root / "model").glob("*.safetensors"))) > 2

@@ -49,7 +49,7 @@ def linear(rows, columns, bias=False, seed=0):
 
 
 def second_moment(n, seed=0):
-    """Of inputs that are much alike, with a few large ones."""
+    """The second moment of strongly correlated inputs, a few of them large."""
     inputs = normal(n, 3 * n, seed=seed) * normal(n, 1, seed=seed + 1).exp() + 2 * normal(1, 3 * n, seed=seed + 2)
     return (inputs @ inputs.T / (3 * n)).double()
 
@@ -93,7 +93,7 @@ def test_format_of_our_vectors(name):
     assert unpack(tensors["packed_weight"], tensors["metadata"]).tolist() == vector["codes"]
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="the design's own vectors are not here")
+@pytest.mark.skipif(not SHARED.exists(), reason="the shared test vectors are missing")
 def test_format_of_the_shared_vectors():
     for case in json.loads(SHARED.read_text(encoding="utf-8"))["cases"].values():
         weight = torch.tensor(case["weight"]).view(case["shape"])
@@ -230,7 +230,7 @@ def test_zero_rows_and_dead_inputs_can_be_fitted():
 
 
 @pytest.mark.parametrize("form", ["pivoted", "svd"])
-def test_outer_factor_makes_good_what_the_inner_one_errs(form):
+def test_outer_factor_corrects_the_error_of_the_inner_one(form):
     left, right, moment = normal(160, 80).double(), normal(80, 128, seed=1).double(), second_moment(128)
     factors = factor_tensors(left, right, form, torch.float32)
     entries = int6_entries(factors, moment)

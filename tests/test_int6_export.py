@@ -72,7 +72,7 @@ def test_magnitude_mode_is_the_plain_rule_on_the_weights_themselves(chain, model
             assert torch.equal(module.packed_weight, plain["packed_weight"]), name
 
 
-def test_calibrated_mode_errs_less_than_magnitude(chain, model_folders, caches):
+def test_calibrated_mode_has_a_smaller_error_than_magnitude(chain, model_folders, caches):
     dense, tokens = hisvd.load(model_folders["llama"]), read_cache(caches["llama"]).read_tokens()
     errors = {}
     for mode in ("magnitude", "calibrated"):
@@ -84,7 +84,7 @@ def test_calibrated_mode_errs_less_than_magnitude(chain, model_folders, caches):
 
 @pytest.mark.parametrize("expected", [0, 1, 9, 14, 28])
 @pytest.mark.parametrize("most", [0, 1, 13, 27, 28])
-def test_gate_takes_the_longest_start_that_fits(most, expected):
+def test_gate_takes_the_longest_prefix_that_fits(most, expected):
     class Text:
         tokens = IDS
 
@@ -128,7 +128,7 @@ def test_gate_reports_the_perplexity_that_evaluate_measures(chain, caches, tmp_p
     assert measured["tokens_scored"] == gate["tokens"]
 
 
-def test_evaluate_counts_half_of_the_numbers(chain, tmp_path):
+def test_evaluate_counts_half_of_the_parameters(chain, tmp_path):
     folder = chain("llama", "1.0", "out", *ALL)
     where = ["--datasets", "python-docs", "--seqlen", 32, "--nsamples", 2, "--json", tmp_path / "e.json"]
     assert run("evaluate", "--model_path", folder, *where, "--speed").code == 0
@@ -149,7 +149,7 @@ def test_damaged_int6_folder_is_refused(chain, tmp_path):
 
 
 def test_perplexity_layer_by_layer_compiles_nothing(chain, tmp_path, monkeypatch):
-    """The product of few tokens, compiled in many seconds, is for decoding."""
+    """The product of few tokens, which takes many seconds to compile, is for decoding."""
     folder = chain("llama", "1.0", "out", *ALL)
 
     def compiled(*_, **__):

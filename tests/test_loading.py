@@ -43,7 +43,7 @@ def edit_pt(file, edit):
 
 
 def expect_refusal(path, *fragments, folder_too=True):
-    """By hisvd.load and by evaluate.py, whole and (a folder) layer by layer."""
+    """The model is refused by hisvd.load and by evaluate.py, whole and (a folder) layer by layer."""
     with pytest.raises(hisvd.HiSVDError) as refusal:
         hisvd.load(path)
     for fragment in (str(path), *fragments):
@@ -94,14 +94,14 @@ def test_name_changed_in_the_header(model):
     expect_refusal(model, DOWN)
 
 
-def test_header_that_is_no_json(model):
+def test_header_that_is_not_json(model):
     data = bytearray((model / "model.safetensors").read_bytes())
     data[8] = 0
     (model / "model.safetensors").write_bytes(data)
     expect_refusal(model, "model.safetensors")
 
 
-def test_wrong_shapes_are_told(model):
+def test_wrong_shapes_are_reported(model):
     edit_tensors(model, lambda tensors: tensors | {DOWN: tensors[DOWN][:-1].clone()})
     expect_refusal(model, "wrong shape", DOWN, "(63, 160) instead of (64, 160)", folder_too=False)
 
@@ -124,7 +124,7 @@ def test_emptied_table_of_factored_modules(chain):
     expect_refusal(file, "missing", "not part of the model", "_proj", folder_too=False)
 
 
-def test_pt_with_a_configuration_that_is_none(chain):
+def test_pt_with_an_unusable_configuration(chain):
     file = chain("llama", "0.6", "out.pt")
     for config in ("{", '{"model_type": "no-such-family"}', "{}"):
         edit_pt(file, lambda content, config=config: content | {"file:config.json": config})
@@ -138,7 +138,7 @@ def test_missing_weights_of_an_expert(tokenizer, tmp_path, missing):
     expect_refusal(folder, "layers.1.mlp.experts")
 
 
-def test_tied_weights_and_former_buffers_are_no_fault(model, tokenizer, tmp_path):
+def test_tied_weights_and_former_buffers_are_accepted(model, tokenizer, tmp_path):
     assert "lm_head.weight" not in load_file(model / "model.safetensors")
     before = hisvd.load(model)(IDS).logits
     frequencies = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(8) for i in range(4)}
@@ -161,17 +161,17 @@ def test_weights_go_straight_to_the_device(chain, monkeypatch, output):
     """On the meta device, which stands for an accelerator; a model loaded to the CPU first would be moved then."""
     moved_from, real = [], PreTrainedModel.to
 
-    def noting(model, *arguments, **options):
+    def recording(model, *arguments, **options):
         moved_from.append({tensor.device.type for tensor in model.parameters()})
         return real(model, *arguments, **options)
 
-    monkeypatch.setattr(PreTrainedModel, "to", noting)
+    monkeypatch.setattr(PreTrainedModel, "to", recording)
     model = hisvd.load(chain("llama", "0.6", output), device="meta")
     assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"meta"}
     assert all(places == {"meta"} for places in moved_from)
 
 
-def test_weights_outside_of_the_index_are_neither_fetched_nor_counted(model_folders, tmp_path, monkeypatch):
+def test_weights_outside_the_index_are_neither_fetched_nor_counted(model_folders, tmp_path, monkeypatch):
     hub, snapshot = tmp_path / "hub", tmp_path / "snapshots" / "0123abc"
     hisvd.load(model_folders["llama"]).save_pretrained(hub, max_shard_size="100KB")
     AutoTokenizer.from_pretrained(model_folders["llama"]).save_pretrained(hub)

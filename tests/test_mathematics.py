@@ -172,7 +172,7 @@ def test_loss_allocation_is_exact_on_a_problem_small_enough_for_brute_force():
         chosen = loss_ranks(spectra, few, 0.7, "pivoted")
         assert cost(chosen) <= budget_of(few, 0.7)
         rivals = [r for r in product(range(1, 5), range(1, 5), range(1, 6)) if cost(r) <= cost(chosen)]
-        slack = max(s[0].item() ** 2 for s in spectra)  # one step of one matrix: the distance to the convex hull
+        slack = max(s[0].item() ** 2 for s in spectra)  # one step of one matrix: the distance from the convex hull
         assert tail(chosen) <= min(map(tail, rivals)) + slack
 
 

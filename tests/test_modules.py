@@ -42,7 +42,7 @@ def test_module_computes_the_product_of_its_factors(form, bias):
 
 
 class ScaledLinear(nn.Module):
-    """y = scale * left (right x): the factors of a form that no code of ours knows."""
+    """y = scale * left (right x): the module of a form that the library does not know."""
 
     def __init__(self, in_features, out_features, rank, bias):
         super().__init__()

@@ -1,6 +1,6 @@
-"""Placement on a GPU, checked without one: the programs run on tensors that only say that they are there.
+"""Placement on a GPU, checked without one: the programs run on tensors that only claim to be there.
 
-`pytest -rP tests/test_placement.py` shows for every run where the host waits for the GPU, and how often.
+`pytest -rP tests/test_placement.py` shows where the host waits for the GPU, and how often, for every run.
 """
 
 import copy
@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralC
 
 from hisvd.pivoting import pack_pivoted
 
-# All linears have 64 inputs: the fewest that INT6 takes, as its codes are fitted in many small steps.
+# All linears have 64 inputs, the fewest that INT6 accepts, because codes are fitted in many small steps.
 SIZES = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, **HEADS}
 TINY = {"initializer_range": 0.1}
 FAMILIES = {
@@ -92,21 +92,21 @@ def in_inference_mode(function: Callable[[], object]) -> object:
 
 
 def record_of(operation: str) -> Record:
-    """To run in the other process: what the fake accelerator notes of one of OPERATIONS."""
+    """To run in the other process: what the fake accelerator records for one of OPERATIONS."""
     with fake_accelerator() as record:
         OPERATIONS[operation][0](torch.arange(1.0, 4.0, device="cuda"))
     return record
 
 
 def run_on_accelerator(program: str, *arguments: object) -> tuple[Result, Record]:
-    """To run in the other process: a program, and what the fake accelerator notes of it."""
+    """To run in the other process: a program, and what the fake accelerator records for it."""
     with fake_accelerator() as record:
         return run(program, *arguments, "--device", "cuda:0"), record
 
 
 @pytest.fixture(scope="module")
 def other_process():
-    """A worker that may patch torch as it likes."""
+    """A worker that is free to patch torch."""
     with ProcessPoolExecutor(1, get_context("spawn")) as executor:
         yield executor
 
@@ -148,7 +148,7 @@ def logits_on(device: str, folder: Path) -> torch.Tensor:
 
 
 def on_accelerator(function: Callable[..., object], *arguments: object) -> object:
-    """To run in the other process: what a function gives on the accelerator, without any mismatch."""
+    """To run in the other process: what a function returns on the accelerator, without any mismatch."""
     with fake_accelerator() as record:
         result = function("cuda:0", *arguments)
     assert not record.mismatches, str(record)
@@ -177,7 +177,7 @@ def test_packing_asks_for_two_numbers_per_exchange_and_copies_none(other_process
 
 @dataclass
 class Chain:
-    """A calibrated model, and what the programs make of it: below root/cpu on the CPU, below root/gpu on the GPU."""
+    """A calibrated model, and what the programs make of it: on the CPU under root/cpu, on the GPU under root/gpu."""
 
     family: str
     model: Path
@@ -188,7 +188,7 @@ class Chain:
     def run_on_gpu(self, program: str, *arguments: object) -> None:
         """Run a program on the accelerator; no operation may have arguments on different devices.
 
-        Nor may the host wait for it in a loop inside a matrix: copies to it count, too.
+        Nor may the host wait for it in a loop over parts of a matrix; copies to it count as waiting.
         """
         result, record = self.other_process.submit(run_on_accelerator, program, *arguments).result()
         assert result.code == 0, result
@@ -204,7 +204,7 @@ class Chain:
         self.run_on_gpu(program, *arguments(self.root / "gpu"))
 
     def compress(self, output: str) -> None:
-        """Make one of OUTPUTS on both devices, unless it is there."""
+        """Make one of OUTPUTS on both devices, unless it exists."""
         fitted = (self.family, output) in FITTED
         options = OUTPUTS[output] + ([] if fitted or "int6" not in OUTPUTS[output] else ["--int6_mode", "magnitude"])
 
@@ -223,16 +223,16 @@ class Chain:
         return cpu, gpu
 
     def assert_same_tensors(self, outputs: str) -> None:
-        """The outputs that match a pattern hold the same tensors, from whichever device."""
+        """The outputs that match a pattern hold the same tensors on both devices."""
         cpu, gpu = (tensors_of((self.root / device).glob(outputs)) for device in ("cpu", "gpu"))
         assert cpu and cpu.keys() == gpu.keys()
         for name, tensor in cpu.items():
-            # To the bit but for eigenvalues: if a tensor has a class of its own, PyTorch finds vectors with them.
+            # Bit for bit except eigenvalues: for tensor subclasses PyTorch computes them together with vectors.
             torch.testing.assert_close(gpu[name], tensor, rtol=1e-6, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def tensors_of(outputs: Iterable[Path]) -> dict[str, torch.Tensor]:
-    """All tensors of folders and .pt files, by the names of their file and their own."""
+    """All tensors of folders and .pt files, keyed by the names of their file and their own."""
     tensors = {}
     for path in outputs:
         for file in [path] if path.is_file() else path.glob("*.safetensors"):

@@ -1,4 +1,4 @@
-"""The whole chain on the real SmolLM2-135M (scripts/fetch_smollm2.sh puts it into models/)."""
+"""The whole chain on the real SmolLM2-135M (scripts/fetch_smollm2.sh writes it to models/)."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def compressed(cache, tmp_path_factory):
-    """Models at 0.8 by default settings, at 0.8 and 0.6 without the update, at 0.8 without more of the steps."""
+    """Models at 0.8 with default settings, at 0.8 and 0.6 without the update, at 0.8 with further steps left out."""
     root = tmp_path_factory.mktemp("compressed")
 
     def make(name, targets, *options):
@@ -77,7 +77,7 @@ def test_saved_bytes_shrink_by_what_was_promised(compressed):
         report = json.loads((folder / "hisvd.json").read_text())
         saved = original - sum(f.stat().st_size for f in folder.glob("*.safetensors"))
         rows = sum(row["shape"][0] for row in report["sublayers"] if row["form"] == "pivoted")
-        promised = 2 * report["linear_numbers_before"] * (1 - target) - 4 * rows  # bfloat16; int32 a pivot row
+        promised = 2 * report["linear_numbers_before"] * (1 - target) - 4 * rows  # bfloat16; one int32 per row
         assert saved == pytest.approx(promised, rel=0.01)
 
 
@@ -114,7 +114,7 @@ def test_packing_loses_nothing_on_real_weights(cache):
     assert largest < 1.5
 
 
-def test_calibrated_int6_codes_err_half_as_much_as_the_plain_rule(cache):
+def test_calibrated_int6_codes_have_half_the_error_of_the_plain_rule(cache):
     tensors, checkpoint = read_cache(cache).read_layer(14), open_checkpoint(str(MODEL))
     for s in read_cache(cache).sublayers_of(14):
         weight = checkpoint.read([f"{s.name}.weight"])[f"{s.name}.weight"]
@@ -127,7 +127,7 @@ def test_calibrated_int6_codes_err_half_as_much_as_the_plain_rule(cache):
 
 
 def test_both_forms_of_the_same_ranks_have_the_same_perplexity_in_bfloat16(cache, compressed):
-    """On all tokens: what the arithmetic itself rounds scatters by a thousandth on a few thousand."""
+    """On all tokens: on a few thousand, rounding in the arithmetic alone scatters results by a thousandth."""
     ids = tokenize(load_text("python-docs", EVALUATION_SPLIT, "data"), AutoTokenizer.from_pretrained(MODEL))
     windows = evaluation_windows(ids, 256, None, "python-docs")
     checkpoint, statistics = open_checkpoint(str(MODEL)), read_cache(cache)

@@ -26,7 +26,7 @@ def command(model_folders, caches, tmp_path):
 
 @pytest.fixture
 def factored(monkeypatch):
-    """The numbers of the layers that are factored from now on."""
+    """The indices of the layers that are factored from now on."""
     layers, real = [], compression.factor_layer
     monkeypatch.setattr(
         compression,
@@ -37,7 +37,7 @@ def factored(monkeypatch):
 
 
 def kill_once(monkeypatch, owner, name, when=lambda *args: True):
-    """The first call of owner.name for which `when` holds is interrupted."""
+    """Interrupt the first call of owner.name for which `when` holds."""
     real, killed = getattr(owner, name), []
 
     def interrupted(*args, **kwargs):
@@ -89,7 +89,7 @@ def test_a_finished_output_is_left_as_it_is(command, factored, tmp_path):
     factored.clear()
     assert command("0.6", "--update", "none").code == 0
     assert not factored and before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
-    expect_sentence(command("0.6", "--update", "none", "--factors", "svd"), str(tmp_path / "out"), "exists already")
+    expect_sentence(command("0.6", "--update", "none", "--factors", "svd"), str(tmp_path / "out"), "already exists")
 
 
 def test_the_decision_of_the_quality_gate_outlives_a_kill(command, tmp_path, monkeypatch):
@@ -143,7 +143,7 @@ def test_a_kill_while_finished_layers_are_passed_again_leaves_nothing_to_be_mist
 
 
 def test_hidden_states_of_another_number_of_processes_do_not_outlive_a_run(command, tmp_path, monkeypatch):
-    """Else a run of that number could later take them for those of the layer that it resumes at."""
+    """Otherwise a run of that number could later take them for those of the layer at which it resumes."""
     kill_once(monkeypatch, ModelWriter, "write_shard", lambda writer, index, tensors: index == 2)
     assert command("0.6").code == 130
     work = tmp_path / "out.partial" / "work"

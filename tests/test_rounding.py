@@ -13,7 +13,7 @@ def normal(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def inputs_much_alike(n, seed=0):
+def correlated_inputs(n, seed=0):
     """The second moment of inputs that share one strong component."""
     inputs = normal(n, 4 * n, seed=seed) + 10 * normal(1, 4 * n, seed=seed + 1)
     return inputs @ inputs.T
@@ -24,7 +24,7 @@ def on_grid(values, dtype):
 
 
 def test_cholesky_root_is_a_root_also_where_rounding_left_eigenvalues_below_zero():
-    moment = inputs_much_alike(20)
+    moment = correlated_inputs(20)
     root = cholesky_root(moment, 0.0)
     assert torch.equal(root, root.tril())
     torch.testing.assert_close(root @ root.T, moment)
@@ -43,7 +43,7 @@ def test_independent_inputs_round_to_nearest():
 
 def test_feedback_comes_near_the_best_point_of_the_grid_and_far_below_nearest():
     """Against all neighbours within one step of the grid, for six columns."""
-    root = torch.linalg.cholesky(inputs_much_alike(6))
+    root = torch.linalg.cholesky(correlated_inputs(6))
     errors = {"feedback": 0.0, "nearest": 0.0, "best": 0.0}
     for seed in range(20):
         weight = 1.5 + 0.1 * normal(1, 6, seed=seed)  # one binade: the grid of bfloat16 has steps of 1/128
@@ -59,8 +59,8 @@ def test_feedback_comes_near_the_best_point_of_the_grid_and_far_below_nearest():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_product_errs_less_in_its_outputs_than_rounded_to_nearest(dtype):
-    outer, inner, root = normal(200, 150), normal(150, 300, seed=1), torch.linalg.cholesky(inputs_much_alike(300))
+def test_product_has_a_smaller_output_error_than_rounding_to_nearest(dtype):
+    outer, inner, root = normal(200, 150), normal(150, 300, seed=1), torch.linalg.cholesky(correlated_inputs(300))
     rounded = round_product(outer, inner, root, dtype)
     assert all(on_grid(t, dtype) for t in rounded)
     exact = outer @ inner @ root

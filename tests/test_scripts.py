@@ -37,7 +37,7 @@ def models(tmp_path_factory, model_folders, tokenizer):
 
 
 def test_all_families_are_calibrated_compressed_and_evaluated_once(models, tmp_path):
-    with ThreadPoolExecutor(2) as pool:  # the scripts keep to their own names
+    with ThreadPoolExecutor(2) as pool:  # each script uses its own names
         runs = list(pool.map(lambda name: script(tmp_path, f"compress_{name}", models / name, "cpu"), NAMES))
     assert [run.returncode for run in runs] == [0] * len(NAMES), runs
     for name in NAMES:
@@ -58,9 +58,9 @@ def test_all_families_are_calibrated_compressed_and_evaluated_once(models, tmp_p
         kept = [row["linear_kept"] for row in json.loads((tmp_path / "results" / f"{name}.json").read_text())]
         assert kept[0] == 1 and 0.599 <= kept[2] <= 0.6 < 0.799 <= kept[1] <= 0.8
     again = script(tmp_path, "evaluate_all", tmp_path / "some", "cpu")
-    assert again.returncode == 0 and again.stdout.count("is there") == len(SOME), again
+    assert again.returncode == 0 and again.stdout.count("is up to date") == len(SOME), again
     again = script(tmp_path, "compress_llama7b", models / "llama7b", "cpu")
-    assert again.returncode == 0 and "all there" in again.stdout
+    assert again.returncode == 0 and "all targets exist" in again.stdout
 
 
 def test_first_error_stops_a_script(models, tmp_path):
@@ -71,4 +71,4 @@ def test_first_error_stops_a_script(models, tmp_path):
         bare = script(tmp_path, name)
         assert bare.returncode == 2 and f"usage: bash scripts/{name}.sh MODEL" in bare.stderr
     none = script(tmp_path, "evaluate_all", tmp_path, "cpu")
-    assert none.returncode == 2 and "holds none of the folders" in none.stderr
+    assert none.returncode == 2 and "has none of the folders" in none.stderr

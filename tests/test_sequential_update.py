@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import IDS, linear_numbers, run, saved_tensors
+from conftest import IDS, linear_parameters, run, saved_tensors
 from transformers import AutoModelForCausalLM
 
 import hisvd
@@ -16,7 +16,7 @@ from hisvd.whitening_svd import cholesky_root
 
 @pytest.mark.parametrize("gamma", [0.0, 1.0])
 def test_the_full_update_is_the_least_squares_fit_to_the_original_outputs(gamma):
-    """μ = 1: T x' fits W x, with γ = 1 W x + e, best over the samples."""
+    """With μ = 1, T x' is the best fit to W x over the samples; with γ = 1 as well, to W x + e."""
     generator = torch.Generator().manual_seed(0)
     weight, x, noise, e = (
         torch.randn(size, generator=generator, dtype=torch.float64) for size in ((5, 8), (8, 200), (8, 200), (5, 200))
@@ -67,12 +67,12 @@ def test_update_keeps_the_budget_and_brings_the_outputs_nearer(chain, model_fold
     updated = chain(family, "0.8,0.5", "updated", *options)
     tokens = read_cache(caches[family]).read_tokens()
     wanted = outputs_on_calibration_tokens(model_folders[family], tokens)
-    before = linear_numbers(saved_tensors(model_folders[family]))
+    before = linear_parameters(saved_tensors(model_folders[family]))
     for target in ("80p", "50p"):
         folder = updated.with_name(f"updated_{target}")
         report = json.loads((folder / "hisvd.json").read_text())
         assert (
-            linear_numbers(saved_tensors(folder))
+            linear_parameters(saved_tensors(folder))
             == report["linear_numbers_after"]
             <= before * report["target_compression"]
         )
@@ -100,7 +100,7 @@ def test_target_one_is_the_original(chain, model_folders):
 
 
 @pytest.mark.parametrize("lose_streams", [False, True])
-def test_interrupted_update_goes_on_to_the_same_bits(chain, model_folders, caches, tmp_path, monkeypatch, lose_streams):
+def test_interrupted_update_resumes_to_the_same_bits(chain, model_folders, caches, tmp_path, monkeypatch, lose_streams):
     from hisvd.utils.save_utils import ModelWriter
 
     names = ("out_80p", "out_50p")

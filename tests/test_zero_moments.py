@@ -11,7 +11,7 @@ from conftest import (
     assert_budget_spent,
     build_model,
     calibrate_arguments,
-    linear_numbers,
+    linear_parameters,
     run,
     saved_tensors,
 )
@@ -69,17 +69,17 @@ def test_compressed_models_are_finite_and_meet_the_budget(grown, tmp_path, updat
     where = ["--model_path", folder, "--calib_cache", cache, "--save_model", tmp_path / "out", "--update", update]
     result = run("compress", *where, "--target_compression", "0.85,0.5", *options)
     assert result.code == 0, result
-    before = linear_numbers(saved_tensors(folder))
+    before = linear_parameters(saved_tensors(folder))
     dense = hisvd.load(folder)
     for target, name in ((0.85, "out_85p"), (0.5, "out_50p")):
         tensors = saved_tensors(tmp_path / name)
         assert all(tensor.isfinite().all() for tensor in tensors.values())
         if options != ("--export", "int6"):
-            assert 0.998 * target * before <= linear_numbers(tensors) <= target * before
+            assert 0.998 * target * before <= linear_parameters(tensors) <= target * before
         with torch.no_grad():
             logits = hisvd.load(tmp_path / name)(IDS).logits
         assert logits.isfinite().all()
-        if target == 0.85 and not options:  # what matters stays whole, but for one rank or so
+        if target == 0.85 and not options:  # what matters stays whole, except for a rank or so
             assert (logits - dense(IDS).logits).norm() < 0.05 * dense(IDS).logits.norm()
 
 
@@ -137,7 +137,7 @@ def test_loss_allocation_spends_the_budget_where_nothing_is_lost(form, zero_laye
     rest = [stored_parameters(r, s.shape, form) / s.size for r, s in zip(ranks, SUBLAYERS, strict=True)][
         : 4 * zero_layers
     ]
-    if all(real) and rest:  # the others share alike
+    if all(real) and rest:  # the others have equal shares
         assert max(rest) - min(rest) < 0.2
 
 
@@ -155,7 +155,7 @@ def test_loss_allocation_of_a_large_model_with_zero_layers_is_quick(scale):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("ones", [0, 8, 32, 40])
 def test_stage1_meets_the_budget_also_where_weights_have_rank_one(form, ones):
-    """Density ln 1 = 0 asks for no share at all: what the others have no room for goes there."""
+    """Density ln 1 = 0 asks for no share at all: it gets what the others cannot use."""
     ranks = [1.0] * ones + [30.0] * (len(SUBLAYERS) - ones)
     shares = stage1_shares(SUBLAYERS, ranks, 0.9, 1.0, form)
     assert sum(shares) == pytest.approx(budget_of(SUBLAYERS, 0.9), rel=1e-9)
