@@ -25,8 +25,11 @@ METHODS = {
     "input whitening, uniform, as SVD-LLM": one_shot(whitening="input", allocation="uniform", factors="svd"),
     "HiSVD Stage 1": one_shot(whitening="input", allocation="hisvd", lwe_strength=0),
     "HiSVD Stage 1 + 2": one_shot(whitening="input", allocation="hisvd"),
-    "two-sided, loss allocation": one_shot(whitening="two_sided", allocation="loss"),
-    "HiSVD default": CompressionSettings(),
+    "low rank alone": one_shot(moves="low_rank"),
+    "neurons alone": one_shot(moves="neurons"),
+    "both moves": one_shot(moves="both"),
+    "HiSVD default (both moves, update)": CompressionSettings(),
+    "plain (stock checkpoint, update)": CompressionSettings(export="plain"),
 }
 
 

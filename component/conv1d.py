@@ -26,3 +26,13 @@ def linear_shape(module: Any) -> tuple[int, int]:
     if isinstance(module, Conv1D):
         return module.nf, module.nx
     return module.out_features, module.in_features
+
+
+def narrow_like(module: Any, in_features: int, out_features: int) -> nn.Module:
+    """An nn.Linear or a Conv1D of another size, of the class and dtype of `module`, without bias."""
+    if isinstance(module, Conv1D):
+        narrow: Any = Conv1D(out_features, in_features)
+        narrow.bias = None
+    else:
+        narrow = nn.Linear(in_features, out_features, bias=False)
+    return narrow.to(module.weight.dtype)

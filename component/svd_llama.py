@@ -1,6 +1,6 @@
 """Llama 1, 2 and 3, with or without grouped-query attention."""
 
-from hisvd.component.adapter import Adapter
+from hisvd.component.adapter import Adapter, Mlp
 
 ADAPTER = Adapter(
     family="llama",
@@ -11,5 +11,6 @@ ADAPTER = Adapter(
         "mlp_in": ("mlp.gate_proj", "mlp.up_proj"),
         "mlp_mid": ("mlp.down_proj",),
     },
+    mlps=(Mlp(inputs=("mlp.gate_proj", "mlp.up_proj"), output="mlp.down_proj"),),
     stream=("self_attn.o_proj", "mlp.down_proj"),
 )

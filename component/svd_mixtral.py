@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from hisvd.component import svd_llama
-from hisvd.component.adapter import Experts
+from hisvd.component.adapter import Experts, Mlp
 
 ADAPTER = replace(
     svd_llama.ADAPTER,
@@ -15,5 +15,6 @@ ADAPTER = replace(
             "experts.*.in": ("mlp.experts.*.w1", "mlp.experts.*.w3"),
             "experts.*.mid": ("mlp.experts.*.w2",),
         },
+        mlps=(Mlp(inputs=("mlp.experts.*.w1", "mlp.experts.*.w3"), output="mlp.experts.*.w2"),),
     ),
 )

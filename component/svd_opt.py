@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from hisvd.component.adapter import Adapter
+from hisvd.component.adapter import Adapter, Mlp
 
 PRE_NORM = Adapter(
     family="opt",
@@ -13,6 +13,8 @@ PRE_NORM = Adapter(
         "mlp_in": ("fc1",),
         "mlp_mid": ("fc2",),
     },
+    mlps=(Mlp(inputs=("fc1",), output="fc2"),),
+    width_keys=("ffn_dim",),
     stream=("self_attn.out_proj", "fc2"),
 )
 POST_NORM = replace(PRE_NORM, stream=())

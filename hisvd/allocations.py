@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hisvd.calibration_cache import LEADING_VECTORS, SPECTRA, CalibrationCache
+from hisvd.calibration_cache import ELIMINATION, LEADING_VECTORS, SPECTRA, CalibrationCache
 from hisvd.clustering import layer_clusters
+from hisvd.component.adapter import Mlp
 from hisvd.component.experts import kind_of
 from hisvd.rank_allocation import loss_ranks, project_shares, ranks_from_shares, stage1_shares, uniform_shares
 from hisvd.rank_metrics import rank_of
@@ -48,6 +49,25 @@ class RankProblem:
         gradients, `two_sided_singular_values` (of F^{1/2} W H^{1/2}).
         """
         return [self._spectra[s.layer][f"{s.path}.{kind}"] for s in self.sublayers]
+
+    def spectra_by_width(self, layer: int, path: str) -> torch.Tensor:
+        """Two-sided singular values (widths, min(m, n)) of a member of an MLP at neurons.spectrum_widths, then full."""
+        known = self._spectra[layer]
+        return torch.cat([known[f"{path}.narrow_singular_values"], known[f"{path}.two_sided_singular_values"][None]])
+
+    @cached_property
+    def mlps(self) -> list[tuple[Sublayer, Mlp]]:
+        """The MLPs whose neurons can be removed, each with the first sublayer of its layer."""
+        layers = range(self.cache.num_layers)
+        return [(self.cache.sublayers_of(index)[0], mlp) for index in layers for mlp in self.cache.mlps_of(index)]
+
+    @cached_property
+    def _eliminations(self) -> list[dict[str, torch.Tensor]]:
+        return [self.cache.read_small(index, *ELIMINATION) for index in range(self.cache.num_layers)]
+
+    def elimination(self, layer: int) -> dict[str, torch.Tensor]:
+        """`{path}.removal_order` and `{path}.removal_losses` of the MLPs of a layer, by their output linears."""
+        return self._eliminations[layer]
 
     @cached_property
     def weight_ranks(self) -> list[float]:

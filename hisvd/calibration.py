@@ -207,7 +207,7 @@ class Calibration:
             self.hidden[index + 1].write(outputs, self._kept(index + 1))
             moments.finish()
             if distributed.is_first():
-                cache.add_layer(*layer_statistics(layer, name, index, moments))
+                cache.add_layer(*layer_statistics(layer, name, index, moments), streamed.adapter.mlps_of(layer))
             self._wait_for_the_first()
 
     def _resume_forward(self) -> list[list[Arguments]]:

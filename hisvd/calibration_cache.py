@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from hisvd.component.adapter import Mlp
 from hisvd.errors import HiSVDError
 from hisvd.shape_utils import Sublayer
 from hisvd.utils.data_utils import token_fingerprint
@@ -24,6 +25,7 @@ MANIFEST = "manifest.json"
 TOKENS = "tokens.safetensors"
 # Name endings of the small tensors, which are all that a rank plan needs.
 SPECTRA = "singular_values"
+ELIMINATION = ("removal_order", "removal_losses")  # of hidden neurons
 LEADING_VECTORS = "Vh"
 
 
@@ -71,10 +73,21 @@ class CalibrationCache:
         """The sublayers of one decoder layer, grouped by shared input."""
         return [list(group) for _, group in itertools.groupby(self.sublayers_of(index), lambda s: s.input_group)]
 
-    def add_layer(self, tensors: dict[str, torch.Tensor], sublayers: list[Sublayer]) -> None:
+    def mlps_of(self, index: int) -> list[Mlp]:
+        """The MLPs of one decoder layer whose neurons can be removed; none in the cache of an older version."""
+        return [Mlp(tuple(r["inputs"]), r["output"], r["fused"]) for r in self.layers[index].get("mlps", [])]
+
+    @property
+    def has_neurons(self) -> bool:
+        """Whether the cache knows what removing hidden neurons would cost."""
+        return self.has_gradients and any(self.mlps_of(index) for index in range(len(self.layers)))
+
+    def add_layer(self, tensors: dict[str, torch.Tensor], sublayers: list[Sublayer], mlps: list[Mlp]) -> None:
         """Write the forward pass's next layer, then the manifest that lists it."""
         entry = self._write(f"layer_{len(self.layers):03d}.safetensors", tensors)
-        self.layers.append({**entry, "sublayers": [_record(s) for s in sublayers]})
+        self.layers.append(
+            {**entry, "sublayers": [_record(s) for s in sublayers], "mlps": [asdict(mlp) for mlp in mlps]}
+        )
         self.write_manifest()
 
     def add_gradients(self, tensors: dict[str, torch.Tensor]) -> None:
@@ -85,7 +98,9 @@ class CalibrationCache:
 
     def _write(self, file: str, tensors: dict[str, torch.Tensor]) -> dict:
         write_tensors(self.folder / file, tensors)
-        small = {name: sha256_of_tensor(t) for name, t in tensors.items() if name.endswith((SPECTRA, LEADING_VECTORS))}
+        small = {
+            n: sha256_of_tensor(t) for n, t in tensors.items() if n.endswith((SPECTRA, LEADING_VECTORS, *ELIMINATION))
+        }
         return {"file": file, "sha256": sha256_of_file(self.folder / file), "small_tensors_sha256": small}
 
     def write_manifest(self) -> None:
@@ -173,8 +188,8 @@ class CalibrationCache:
             raise _damaged(path)
         return tensors
 
-    def read_small(self, index: int, ending: str) -> dict[str, torch.Tensor]:
-        """The tensors of one layer whose names end in SPECTRA or LEADING_VECTORS, each checked.
+    def read_small(self, index: int, *endings: str) -> dict[str, torch.Tensor]:
+        """The tensors of one layer with these `endings`, of SPECTRA, LEADING_VECTORS and ELIMINATION, each checked.
 
         Only a small part of the files is read.
 
@@ -184,17 +199,17 @@ class CalibrationCache:
         tensors: dict[str, torch.Tensor] = {}
         for entry in self._files_of(index):
             path = self.folder / entry["file"]
-            found = self._read(path, ending)
-            expected = {k: v for k, v in entry["small_tensors_sha256"].items() if k.endswith(ending)}
+            found = self._read(path, endings)
+            expected = {k: v for k, v in entry["small_tensors_sha256"].items() if k.endswith(endings)}
             if {name: sha256_of_tensor(t) for name, t in found.items()} != expected:
                 raise _damaged(path)
             tensors |= found
         return tensors
 
-    def _read(self, path: Path, ending: str = "") -> dict[str, torch.Tensor]:
+    def _read(self, path: Path, endings: tuple[str, ...] = ("",)) -> dict[str, torch.Tensor]:
         try:
             with open_safetensors(path) as file:
-                return {k: file.get_tensor(k).clone() for k in file.keys() if k.endswith(ending)}  # noqa: SIM118
+                return {k: file.get_tensor(k).clone() for k in file.keys() if k.endswith(endings)}  # noqa: SIM118
         except SafetensorError:
             raise _damaged(path) from None
 
@@ -214,12 +229,23 @@ def input_moment(sublayer: Sublayer, statistics: dict[str, torch.Tensor], device
     return (eigenvectors * eigenvalues) @ eigenvectors.T
 
 
+def input_mean(sublayer: Sublayer, statistics: dict[str, torch.Tensor], device: torch.device) -> torch.Tensor | None:
+    """E[x] (n,) at the input of an MLP's output linear that has a bias, float64; None for all others."""
+    mean = statistics.get(f"{sublayer.input_group}.mean")
+    return mean if mean is None else mean.to(device, torch.float64)
+
+
 def output_moment(
     sublayer: Sublayer, statistics: dict[str, torch.Tensor], whitening: str, device: torch.device
 ) -> SecondMoment | None:
     """The damped F at a sublayer's output for whitening `two_sided`, else None."""
-    if whitening != "two_sided":
-        return None
+    return output_gradient_moment(sublayer, statistics, device) if whitening == "two_sided" else None
+
+
+def output_gradient_moment(
+    sublayer: Sublayer, statistics: dict[str, torch.Tensor], device: torch.device
+) -> SecondMoment:
+    """F = E[g gᵀ] (m, m) at a sublayer's output, damped."""
     return damped(*_eigenpairs(statistics, f"{sublayer.path}.F_", device), F_DAMPING)
 
 

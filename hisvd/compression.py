@@ -187,9 +187,11 @@ def factor_layers(job: CompressionJob) -> None:
 def _finish(job: CompressionJob, target: float, writer: ModelWriter) -> dict:
     """Encode what the quality gate allows, assemble the output, and return its report."""
     if not writer.is_complete:
-        gate = export_within(job, writer) if job.settings.gated else None
-        modules = {} if job.export.multiply else job.plans[target].modules(job.cache.sublayers)
+        gate = export_within(job, target, writer) if job.settings.gated else None
+        stock = job.export.multiply or job.export.stock
+        modules = {} if stock else job.plans[target].modules(job.cache.sublayers)
         report, codes = finished_report(writer, gate)
-        modules |= {name: {"form": "int6"} for name in writer.module_names(job.checkpoint, codes)}
-        writer.complete(job.checkpoint, modules, report, model_card(report))
+        for name in writer.module_names(job.checkpoint, codes):
+            modules[name] = modules.get(name, {}) | {"form": "int6"}
+        writer.complete(job.checkpoint, job.config_changes(target, modules), report, model_card(report))
     return writer.finish()

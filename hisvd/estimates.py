@@ -9,13 +9,14 @@ of an input, m that of an output. Products in float64 count twice; decomposition
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedModel
 
 from hisvd.component.families import adapter_for
 from hisvd.layer_statistics import NUM_LEADING_VECTORS
+from hisvd.neurons import spectrum_widths
 from hisvd.settings import CalibrationSettings, Resources
 from hisvd.utils.data_utils import TOKENS_PER_BATCH
 from hisvd.utils.eval_utils import LOGITS_AT_ONCE
@@ -38,10 +39,14 @@ FLOPS_OF_EIGVALSH = 4 / 3
 
 @dataclass(frozen=True)
 class Layer:
-    """Shapes of one decoder layer: `inputs` lists (n, [m of every linear that reads it])."""
+    """Shapes of one decoder layer: `inputs` lists (n, [m of every linear that reads it]).
+
+    `mlps` lists (hidden neurons, (m, n) of every linear, the output linear last).
+    """
 
     inputs: list[tuple[int, list[int]]]
     parameters: int
+    mlps: list[tuple[int, list[tuple[int, int]]]] = field(default_factory=list)
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
@@ -164,7 +169,15 @@ def shapes_of(model: PreTrainedModel) -> Shapes:
         groups = adapter.groups(layer) or {path: (path,) for path in adapter.sublayer_paths(layer)}
         weights = [[layer.get_parameter(f"{path}.weight") for path in paths] for paths in groups.values()]
         inputs = [(group[0].shape[1], [w.shape[0] for w in group]) for group in weights]
-        layers.append(Layer(inputs, sum(p.numel() for p in layer.parameters())))
+        mlps = [
+            [
+                (len(w), w.shape[1])
+                for w in (layer.get_parameter(f"{path}.weight") for path in (*mlp.inputs, mlp.output))
+            ]
+            for mlp in adapter.mlps_of(layer)
+        ]
+        parameters = sum(p.numel() for p in layer.parameters())
+        layers.append(Layer(inputs, parameters, [(mlp[-1][1], mlp) for mlp in mlps]))
     text = model.config.get_text_config()
     outside = sum(p.numel() for p in model.parameters()) - sum(layer.parameters for layer in layers)
     return Shapes(layers, text.hidden_size, text.vocab_size, outside)
@@ -198,6 +211,8 @@ def cache_bytes(shapes: Shapes, gradients: bool) -> int:
         for m, n in layer.shapes:
             leading = min(NUM_LEADING_VECTORS, m, n)
             total += 4 * (leading * n + (2 + gradients) * min(m, n) + gradients * m * m)
+        for neurons, linears in layer.mlps if gradients else ():
+            total += 4 * neurons + 8 * (neurons + 1) + 4 * len(spectrum_widths(neurons)) * sum(map(min, linears))
     return total
 
 
@@ -282,9 +297,28 @@ def _backward(shapes: Shapes, sizes: RunSizes) -> Stage:
         decompositions += sum(FLOPS_OF_EIGH * m**3 + FLOPS_OF_EIGVALSH * min(m, n) ** 3 for m, n in layer.shapes)
         flops += sum(2 * (2 + 1 / 3) * n**3 for n, _ in layer.inputs) + sum(4 * tokens * m * m for m, _ in layer.shapes)
         flops += sum(2 * 2 * m * n * (m + n + min(m, n)) for m, n in layer.shapes)
+        for neurons, linears in layer.mlps:
+            # Statistics of all its linears; C, its inverse and the part that is kept of it, or F and its root.
+            held = sum(4 * m * m for m, _ in linears) + 4 * neurons**2
+            peak = max(peak, held + 8 * (4 * max(max(s) for s in linears) ** 2 + 2 * sum(m * n for m, n in linears)))
+            flops += 2 * _elimination_flops(neurons, linears)
+            widths = [min(width, *s) for width in spectrum_widths(neurons) for s in linears]
+            decompositions += sum(FLOPS_OF_EIGVALSH * width**3 for width in widths)
     disk = activation_bytes(shapes, sizes) + cache_bytes(shapes, True)
     memory = max(top, _memory(shapes, sizes, peak))
     return Stage("calibrate: gradients", memory, disk, flops, decompositions)
+
+
+def _elimination_flops(neurons: int, linears: list[tuple[int, int]]) -> float:
+    """Products and solutions in float64: removing neurons one by one, then the spectra at all widths."""
+    *inputs, (m, _) = linears
+    flops = 2.0 * neurons**3 + 2 * m * neurons**2
+    for k in spectrum_widths(neurons):
+        flops += k**3 / 3 + 2 * m * k * (neurons + 2 * k + 2 * m)
+        for rows, n in inputs:
+            r = rows * k // neurons
+            flops += r**3 / 3 + 2 * n * r * (r + min(n, r))
+    return flops
 
 
 def _compression(shapes: Shapes, sizes: RunSizes) -> Stage:

@@ -37,6 +37,7 @@ from hisvd.utils.files import make_folder
 from hisvd.utils.load_utils import bytes_in_memory, check_layer_count, config_of, load, tokenizer_of
 from hisvd.utils.model_utils import local_folder, open_checkpoint, resolve_device, resolve_dtype, stored_dtype
 from hisvd.utils.progress import progress_shown
+from hisvd.utils.save_utils import saved_report
 from hisvd.utils.streaming import StreamedModel
 
 Texts = dict[str, list[str]]  # data set → its documents
@@ -121,6 +122,9 @@ def evaluate_texts(model: str | Path, texts: Texts, settings: EvaluationSettings
             if settings.speed:
                 rates = speed(loaded, next(iter(windows.values()))[0])
                 measured["speed"] = {**rates, "peak_memory_bytes": peak_memory(device)}
+        report = saved_report(Path(path))
+        if report:  # without its removed neurons a model no longer shows how large it was
+            dense = report["linear_numbers_before"]
         return {
             "model": path,
             "linear_numbers_stored": stored,

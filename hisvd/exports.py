@@ -10,10 +10,17 @@ from hisvd.int6_fit import int6_entries
 
 
 class Export(NamedTuple):
-    """`multiply` the factors back into a plain weight; `encode` the entries, given E[x xᵀ] (None: by plain rules)."""
+    """`multiply` the factors back into a plain weight; `encode` the entries, given E[x xᵀ] (None: by plain rules);
+    `stock`: only what the family's own code loads, with one MLP width in its config.json."""
 
     multiply: bool = False
     encode: Callable[[Entries, torch.Tensor | None], Entries] | None = None
+    stock: bool = False
 
 
-EXPORTS = {"none": Export(), "int6": Export(encode=int6_entries), "dense": Export(multiply=True)}
+EXPORTS = {
+    "none": Export(),
+    "int6": Export(encode=int6_entries),
+    "dense": Export(multiply=True),
+    "plain": Export(stock=True),
+}

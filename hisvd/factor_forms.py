@@ -114,12 +114,23 @@ def dense_weight(entries: Entries, in_features: int) -> torch.Tensor:
     return FORMS[name].product(inner, matrix(f"{FORMS[name].outer}.", len(inner)), entries)
 
 
-def modules_of(path: str, entries: Entries) -> dict[str, dict]:
-    """The table for `component.low_rank.swap_linears` of the linear at `path` that has these state dict entries."""
+def narrow_entry(shape: Shape, stored: Shape) -> dict:
+    """An entry of the table for `component.low_rank.swap_linears`: a linear of shape `stored`, not `shape`."""
+    sides = {side: new for side, old, new in zip(("out", "in"), shape, stored, strict=True) if new != old}
+    return {"form": "narrow", **sides} if sides else {}
+
+
+def modules_of(path: str, entries: Entries, shape: Shape, stored: Shape) -> dict[str, dict]:
+    """The table for `component.low_rank.swap_linears` of the linear at `path` that has these state dict entries.
+
+    `shape` is that of the weight in the original model, `stored` that of the one which the entries stand for.
+    """
     codes = [f"{path}.{key}".removesuffix(".packed_weight") for key in entries if key.endswith("packed_weight")]
-    table: dict[str, dict] = {code: {"form": "int6"} for code in codes}
+    table: dict[str, dict] = {path: narrow_entry(shape, stored)}
     name = form_of(entries)
     if name is not None:
         rank = next(len(t) for key, t in entries.items() if key.startswith(f"{FORMS[name].inner}."))
-        table[path] = {"form": name, "rank": rank}
-    return table
+        table[path] |= {"form": name, "rank": rank}
+    for code in codes:
+        table[code] = table.get(code, {}) | {"form": "int6"}
+    return {name: entry for name, entry in table.items() if entry}

@@ -3,6 +3,7 @@
 An update (hisvd.updates) says which weights are factored and what their inputs are, and receives each result at once.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -10,12 +11,15 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 
 from hisvd.calibration_cache import CalibrationCache, output_moment
+from hisvd.component.families import adapter_for
+from hisvd.component.hf_quantizer import METHOD
 from hisvd.errors import naming
 from hisvd.exports import EXPORTS, Export
-from hisvd.factor_forms import DENSE, Entries, factor_tensors
-from hisvd.layer_tensors import replace_entries
+from hisvd.factor_forms import DENSE, Entries, Shape, factor_tensors
+from hisvd.layer_tensors import replace_entries, stored_prefix
+from hisvd.narrowing import Kept, refitted_output, with_zeros
 from hisvd.shape_utils import Sublayer
-from hisvd.utils.model_utils import Checkpoint
+from hisvd.utils.model_utils import Checkpoint, empty_model
 from hisvd.utils.save_utils import ModelWriter
 from hisvd.whitening_svd import (
     H_DAMPING,
@@ -62,21 +66,84 @@ class CompressionJob:
         return self.export.encode is not None and self.settings.int6_mode == "calibrated"
 
     def changes(self, sublayers: list[Sublayer]) -> bool:
-        """Whether any of the sublayers is factored for any target."""
-        return any(not plan.is_dense(s) for plan in self.plans.values() for s in sublayers)
+        """Whether any of the sublayers is factored, or has another shape, for any target."""
+        return any(plan.changes(s) for plan in self.plans.values() for s in sublayers)
+
+    def shapes(self, target: float, index: int) -> dict[Sublayer, Shape]:
+        """The shapes of the weights of layer `index` in the files of `target`."""
+        plan, multiply = self.plans[target], self.export.multiply
+        return {s: s.shape if multiply else plan.shape(s) for s in self.cache.sublayers_of(index)}
+
+    def neurons_kept(self, target: float, members: list[Sublayer], statistics: Tensors) -> Kept | None:
+        """Which neurons stay of the MLP that `members`, which share an input, belong to; None: there is none, or all.
+
+        `statistics` are those of the layer, `removal_order` among them.
+        """
+        index = members[0].layer
+        for mlp in self.cache.mlps_of(index):
+            if members[0].path in (*mlp.inputs, mlp.output):
+                output = next(s for s in self.cache.sublayers_of(index) if s.path == mlp.output)
+                width = self.plans[target].shape(output)[1]
+                if width < output.in_features:
+                    order = statistics[f"{mlp.output}.removal_order"].to(self.device, torch.long)
+                    kept = order[output.in_features - width :].sort().values
+                    return Kept(kept, output, mlp.fused, members[0].path == mlp.output)
+        return None
+
+    def config_changes(self, target: float, modules: dict[str, dict]) -> dict:
+        """What config.json says of the compressed model: its table of `modules`, or its width if it is a stock one."""
+        if modules:
+            return {"quantization_config": {"quant_method": METHOD, "format_version": 1, "modules": modules}}
+        shapes = self.plans[target].shapes
+        if not (self.export.stock and shapes):
+            return {}
+        output = next(s for s in self.cache.sublayers if s.name in shapes and s.in_features != shapes[s.name][1])
+        keys, config = adapter_for(empty_model(self.checkpoint.config)).width_keys, self.checkpoint.config
+        # GPT-2's is None where it follows from the hidden size; where MLPs differ in kind, others may go unused.
+        known = [key for key in keys if getattr(config.get_text_config(), key, 0) in (None, output.in_features)]
+        width = dict.fromkeys(known, shapes[output.name][1])
+        stored = json.loads((self.checkpoint.folder / "config.json").read_text(encoding="utf-8"))
+        # A model with vision keeps what describes its decoder apart.
+        return {"text_config": stored["text_config"] | width} if "text_config" in stored else width
+
+    def biases(self, members: list[Sublayer], stored: Tensors) -> Tensors:
+        """The biases of those `members` that have one, by path, from the tensors of the layer in the checkpoint."""
+        names = {s.path: f"{stored_prefix(self.checkpoint, s)}bias" for s in members}
+        return {path: stored[name].to(self.device) for path, name in names.items() if name in stored}
 
 
 class Case(NamedTuple):
     """Linears that share an input, for the targets that agree on their weights and inputs.
 
-    `weights` holds W (m, n) by path inside the layer, `dtype` is what the files store them in, `moment` is
-    E[x xᵀ] (n, n) of their input in float64.
+    `weights` holds W (m, n) by path inside the layer, without removed neurons, `dtype` is what the files store them in,
+    `moment` is E[x xᵀ] (n, n) of their input in float64. `rows` are the outputs that stay (None: all), `biases` holds
+    the biases that change.
     """
 
     targets: list[float]
     weights: dict[str, torch.Tensor]
     dtype: torch.dtype
     moment: torch.Tensor | None
+    rows: torch.Tensor | None = None
+    biases: Tensors | None = None
+
+
+def without_neurons(case: Case, kept: Kept | None, biases: Tensors, statistics: Tensors) -> Case:
+    """`case` without the neurons that do not stay, the output linear fitted to the original model's inputs.
+
+    `biases` are those of the original linears.
+    """
+    if kept is None:
+        return case
+    if not kept.at_output:
+        weights = {path: weight[kept.rows] for path, weight in case.weights.items()}
+        return case._replace(weights=weights, rows=kept.rows, biases={p: b[kept.rows] for p, b in biases.items()})
+    path = kept.output.path
+    fit = refitted_output(case.weights[path], biases.get(path), kept, statistics)
+    moment = None if case.moment is None else case.moment[kept.neurons][:, kept.neurons]
+    return case._replace(
+        weights={path: fit.weight}, moment=moment, biases=None if fit.bias is None else {path: fit.bias}
+    )
 
 
 class Update(Protocol):
@@ -117,6 +184,9 @@ def factor_layer(job: CompressionJob, update: Update, index: int, stored: Tensor
                 for target, entries in _results(job, case, s, statistics, root):
                     # Rounded like the files: later layers are fitted to what the saved model will compute.
                     update.place(target, s, entries)
+                    if job.export.multiply:
+                        kept = job.neurons_kept(target, [s], statistics)
+                        entries = with_zeros(entries, s, kept) if kept else entries
                     replace_entries(job.checkpoint, s, shards[target], entries)
         for s in members:
             statistics.pop(f"{s.path}.F_eigenvectors", None)  # large, and no later group needs them
@@ -134,9 +204,12 @@ def _results(
             if not plan.is_dense(s):
                 if basis is None:
                     f = output_moment(s, statistics, job.whitening, job.device)
+                    f = f if f is None or case.rows is None else f.part(case.rows)
                     basis = left_singular_vectors(whitened(weight, root, f))
                 left, right = low_rank_factors(weight, basis, plan.ranks[s.name], f)
                 entries = factor_tensors(left, right, DENSE if job.export.multiply else plan.form, case.dtype, root)
             if job.export.encode:
                 entries = job.export.encode(entries, case.moment if job.fits_codes else None)
+            if case.biases and s.path in case.biases:
+                entries["bias"] = case.biases[s.path].to(case.dtype)
         yield target, entries

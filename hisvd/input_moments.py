@@ -17,7 +17,7 @@ class InputMoments:
 
     Hooks record the tensor each linear receives; linears that receive the same tensor (by identity) share one
     moment, summed in float32 within a batch and float64 across batches. `groups` names them by the adapter, else by
-    their first member.
+    their first member. `sums` holds Σ x of what the output linear of an MLP receives, if it has a bias.
     """
 
     def __init__(self, layer: nn.Module, layer_name: str, adapter: Adapter) -> None:
@@ -27,6 +27,9 @@ class InputMoments:
         self.tokens: dict[str, int] = {}
         for name, paths in self.groups.items():
             self._start(name, layer.get_parameter(f"{paths[0]}.weight"))
+        biased = {mlp.output for mlp in adapter.mlps_of(layer) if layer.get_submodule(mlp.output).bias is not None}
+        with_sums = [name for name, paths in self.groups.items() if biased & set(paths)]
+        self.sums = {name: self.moments[name].new_zeros(len(self.moments[name])) for name in with_sums}
         self._seen: list[tuple[str, torch.Tensor]] = []
         for path in adapter.sublayer_paths(layer):
             layer.get_submodule(path).register_forward_pre_hook(self._recorder(path))
@@ -62,6 +65,8 @@ class InputMoments:
             rows = x.reshape(-1, x.shape[-1]).float()
             self.moments[group] += rows.T @ rows
             self.tokens[group] += rows.shape[0]
+            if group in self.sums:
+                self.sums[group] += rows.sum(0)
 
     def _name(self, paths: list[str]) -> str:
         name = next((n for n, members in self.groups.items() if sorted(members) == sorted(paths)), None)
@@ -82,6 +87,7 @@ class InputMoments:
             HiSVDError: a linear that every token should reach was not called.
         """
         self.moments = {group: distributed.total(moment) for group, moment in self.moments.items()}
+        self.sums = {group: distributed.total(total) for group, total in self.sums.items()}
         self.tokens = {group: int(distributed.total(torch.tensor(count))) for group, count in self.tokens.items()}
         rare = pool_rare(self.moments, self.tokens)
         if rare and distributed.is_first():

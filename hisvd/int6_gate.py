@@ -18,6 +18,7 @@ from hisvd.factor_forms import Entries, dense_weight
 from hisvd.factoring import CompressionJob
 from hisvd.int6_fit import SWEEPS, int6_entries
 from hisvd.layer_tensors import compressed_layer, entries_of, replace_entries
+from hisvd.narrowing import Kept
 from hisvd.shape_utils import Sublayer
 from hisvd.sparse_int6 import COLUMNS
 from hisvd.utils.data_utils import default_batch_size
@@ -29,7 +30,7 @@ from hisvd.utils.streaming import StreamedModel
 from hisvd.whitening_svd import H_DAMPING, cholesky_root, whitened
 
 
-def export_within(job: CompressionJob, writer: ModelWriter) -> dict:
+def export_within(job: CompressionJob, target: float, writer: ModelWriter) -> dict:
     """Put INT6 codes into the shards of `writer` so that the perplexity rises by at most the settings' fraction.
 
     Returns what the report says about it: perplexities before and after, and the linears exported and not exported. A
@@ -38,7 +39,7 @@ def export_within(job: CompressionJob, writer: ModelWriter) -> dict:
     Raises:
         HiSVDError: the cache has no held-out text, or is damaged.
     """
-    cache, codes, delta = job.cache, Int6Codes(job, writer), job.settings.quality_gate_delta
+    cache, codes, delta = job.cache, Int6Codes(job, target, writer), job.settings.quality_gate_delta
     assert delta is not None  # else all linears are exported
     decision = writer.work / "int6_gate.json"
     if not decision.exists():
@@ -87,8 +88,9 @@ def longest_within(delta: float, order: list[str], expected: int, text: "HeldOut
 class Int6Codes:
     """The INT6 codes of the linears in the shards of `writer`, made on first use and kept beside them."""
 
-    def __init__(self, job: CompressionJob, writer: ModelWriter) -> None:
+    def __init__(self, job: CompressionJob, target: float, writer: ModelWriter) -> None:
         self.job, self.checkpoint, self.cache, self.writer = job, job.checkpoint, job.cache, writer
+        self.target = target
 
     def estimated_losses(self) -> dict[str, float]:
         """The loss that the code of each linear adds, ½ ‖F^{1/2} (W − Ŵ) H^{1/2}‖²; without gradients, F is left out.
@@ -100,13 +102,14 @@ class Int6Codes:
         for index in progress_bar(range(self.cache.num_layers), "estimating INT6 losses"):
             statistics, shard = self.cache.read_layer(index), self.writer.read_shard(index)
             for members in self.cache.groups_of(index):
-                moment = input_moment(members[0], statistics, self.job.device)
+                moment, kept = self._moment(members, statistics)
                 root = cholesky_root(moment, H_DAMPING)
                 for s in members:
                     stored = self._stored(s, shard)
-                    error = dense_weight(self._coded(stored, moment, sweeps=0), s.in_features)
-                    error -= dense_weight(stored, s.in_features)
+                    error = dense_weight(self._coded(stored, moment, sweeps=0), len(moment))
+                    error -= dense_weight(stored, len(moment))
                     f = output_moment(s, statistics, whitening, self.job.device)
+                    f = f.part(kept.rows) if f and kept and not kept.at_output else f
                     losses[s.name] = whitened(error, root, f).square().sum().item() / 2
         return losses
 
@@ -119,10 +122,16 @@ class Int6Codes:
             path = self.writer.work / f"int6_{s.name}.safetensors"
             if not path.exists():
                 statistics = statistics or self.cache.read_layer(index)
-                code = self._coded(self._stored(s, tensors), input_moment(s, statistics, self.job.device), SWEEPS)
+                code = self._coded(self._stored(s, tensors), self._moment([s], statistics)[0], SWEEPS)
                 write_tensors(path, {name: tensor.cpu() for name, tensor in code.items()})
             replace_entries(self.checkpoint, s, tensors, load_file(path))
         return tensors
+
+    def _moment(self, members: list[Sublayer], statistics: Entries) -> tuple[torch.Tensor, Kept | None]:
+        """E[x xᵀ] of what `members` read, without removed neurons, and which neurons of their MLP stay."""
+        moment = input_moment(members[0], statistics, self.job.device)
+        kept = self.job.neurons_kept(self.target, members, statistics)
+        return moment if kept is None or not kept.at_output else moment[kept.neurons][:, kept.neurons], kept
 
     def _stored(self, sublayer: Sublayer, shard: Entries) -> Entries:
         entries = entries_of(self.checkpoint, sublayer, shard)
@@ -154,7 +163,7 @@ class HeldOutText:
 
         def layer_of(index: int) -> nn.Module:
             tensors = self.codes.shard(index, exported)
-            return compressed_layer(self.streamed, index, self.cache.sublayers_of(index), tensors)
+            return compressed_layer(self.streamed, index, self.codes.job.shapes(self.codes.target, index), tensors)
 
         total = streamed_loss(self.streamed, self.tokens, self.hidden, self.arguments, layer_of)
         return math.exp(total / self.tokens[:, 1:].numel())

@@ -3,9 +3,11 @@
 import torch
 from torch import nn
 
-from hisvd.calibration_cache import CalibrationCache, input_moment
+from hisvd.calibration_cache import CalibrationCache, input_mean, input_moment, output_gradient_moment
+from hisvd.component.adapter import Mlp
 from hisvd.gradient_pass import OutputGradientMoments
 from hisvd.input_moments import InputMoments
+from hisvd.neurons import eliminate, fitting_moment, refitted, spectrum_widths, stacked
 from hisvd.shape_utils import Sublayer
 from hisvd.whitening_svd import (
     F_DAMPING,
@@ -26,6 +28,7 @@ def layer_statistics(
     """The cache tensors of one layer (float32, CPU) and its sublayers in order.
 
     Per input group: `{group}.eigenvalues` (n,) and `{group}.eigenvectors` (n, n) of H = E[x xᵀ], undamped.
+    Where an MLP's output linear with a bias reads it, `{group}.mean` (n,) of E[x].
     Per sublayer: `{path}.singular_values` of W and `{path}.whitened_singular_values` of W H^{1/2}, both
     (min(m, n),), largest first, and `{path}.Vh`, the leading right singular vectors of W as rows.
     """
@@ -34,6 +37,8 @@ def layer_statistics(
     for group, paths in moments.groups.items():
         moment = moments.moments.pop(group).div_(moments.tokens[group])  # popped to free the largest tensors early
         eigenvalues, eigenvectors = torch.linalg.eigh(moment)
+        if group in moments.sums:
+            tensors[f"{group}.mean"] = _stored(moments.sums[group] / moments.tokens[group])
         tensors |= {f"{group}.eigenvalues": _stored(eigenvalues), f"{group}.eigenvectors": _stored(eigenvectors)}
         del eigenvalues, eigenvectors
         root = cholesky_root(moment, H_DAMPING)
@@ -53,7 +58,7 @@ def gradient_statistics(
 
     Per sublayer: `{path}.F_eigenvalues` (m,) and `{path}.F_eigenvectors` (m, m) of F = E[g gᵀ], undamped (a mean over
     all tokens, so that F of an expert is small where few tokens reach it), and
-    `{path}.two_sided_singular_values` of F^{1/2} W H^{1/2}.
+    `{path}.two_sided_singular_values` of F^{1/2} W H^{1/2}. And what neuron_statistics adds.
     """
     tensors: dict[str, torch.Tensor] = {}
     forward = cache.read_forward(index)
@@ -65,6 +70,49 @@ def gradient_statistics(
             f = damped(eigenvalues, eigenvectors, F_DAMPING)
             a = whitened(layer.get_parameter(f"{path}.weight"), root, f)
             tensors[f"{path}.two_sided_singular_values"] = _stored(singular_values(a))
+    for mlp in cache.mlps_of(index):
+        tensors |= neuron_statistics(layer, mlp, {s.path: s for s in cache.sublayers_of(index)}, forward | tensors)
+    return tensors
+
+
+def neuron_statistics(
+    layer: nn.Module, mlp: Mlp, sublayers: dict[str, Sublayer], statistics: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """What removing hidden neurons of `mlp` costs, and the spectra of what is left of it (CPU).
+
+    `statistics` are those of both passes, `sublayers` is by path. For the output linear, of n inputs:
+    `{path}.removal_order` (n,), int32, and `{path}.removal_losses` (n + 1,), float64, see neurons.Elimination. For it,
+    re-fitted, and for the inputs: `{path}.narrow_singular_values` (widths, min(m, n)), a row of the two-sided spectrum,
+    padded by zeros, for each of the widths of neurons.spectrum_widths.
+    """
+    device = next(layer.parameters()).device
+    output, weight = sublayers[mlp.output], layer.get_parameter(f"{mlp.output}.weight")
+    n, moment = output.in_features, input_moment(output, statistics, device)
+    f = output_gradient_moment(output, statistics, device)
+    fitting = fitting_moment(moment, input_mean(output, statistics, device))
+    order, losses = eliminate(weight, fitting, f)
+    kept = {width: order[n - width :].sort().values for width in spectrum_widths(n)}
+    found = {
+        mlp.output: [
+            singular_values(whitened(refitted(weight, fitting, s), cholesky_root(moment[s][:, s], H_DAMPING), f))
+            for s in kept.values()
+        ]
+    }
+    del moment, fitting
+    for path in mlp.inputs:
+        root = cholesky_root(input_moment(sublayers[path], statistics, device), H_DAMPING)
+        seen = layer.get_parameter(f"{path}.weight").double() @ root
+        metric = output_gradient_moment(sublayers[path], statistics, device).matrix()
+        rows = [stacked(s, n, mlp.fused) for s in kept.values()]
+        found[path] = [singular_values(cholesky_root(metric[r][:, r], 0.0).T @ seen[r]) for r in rows]
+    tensors = {
+        f"{path}.narrow_singular_values": _stored(
+            torch.stack([torch.nn.functional.pad(v, (0, sublayers[path].full_rank - len(v))) for v in values])
+        )
+        for path, values in found.items()
+    }
+    tensors[f"{mlp.output}.removal_order"] = order.int().cpu()
+    tensors[f"{mlp.output}.removal_losses"] = losses.cpu()
     return tensors
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from hisvd.component.low_rank import swap_linears
-from hisvd.factor_forms import Entries, modules_of
+from hisvd.factor_forms import Entries, Shape, modules_of
 from hisvd.shape_utils import Sublayer
 from hisvd.utils.model_utils import Checkpoint
 from hisvd.utils.streaming import StreamedModel
@@ -22,32 +22,38 @@ def stored_prefix(checkpoint: Checkpoint, sublayer: Sublayer) -> str:
 
 
 def entries_of(checkpoint: Checkpoint, sublayer: Sublayer, tensors: dict[str, torch.Tensor]) -> Entries:
-    """The state dict entries of a sublayer, without bias, among the tensors of its layer."""
+    """The state dict entries of a sublayer among the tensors of its layer."""
     prefix = stored_prefix(checkpoint, sublayer)
-    return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix) and k != f"{prefix}bias"}
+    return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
 
 
 def replace_entries(
     checkpoint: Checkpoint, sublayer: Sublayer, tensors: dict[str, torch.Tensor], entries: Entries
 ) -> None:
-    """Replace the sublayer's entries in `tensors` by `entries`, moved to the CPU."""
+    """Put `entries` (moved to the CPU) in the place of the sublayer's entries in `tensors`.
+
+    A bias stays where `entries` has none.
+    """
     prefix = stored_prefix(checkpoint, sublayer)
-    for name in entries_of(checkpoint, sublayer, tensors):
+    for name in entries_of(checkpoint, sublayer, tensors).keys() - {"bias"}:
         del tensors[prefix + name]
     tensors |= {prefix + name: tensor.to("cpu") for name, tensor in entries.items()}
 
 
-def place_entries(layer: nn.Module, path: str, entries: Entries) -> None:
-    """Replace the linear at `path` of `layer` by the one that `entries` describe, in the layer's compute dtype."""
-    swap_linears(layer, modules_of(path, entries))
-    layer.get_submodule(path).load_state_dict(entries, strict=False)
+def place_entries(layer: nn.Module, sublayer: Sublayer, shape: Shape, entries: Entries) -> None:
+    """Make a linear of `layer` the one of weight `shape` that `entries` describe, in the layer's compute dtype."""
+    swap_linears(layer, modules_of(sublayer.path, entries, sublayer.shape, shape))
+    layer.get_submodule(sublayer.path).load_state_dict(entries, strict=False)
 
 
 def compressed_layer(
-    streamed: StreamedModel, index: int, sublayers: list[Sublayer], tensors: dict[str, torch.Tensor]
+    streamed: StreamedModel, index: int, shapes: dict[Sublayer, Shape], tensors: dict[str, torch.Tensor]
 ) -> nn.Module:
-    """Decoder layer `index` with the sublayers' entries from `tensors`, its tensors in a compressed model's files."""
+    """Decoder layer `index` with the sublayers' entries from `tensors`, its tensors in a compressed model's files.
+
+    `shapes` holds the shapes of the sublayers' weights there.
+    """
     layer = streamed.layer(index)
-    for s in sublayers:
-        place_entries(layer, s.path, entries_of(streamed.checkpoint, s, tensors))
+    for s, shape in shapes.items():
+        place_entries(layer, s, shape, entries_of(streamed.checkpoint, s, tensors))
     return layer

@@ -1,42 +1,60 @@
 """A plan: the rank of every sublayer for one target, decided before the first matrix is factored."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from hisvd.allocations import ALLOCATIONS, RankProblem
+from hisvd.allocations import RankProblem
 from hisvd.calibration_cache import CalibrationCache, open_finished_cache
 from hisvd.errors import HiSVDError
+from hisvd.exports import EXPORTS
+from hisvd.factor_forms import Shape, narrow_entry
+from hisvd.moves import MOVES, one_width
 from hisvd.settings import CompressionSettings
 from hisvd.shape_utils import Sublayer, is_dense, stored_parameters
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The ranks that keep a share of the linear parameters.
+    """The ranks, and the neurons of MLPs, that keep a share of the linear parameters.
 
     Attributes:
         target: The share of the decoder's linear parameters to keep, in (0, 1].
         form: How factors are stored, a key of FORMS.
         ranks: The rank of every linear by its name in the model; a rank at which factors save nothing leaves it as it
             is (`is_dense`).
+        shapes: The shape of the weight, by the linear's name, where neurons are removed.
     """
 
     target: float
     form: str
     ranks: dict[str, int]
+    shapes: dict[str, Shape] = field(default_factory=dict)
+
+    def shape(self, sublayer: Sublayer) -> Shape:
+        """The shape of the sublayer's weight after the removal of neurons."""
+        return self.shapes.get(sublayer.name, sublayer.shape)
+
+    def changes(self, sublayer: Sublayer) -> bool:
+        """Whether the sublayer does not stay as it is."""
+        return sublayer.name in self.shapes or not self.is_dense(sublayer)
 
     def is_dense(self, sublayer: Sublayer) -> bool:
         """Whether the sublayer stays a plain linear, because factors of its rank would save nothing."""
-        return is_dense(self.ranks[sublayer.name], sublayer.shape, self.form)
+        return is_dense(self.ranks[sublayer.name], self.shape(sublayer), self.form)
 
     def parameters_of(self, sublayer: Sublayer) -> int:
         """Parameters stored for the sublayer's weight."""
-        return stored_parameters(self.ranks[sublayer.name], sublayer.shape, self.form)
+        return stored_parameters(self.ranks[sublayer.name], self.shape(sublayer), self.form)
 
     def modules(self, sublayers: Sequence[Sublayer]) -> dict[str, dict]:
-        """The table of factored modules for config.json: how to rebuild each from its name."""
-        return {s.name: {"form": self.form, "rank": self.ranks[s.name]} for s in sublayers if not self.is_dense(s)}
+        """The table of changed modules for config.json: how to rebuild each from its name."""
+        table = {}
+        for s in filter(self.changes, sublayers):
+            table[s.name] = narrow_entry(s.shape, self.shape(s))
+            if not self.is_dense(s):
+                table[s.name] |= {"form": self.form, "rank": self.ranks[s.name]}
+        return table
 
 
 def plan(
@@ -69,13 +87,27 @@ def plan(
     """
     cache = opened_cache(cache)
     settings = settings.resolved(cache)
-    assert settings.allocation is not None  # resolved
-    problem, rule = RankProblem(cache, settings), ALLOCATIONS[settings.allocation]
-    names = [s.name for s in problem.sublayers]
-    return [
-        Plan(target, settings.factors, dict(zip(names, rule(problem, target), strict=True)))
-        for target in checked_targets(targets)
-    ]
+    problem = RankProblem(cache, settings)
+    assert settings.moves is not None  # resolved
+    choose = one_width if EXPORTS[settings.export].stock else MOVES[settings.moves]
+    names, plans = [s.name for s in problem.sublayers], []
+    for target in checked_targets(targets):
+        choice = choose(problem, target)
+        ranks = dict(zip(names, choice.ranks, strict=True))
+        plans.append(Plan(target, settings.factors, ranks, narrow_shapes(problem, choice.widths)))
+    return plans
+
+
+def narrow_shapes(problem: RankProblem, widths: dict[str, int]) -> dict[str, Shape]:
+    """The shapes, by sublayer name, of the MLPs that lose neurons; `widths` is by the names of their output linears."""
+    shapes = {}
+    for first, mlp in problem.mlps:
+        members = {s.path: s for s in problem.cache.sublayers_of(first.layer)}
+        width = widths.get(members[mlp.output].name)
+        if width is not None:
+            shapes[members[mlp.output].name] = (members[mlp.output].out_features, width)
+            shapes |= {members[p].name: (mlp.fused * width, members[p].in_features) for p in mlp.inputs}
+    return shapes
 
 
 def opened_cache(cache: str | Path | CalibrationCache) -> CalibrationCache:

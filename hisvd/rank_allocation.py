@@ -5,6 +5,7 @@ A share is a count of stored parameters (float) for one sublayer; shares become 
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -105,6 +106,13 @@ def ranks_from_shares(shares: Sequence[float], sublayers: Sequence[Sublayer], ta
         left -= spent
 
 
+class RankCurve(NamedTuple):
+    """A linear's choices: by rank 1 … min(m, n), its tail Σ_{i>r} σ_i² and the parameters it stores, float64."""
+
+    tails: torch.Tensor
+    parameters: torch.Tensor
+
+
 def loss_ranks(
     singular_values: Sequence[torch.Tensor], sublayers: Sequence[Sublayer], target: float, form: str
 ) -> list[int]:
@@ -120,52 +128,62 @@ def loss_ranks(
     """
     budget = budget_of(sublayers, target)
     _rank_one_parameters(sublayers, target, form)  # refuses a target that is too small
-    cost_of = {shape: _costs(shape, form) for shape in {s.shape for s in sublayers}}
-    costs = [cost_of[s.shape] for s in sublayers]
-    tails = [_tails(sigma) for sigma in singular_values]
+    costs = {shape: parameters_by_rank(shape, form) for shape in {s.shape for s in sublayers}}
+    curves = [RankCurve(tails_of(v), costs[s.shape]) for v, s in zip(singular_values, sublayers, strict=True)]
 
     def ranks_at(multiplier: float) -> list[int]:
-        return [int((t + multiplier * c).argmin()) + 1 for t, c in zip(tails, costs, strict=True)]
-
-    def spent_by(ranks: list[int]) -> float:
-        return sum(float(c[r - 1]) for c, r in zip(costs, ranks, strict=True))
+        return [int((c.tails + multiplier * c.parameters).argmin()) + 1 for c in curves]
 
     low, high = 0.0, 1.0
-    while spent_by(ranks_at(high)) > budget:
+    while spent_by(ranks_at(high), curves) > budget:
         high *= 2
     for _ in range(200):
         middle = (low + high) / 2
-        low, high = (low, middle) if spent_by(ranks_at(middle)) <= budget else (middle, high)
+        low, high = (low, middle) if spent_by(ranks_at(middle), curves) <= budget else (middle, high)
     ranks = ranks_at(high)
-    left = budget - spent_by(ranks)
+    # low: however little a tail counts, the budget holds all that lowers it
+    left, saturated = fill(budget - spent_by(ranks, curves), ranks, curves, any_rate=low > 0)
+    return _spread(left, ranks, sublayers, target, form) if saturated else ranks
+
+
+def spent_by(ranks: Sequence[int], curves: Sequence[RankCurve]) -> float:
+    """The parameters that these ranks store."""
+    return sum(float(curve.parameters[rank - 1]) for curve, rank in zip(curves, ranks, strict=True))
+
+
+def fill(left: float, ranks: list[int], curves: Sequence[RankCurve], any_rate: bool = True) -> tuple[float, bool]:
+    """Raise `ranks`, in place, by what lowers the tails most per parameter, while `left` parameters allow it.
+
+    Returns the parameters that remain, and whether they could be spent, but would lower no tail (or not `any_rate`).
+    """
     while True:
         gains = []
-        for k, (t, c, r) in enumerate(zip(tails, costs, ranks, strict=True)):
-            prices = c[r:] - c[r - 1]
+        for k, (curve, rank) in enumerate(zip(curves, ranks, strict=True)):
+            prices = curve.parameters[rank:] - curve.parameters[rank - 1]
             affordable = ((prices > 0) & (prices <= left)).nonzero().flatten()
             if len(affordable):
-                rates = (t[r - 1] - t[r + affordable]) / prices[affordable]
+                rates = (curve.tails[rank - 1] - curve.tails[rank + affordable]) / prices[affordable]
                 best = int(rates.argmax())
-                gains.append((float(rates[best]), k, r + int(affordable[best]) + 1))
+                gains.append((float(rates[best]), k, rank + int(affordable[best]) + 1))
         if not gains:
-            return ranks
+            return left, False
         rate, k, rank = max(gains)
-        if rate <= 0 or low == 0:  # low == 0: the budget holds everything that lowers a tail
-            return _spread(left, ranks, sublayers, target, form)
-        left -= float(costs[k][rank - 1] - costs[k][ranks[k] - 1])
+        if rate <= 0 or not any_rate:
+            return left, True
+        left -= float(curves[k].parameters[rank - 1] - curves[k].parameters[ranks[k] - 1])
         ranks[k] = rank
 
 
-def _costs(shape: tuple[int, int], form: str) -> torch.Tensor:
+def parameters_by_rank(shape: tuple[int, int], form: str) -> torch.Tensor:
     """Parameters stored at the ranks 1 … min(m, n), float64."""
     return torch.tensor([stored_parameters(r, shape, form) for r in range(1, min(shape) + 1)]).double()
 
 
-def _tails(singular_values: torch.Tensor) -> torch.Tensor:
-    """Σ_{i>r} σ_i² for the ranks r = 1 … len(σ), float64; the last is 0."""
+def tails_of(singular_values: torch.Tensor) -> torch.Tensor:
+    """Σ_{i>r} σ_i² for the ranks r = 1 … n, float64, of σ (…, n); the last is 0."""
     energy = singular_values.double().square()
-    tails = (energy.sum() - energy.cumsum(0)).clamp_min(0)
-    tails[-1] = 0
+    tails = (energy.sum(-1, keepdim=True) - energy.cumsum(-1)).clamp_min(0)
+    tails[..., -1] = 0
     return tails
 
 

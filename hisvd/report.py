@@ -3,6 +3,7 @@
 import math
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from hisvd.calibration_cache import CalibrationCache
 from hisvd.component.experts import kind_of
@@ -24,6 +25,7 @@ def plan_report(cache: CalibrationCache, plan: Plan, settings: CompressionSettin
         {
             "name": s.name,
             "shape": list(s.shape),
+            **({"stored_shape": list(plan.shape(s))} if plan.shape(s) != s.shape else {}),
             "form": "dense" if plan.is_dense(s) else plan.form,
             "rank": plan.ranks[s.name],
             "numbers": plan.parameters_of(s),
@@ -45,8 +47,22 @@ def plan_report(cache: CalibrationCache, plan: Plan, settings: CompressionSettin
         "linear_numbers_planned": planned,
         "linear_numbers_after": after,
         "linear_kept": after / before,
+        "by_type": parameters_by_type(plan, cache.sublayers),
         "sublayers": rows,
     }
+
+
+def parameters_by_type(plan: Plan, sublayers: list[Sublayer]) -> dict[str, dict[str, int]]:
+    """Where the parameters of every sublayer type go: those `before`, those `removed_with_neurons`, those
+    `saved_by_factors` of what is left, and those `stored`."""
+    found: dict[str, dict[str, int]] = {}
+    for s in sublayers:
+        narrow, stored = math.prod(plan.shape(s)), plan.parameters_of(s)
+        row = {"before": s.size, "removed_with_neurons": s.size - narrow, "saved_by_factors": narrow - stored}
+        total = found.setdefault(kind_of(s.path), dict.fromkeys([*row, "stored"], 0))
+        for key, value in (row | {"stored": stored}).items():
+            total[key] += value
+    return found
 
 
 def finished_report(writer: ModelWriter, gate: dict | None) -> tuple[dict, set[str]]:
@@ -94,25 +110,48 @@ def int6_figures(codes: set[str], sizes_in_files: dict[str, int]) -> dict:
 
 
 def rank_table(plan: Plan, sublayers: list[Sublayer]) -> str:
-    """Ranks as a table: one row per decoder layer, one column per type; for experts the smallest and largest."""
+    """Ranks as a table: one row per decoder layer, one column per type; for experts the smallest and largest.
+
+    Where neurons are removed, a last column says how many the MLPs keep.
+    """
     types = list(dict.fromkeys(kind_of(s.path) for s in sublayers))
     found: dict[tuple[int, str], list[Sublayer]] = {}
     for s in sublayers:
         found.setdefault((s.layer, kind_of(s.path)), []).append(s)
 
-    def cell(members: list[Sublayer]) -> str:
-        ends = sorted(members, key=lambda s: plan.ranks[s.name])
-        texts = ["dense" if plan.is_dense(s) else str(plan.ranks[s.name]) for s in ends]
+    def ends(texts: list[str]) -> str:
         return "–".join(dict.fromkeys([*texts[:1], *texts[-1:]]))
 
-    rows = [[i, *(cell(found.get((i, t), [])) for t in types)] for i in range(1 + sublayers[-1].layer)]
-    return table(["layer", *(t.rpartition(".")[2] for t in types)], rows)
+    def cell(members: list[Sublayer]) -> str:
+        members = sorted(members, key=lambda s: plan.ranks[s.name])
+        return ends(["dense" if plan.is_dense(s) else str(plan.ranks[s.name]) for s in members])
+
+    def neurons(layer: int) -> str:
+        inner = (s for s in sublayers if s.layer == layer and plan.shape(s)[1] != s.in_features)
+        return ends([f"{plan.shape(s)[1]} of {s.in_features}" for s in sorted(inner, key=lambda s: plan.shape(s)[1])])
+
+    rows: list[list[Any]] = [[i, *(cell(found.get((i, t), [])) for t in types)] for i in range(1 + sublayers[-1].layer)]
+    titles = ["layer", *(t.rpartition(".")[2] for t in types)]
+    if plan.shapes:
+        titles.append("neurons")
+        rows = [[*row, neurons(row[0]) or "all"] for row in rows]
+    return table(titles, rows)
+
+
+def parameter_table(report: dict) -> str:
+    """Where the parameters of every sublayer type went, in percent of those before."""
+    titles = ["type", "parameters", "removed with neurons", "saved by factors", "stored"]
+    rows = []
+    for kind, row in report["by_type"].items():
+        shares = (row[key] / row["before"] for key in ("removed_with_neurons", "saved_by_factors", "stored"))
+        rows.append([kind, f"{row['before']:,}", *(f"{share:.1%}" for share in shares)])
+    return table(titles, rows)
 
 
 def summary(report: dict) -> str:
     """One line about the linear weights."""
     before, after = report["linear_numbers_before"], report["linear_numbers_after"]
-    how = ", ".join(report["settings"][key] for key in ("allocation", "whitening", "factors"))
+    how = ", ".join(report["settings"][key] for key in ("allocation", "moves", "whitening", "factors"))
     line = f"Target {report['target_compression']:g} ({how}): {after:,} of {before:,} linear parameters kept"
     line += f" ({after / before:.3%})"
     if report["linear_numbers_planned"] != after:

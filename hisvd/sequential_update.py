@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,8 +21,9 @@ from torch import nn
 from hisvd.calibration_cache import input_moment
 from hisvd.component.experts import is_routed
 from hisvd.factor_forms import Entries
-from hisvd.factoring import Case, CompressionJob, Tensors
+from hisvd.factoring import Case, CompressionJob, Tensors, without_neurons
 from hisvd.layer_tensors import compressed_layer, place_entries, stored_prefix
+from hisvd.narrowing import Fit, refitted_output
 from hisvd.shape_utils import Sublayer
 from hisvd.utils import distributed
 from hisvd.utils.activation_files import AGAIN, ActivationPair, is_reusable
@@ -39,21 +40,30 @@ RIDGE = 1e-1  # added to E[x' x'ᵀ] before it is inverted, as a fraction of its
 class UpdateMoments(NamedTuple):
     """Means over tokens, float64: own E[x' x'ᵀ] (n, n), lag E[(x − x') x'ᵀ] (n, n), stream E[e x'ᵀ] (hidden, n).
 
-    `stream` is measured where a linear that reads x' writes into the residual stream. An expert has `own` alone, from
-    the original model: the compressed one routes other tokens to it, which have no counterpart.
+    `stream` is measured where a linear that reads x' writes into the residual stream. The output linear of an MLP that
+    has lost neurons has `residual` E[(W x − B x') x'ᵀ] (m, k) instead of `lag`: x has more entries than x', and B is
+    its re-fit. An expert has `own` alone, from the original model: the compressed one routes other tokens to it, which
+    have no counterpart.
     """
 
     own: torch.Tensor
     lag: torch.Tensor | None = None
     stream: torch.Tensor | None = None
+    residual: torch.Tensor | None = None
 
 
 def update_target(
     weight: torch.Tensor, own_root: torch.Tensor, moments: UpdateMoments, mu: float, gamma: float
 ) -> torch.Tensor:
-    """T of the module's formula in float64, for W (m, n) and the Cholesky root of the damped E[x' x'ᵀ]."""
-    assert moments.lag is not None  # not an expert
-    change = mu * (weight.double() @ moments.lag)
+    """T of the module's formula in float64, for W (m, n) and the Cholesky root of the damped E[x' x'ᵀ].
+
+    Where neurons are removed, W is the re-fit B.
+    """
+    if moments.residual is None:
+        assert moments.lag is not None  # not an expert
+        change = mu * (weight.double() @ moments.lag)
+    else:
+        change = mu * moments.residual
     if gamma:
         assert moments.stream is not None
         change += gamma * moments.stream
@@ -149,11 +159,10 @@ class SequentialUpdate:
         for stream in self.streams.values():
             shutil.copyfile(self.dense_stream[0].path, stream[0].path)
         for index in progress_bar(range(first_layer), "repeating finished layers", leave=False):
-            sublayers, writers = self.cache.sublayers_of(index), self.job.writers
             self.dense_layer = self.streamed.layer(index)
             self.layers = {
-                target: compressed_layer(self.streamed, index, sublayers, writers[target].read_shard(index))
-                for target in self.streams
+                target: compressed_layer(self.streamed, index, self.job.shapes(target, index), writer.read_shard(index))
+                for target, writer in self.job.writers.items()
             }
             self.advance(index)
         if first_layer:
@@ -162,32 +171,45 @@ class SequentialUpdate:
             self._use_streams()
 
     def start(self, index: int, stored: Tensors) -> Tensors:
-        """Load the layer; returns its gradient statistics (and input statistics where experts need them)."""
+        """Load the layer, and the gradients' statistics of it (those of the inputs too where they are needed)."""
         self.stored = stored
         self.dense_layer = self.streamed.layer(index)
         self.layers = {target: self.streamed.layer(index) for target in self.streams}
-        routed = any(is_routed(s.path) for s in self.cache.sublayers_of(index))
-        self.statistics = self.cache.read_layer(index) if routed else self.cache.read_backward(index)
+        sublayers = self.cache.sublayers_of(index)
+        needed = any(is_routed(s.path) or s.name in plan.shapes for plan in self.job.plans.values() for s in sublayers)
+        self.statistics = self.cache.read_layer(index) if needed else self.cache.read_backward(index)
         return self.statistics
 
     def cases(self, index: int, members: list[Sublayer], needs_moment: bool) -> Iterator[Case]:
         """One case per target: weights moved towards what the compressed inputs need, and those inputs' moment."""
-        if is_routed(members[0].path):
+        first, routed = members[0].path, is_routed(members[0].path)
+        weights: dict[str, torch.Tensor] = {s.path: self.dense_layer.get_parameter(f"{s.path}.weight") for s in members}
+        biases = self.job.biases(members, self.stored)
+        kept = {target: self.job.neurons_kept(target, members, self.statistics) for target in self.layers}
+        if routed:
+            fits: dict[float, Fit] = {}
             own = input_moment(members[0], self.statistics, self.device)
             measured = dict.fromkeys(self.layers, UpdateMoments(own))
         else:
-            measured = self._measure(index, members)
+            fits = {
+                target: refitted_output(weights[first], biases.get(first), k, self.statistics)
+                for target, k in kept.items()
+                if k and k.at_output
+            }
+            measured = self._measure(index, members, fits)
         dtype = self.stored[f"{stored_prefix(self.job.checkpoint, members[0])}weight"].dtype
-        for target, layer in self.layers.items():
-            moments = measured.pop(target)
-            weights = self._updated(layer, members, moments)
-            own = moments.own
+        for target in self.layers:
+            moments, fit = measured.pop(target), fits.get(target)
+            case = Case([target], self._updated({first: fit.weight} if fit else weights, moments), dtype, moments.own)
             del moments  # lag and stream are as large as the moment that is still needed
-            yield Case([target], weights, dtype, own)
+            if fit:
+                yield case._replace(biases=None if fit.bias is None else {first: fit.bias})
+            else:
+                yield without_neurons(case, kept[target], biases, self.statistics)
 
     def place(self, target: float, sublayer: Sublayer, entries: Entries) -> None:
         """Put the result into the compressed layer, which the next measurements run through."""
-        place_entries(self.layers[target], sublayer.path, entries)
+        place_entries(self.layers[target], sublayer, self.job.plans[target].shape(sublayer), entries)
 
     def advance(self, index: int) -> None:
         """Take all streams through layer `index`, and drop it."""
@@ -196,18 +218,22 @@ class SequentialUpdate:
             self._through(index, self.layers[target], stream)
         del self.dense_layer, self.layers
 
-    def _updated(self, layer: nn.Module, members: list[Sublayer], moments: UpdateMoments) -> dict[str, torch.Tensor]:
-        """The weights, by path, that the factors of `members`, which share an input, are to approximate."""
-        weights: dict[str, torch.Tensor] = {s.path: layer.get_parameter(f"{s.path}.weight") for s in members}
-        if moments.lag is None:
-            return weights
+    def _updated(self, weights: dict[str, torch.Tensor], moments: UpdateMoments) -> dict[str, torch.Tensor]:
+        """What the factors of `weights`, by path, of linears that share an input are to come close to."""
+        if moments.lag is None and moments.residual is None:
+            return dict(weights)
         root, writers = cholesky_root(moments.own, RIDGE), self.adapter.stream
         return {p: update_target(w, root, moments, MU, GAMMA if p in writers else 0) for p, w in weights.items()}
 
-    def _measure(self, index: int, group: list[Sublayer]) -> dict[float, UpdateMoments]:
-        """The moments at the input that `group` shares in layer `index`, after linears with their new weights."""
+    def _measure(self, index: int, group: list[Sublayer], fits: dict[float, Fit]) -> dict[float, UpdateMoments]:
+        """The moments at the input that `group` shares in layer `index`, after linears with their new weights.
+
+        `fits` holds the output linears on fewer neurons, of the targets that have one here.
+        """
         path, writers = group[0].path, self.adapter.stream
-        sums: dict[float, list[torch.Tensor]] = {}
+        sums: dict[float, dict[str, torch.Tensor]] = {target: {} for target in self.layers}
+        linear: Any = self.dense_layer.get_submodule(path)
+        dense = Fit(linear.weight, linear.bias)
         batches = [self.streamed.read(stream[index]) for stream in self._all_streams()]
         tokens = 0
         for arguments, hidden, *compressed in zip(self.arguments[index], *batches, strict=True):
@@ -215,14 +241,19 @@ class SequentialUpdate:
             tokens += len(x)
             for (target, layer), hidden_c in zip(self.layers.items(), compressed, strict=True):
                 x_c, stream_c = input_and_stream(layer, path, writers, hidden_c, arguments)
-                left = [x_c, x - x_c] + [stream - stream_c] * any(s.path in writers for s in group)
-                if target not in sums:
-                    sums[target] = [x.new_zeros(a.shape[1], x.shape[1], dtype=torch.float64) for a in left]
-                for total, a in zip(sums[target], left, strict=True):
-                    total += a.T @ x_c
+                left = {"own": x_c}
+                if target in fits:
+                    left["residual"] = dense.outputs(x) - fits[target].outputs(x_c)
+                else:
+                    left["lag"] = x - x_c
+                if any(s.path in writers for s in group):
+                    left["stream"] = stream - stream_c
+                for name, a in left.items():
+                    zeros = x.new_zeros(a.shape[1], x_c.shape[1], dtype=torch.float64)
+                    sums[target].setdefault(name, zeros).add_(a.T @ x_c)
         tokens = int(distributed.total(torch.tensor(tokens)))
         return {
-            target: UpdateMoments(*(distributed.total(m).div_(tokens) for m in moments))
+            target: UpdateMoments(**{name: distributed.total(m).div_(tokens) for name, m in moments.items()})
             for target, moments in sums.items()
         }
 

@@ -10,6 +10,7 @@ from hisvd.calibration_cache import CalibrationCache
 from hisvd.errors import HiSVDError
 from hisvd.exports import EXPORTS
 from hisvd.factor_forms import FORMS
+from hisvd.moves import MOVES
 from hisvd.rank_metrics import RANK_METRICS
 from hisvd.refinement import MODULATIONS
 from hisvd.sparse_int6 import COLUMNS
@@ -114,10 +115,15 @@ class CompressionSettings:
             "none" (plain SVD) (WHITENINGS). None (the default): "two_sided" if the cache has gradients, else "input".
         factors: How factors of rank r are stored: "pivoted" (r(m + n - r) parameters) or "svd" (r(m + n)) (FORMS).
             Default: "pivoted".
+        moves: What is removed: "low_rank" factors linears, "neurons" takes hidden neurons out of the MLPs, "both"
+            weighs one against the other (MOVES). None (the default): "both" with allocation "loss" and two-sided
+            whitening, if the cache knows what neurons are worth, else "low_rank".
         update: "sequential" fits every layer to what the compressed layers below it deliver; "none" decomposes each
             matrix once for all targets, which is much quicker (UPDATES). Default: "sequential".
+        width_multiple: "plain" export: the common width of the MLPs is a multiple of this. Default: 64.
         export: "none" stores factors, "dense" multiplies them back into plain weights, "int6" stores factors and other
-            linear weights in the INT6 2:4 pairwise sparse format (EXPORTS). Default: "none".
+            linear weights in the INT6 2:4 pairwise sparse format, "plain" takes as many neurons out of every MLP and
+            changes nothing else, which gives a stock checkpoint (EXPORTS). Default: "none".
         int6_mode: "int6" export: codes "calibrated" (fitted to the calibration inputs) or "magnitude" (the plain rule).
             Default: "calibrated".
         quality_gate_delta: "int6" export: as many linears are exported as raise the perplexity on held-out calibration
@@ -137,7 +143,9 @@ class CompressionSettings:
     allocation: str | None = None
     whitening: str | None = None
     factors: str = "pivoted"
+    moves: str | None = None
     update: str = "sequential"
+    width_multiple: int = 64
     export: str = "none"
     int6_mode: str = "calibrated"
     quality_gate_delta: float | None = 0.025
@@ -151,6 +159,7 @@ class CompressionSettings:
             "allocation": (None, *ALLOCATIONS),
             "whitening": (None, *WHITENINGS),
             "factors": FORMS,
+            "moves": (None, *MOVES),
             "update": UPDATES,
             "export": EXPORTS,
             "int6_mode": INT6_MODES,
@@ -160,6 +169,7 @@ class CompressionSettings:
         check_at_least("alpha", self.alpha, 0)
         check_at_least("lwe_strength", self.lwe_strength, 0)
         check_at_least("tail_redundancy_weight", self.tail_redundancy_weight, 0)
+        check_at_least("width_multiple", self.width_multiple, 1)
         check_at_least("quality_gate_delta", self.quality_gate_delta, 0)
 
     @property
@@ -183,11 +193,34 @@ class CompressionSettings:
                 f"--export int6 finds nothing to store: no linear of this model has the {COLUMNS} inputs that the "
                 "format needs; leave the option out."
             )
-        return replace(
-            self,
-            allocation=self.allocation or ("loss" if cache.has_gradients else "hisvd"),
-            whitening=self.whitening or ("two_sided" if cache.has_gradients else "input"),
-        )
+        allocation = self.allocation or ("loss" if cache.has_gradients else "hisvd")
+        whitening = self.whitening or ("two_sided" if cache.has_gradients else "input")
+        moves = self._moves(cache, allocation, whitening)
+        return replace(self, allocation=allocation, whitening=whitening, moves=moves)
+
+    def _moves(self, cache: CalibrationCache, allocation: str, whitening: str) -> str:
+        """The moves that are made, by default all that cache and metric allow.
+
+        Raises:
+            HiSVDError: they do not go with the cache or with other settings.
+        """
+        stock, by_loss = EXPORTS[self.export].stock, allocation == "loss" and whitening == "two_sided"
+        if stock and self.moves not in (None, "neurons"):
+            raise HiSVDError(f"--export plain removes neurons alone, so it does not go with --moves {self.moves}.")
+        moves = self.moves or ("neurons" if stock else "both" if by_loss and cache.has_neurons else "low_rank")
+        needs = f"--moves {moves}" if not stock else "--export plain"
+        if moves != "low_rank" and not by_loss:
+            raise HiSVDError(
+                f"{needs} needs --allocation loss and --whitening two_sided, not {allocation} and {whitening}; change "
+                "them, or use --moves low_rank."
+            )
+        if moves != "low_rank" and not cache.has_neurons:
+            raise HiSVDError(
+                f"{needs} needs what calibration measures of the MLPs, and {cache.folder} lacks it (made with "
+                "--no_gradients or by an older version, or the model's family has no adapter); calibrate again, or use "
+                "--moves low_rank."
+            )
+        return moves
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterator
 
 from hisvd.calibration_cache import input_moment
-from hisvd.factor_forms import Entries
-from hisvd.factoring import Case, CompressionJob, Tensors, Update
+from hisvd.factor_forms import Entries, Shape
+from hisvd.factoring import Case, CompressionJob, Tensors, Update, without_neurons
 from hisvd.layer_tensors import stored_prefix
 from hisvd.sequential_update import SequentialUpdate
 from hisvd.shape_utils import Sublayer
@@ -24,11 +24,19 @@ class OneShot:
         return self.statistics
 
     def cases(self, index: int, members: list[Sublayer], needs_moment: bool) -> Iterator[Case]:
-        """One case for all targets."""
+        """One case for all targets that keep the same neurons."""
         job = self.job
         weights = {s.path: self.stored[f"{stored_prefix(job.checkpoint, s)}weight"].to(job.device) for s in members}
         moment = input_moment(members[0], self.statistics, job.device) if needs_moment else None
-        yield Case(list(job.plans), weights, weights[members[0].path].dtype, moment)
+        case = Case([], weights, weights[members[0].path].dtype, moment)
+        by_shape: dict[Shape, list[float]] = {}
+        for target, plan in job.plans.items():
+            by_shape.setdefault(plan.shape(members[0]), []).append(target)
+        for targets in by_shape.values():
+            kept = job.neurons_kept(targets[0], members, self.statistics)
+            # A copy of the weights: what is factored is taken out of it.
+            all_there = case._replace(targets=targets, weights=dict(weights))
+            yield without_neurons(all_there, kept, job.biases(members, self.stored), self.statistics)
 
     def place(self, target: float, sublayer: Sublayer, entries: Entries) -> None:
         """Nothing to do: no later case depends on it."""

@@ -36,6 +36,15 @@ class SecondMoment(NamedTuple):
     eigenvalues: torch.Tensor
     eigenvectors: torch.Tensor
 
+    def matrix(self) -> torch.Tensor:
+        """The moment itself, (n, n)."""
+        return (self.eigenvectors * self.eigenvalues) @ self.eigenvectors.T
+
+    def part(self, rows: torch.Tensor) -> "SecondMoment":
+        """That of the entries `rows` (k,) alone."""
+        eigenvalues, eigenvectors = torch.linalg.eigh(self.matrix()[rows][:, rows])
+        return SecondMoment(eigenvalues.clamp_min(self.eigenvalues.min()), eigenvectors)
+
 
 def damped(eigenvalues: torch.Tensor, eigenvectors: torch.Tensor, damping: float) -> SecondMoment:
     """Add damping · mean diagonal entry · I, SMALLEST at least; eigenvalues that rounding left below 0 count as 0."""

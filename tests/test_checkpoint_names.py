@@ -1,5 +1,6 @@
 """Published checkpoints whose tensors have other names than the model's: read, and saved under the same names."""
 
+import json
 import re
 
 import pytest
@@ -100,3 +101,19 @@ def test_perplexity_layer_by_layer_is_that_of_the_whole_model(compressed, tmp_pa
     for folder in compressed:
         whole, streamed = (hisvd.evaluate(folder, ["python-docs"], s)["perplexity"] for s in (settings, by_layer))
         assert streamed["python-docs"]["nll"] == pytest.approx(whole["python-docs"]["nll"], rel=1e-5)
+
+
+def test_a_stock_checkpoint_with_vision_has_a_narrower_decoder(published, compressed, tmp_path):
+    (family, folder), (_, out) = published, compressed
+    if family != "gemma3":
+        pytest.skip("its decoder is all there is")
+    where = ["--model_path", folder, "--calib_cache", out.parent / "tiny_n6_s32_with_hessian"]
+    options = ["--target_compression", "0.7", "--export", "plain", "--width_multiple", 8]
+    result = run("compress", *where, *options, "--save_model", tmp_path / "out")
+    assert result.code == 0, result
+    before, after = (json.loads((path / "config.json").read_text()) for path in (folder, tmp_path / "out"))
+    width = after["text_config"].pop("intermediate_size")
+    assert width % 8 == 0 and width < before["text_config"].pop("intermediate_size") and before == after
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS).logits, hisvd.load(tmp_path / "out")(IDS).logits)

@@ -101,6 +101,7 @@ def test_compressed_model_is_that_of_one_process(cache, model_folders, tmp_path,
     assert run("compress", *where, "--update", update, "--save_model", tmp_path / "one").code == 0
     reports = [json.loads((tmp_path / name / "hisvd.json").read_text()) for name in ("several", "one")]
     assert reports[0]["sublayers"] == reports[1]["sublayers"]
+    assert any("stored_shape" in row for row in reports[0]["sublayers"])  # neurons are removed
     with torch.no_grad():
         several, one = (hisvd.load(tmp_path / name)(IDS).logits for name in ("several", "one"))
     torch.testing.assert_close(several, one, rtol=1e-3, atol=1e-3)

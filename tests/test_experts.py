@@ -1,11 +1,13 @@
 """Mixtures of experts: separate linears compute the same, moments are those of the tokens routed to each."""
 
+import json
+
 import pytest
 import torch
 from conftest import HEADS, IDS, SHARED, build_model, calibrate_arguments, run
 from safetensors.torch import load_file, save_file
 from test_calibration import calibration_tokens, gradient_moments_of, gradient_moments_stored
-from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, OlmoeConfig, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, OlmoeConfig, Qwen2MoeConfig, Qwen3MoeConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
@@ -156,3 +158,33 @@ def test_a_mixture_of_another_family_is_named(tokenizer, tmp_path):
     folder = build_model(config, tmp_path / "model", tokenizer)
     result = run("calibrate", *calibrate_arguments(folder, tmp_path))
     assert result.code == 2 and "olmoe" in result.error and "mixtral" in result.error
+
+
+WIDE = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "initializer_range": 0.1}
+LAYERS = {**SHARED, **HEADS, "num_hidden_layers": 2}
+EQUAL_WIDTHS = {
+    "experts alone": (Qwen3MoeConfig(**LAYERS, **WIDE), {"moe_intermediate_size"}),
+    "a layer without": (
+        Qwen3MoeConfig(**LAYERS | WIDE | {"intermediate_size": 48}, mlp_only_layers=[1]),
+        {"moe_intermediate_size", "intermediate_size"},
+    ),
+    "a shared expert": (
+        Qwen2MoeConfig(**LAYERS, **WIDE, shared_expert_intermediate_size=48),
+        {"moe_intermediate_size", "shared_expert_intermediate_size"},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", EQUAL_WIDTHS)
+def test_a_stock_checkpoint_names_the_width_of_every_mlp(tokenizer, tmp_path, case):
+    config, changed = EQUAL_WIDTHS[case]
+    folder = build_model(config, tmp_path / "model", tokenizer)
+    assert run("calibrate", *calibrate_arguments(folder, tmp_path)).code == 0
+    where = ["--model_path", folder, "--calib_cache", tmp_path / "tiny_n6_s32_with_hessian"]
+    options = ["--target_compression", "0.7", "--export", "plain", "--width_multiple", 8, "--update", "none"]
+    result = run("compress", *where, *options, "--save_model", tmp_path / "out")
+    assert result.code == 0, result
+    before, after = (json.loads((path / "config.json").read_text()) for path in (folder, tmp_path / "out"))
+    assert {key for key in before if before[key] != after[key]} == changed and before.keys() == after.keys()
+    assert {after[key] for key in changed} == {24}
+    hisvd.load(tmp_path / "out")  # refuses what does not fit

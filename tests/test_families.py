@@ -1,10 +1,13 @@
 """Every family through the whole chain, on tiny random-weight models saved as several shards."""
 
+import functools
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import HEADS, IDS, SHARED, build_model, calibrate_arguments, run, saved_tensors
+from conftest import HEADS, IDS, SHARED, build_model, calibrate_arguments, expect_sentence, run, saved_tensors
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -27,9 +30,12 @@ from transformers import (
 
 import hisvd
 from hisvd.calibration_cache import read_cache
+from hisvd.component.conv1d import linear_shape
 from hisvd.component.families import adapter_for, separate_experts
 from hisvd.component.low_rank import swap_linears
 from hisvd.factor_forms import factor_tensors
+from hisvd.neurons import stacked
+from hisvd.utils.load_utils import read_pt
 from hisvd.utils.model_utils import open_checkpoint
 from hisvd.utils.streaming import decoder_layers
 
@@ -91,22 +97,45 @@ CONFIGS = {
 }
 
 
+@pytest.fixture(scope="module")
+def calibrated(tokenizer, tmp_path_factory):
+    """calibrated(family) → (model folder of several shards, cache), made when first asked for."""
+
+    @functools.cache
+    def call(family):
+        root = tmp_path_factory.mktemp("family")
+        model = build_model(CONFIGS[family], root / "one", tokenizer)
+        whole = AutoModelForCausalLM.from_pretrained(model)
+        # GPT-2 is published as saved from its base model: names without "transformer."
+        (whole.base_model if family == "gpt2" else whole).save_pretrained(root / "model", max_shard_size="100KB")
+        tokenizer.save_pretrained(root / "model")
+        assert len(list((root / "model").glob("*.safetensors"))) > 2
+        assert run("calibrate", *calibrate_arguments(root / "model", root)).code == 0
+        return root / "model", root / "tiny_n6_s32_with_hessian"
+
+    return call
+
+
 @pytest.fixture(scope="module", params=CONFIGS)
-def chain(request, tokenizer, tmp_path_factory):
+def chain(request, calibrated, tmp_path_factory):
     """(family, model folder of several shards, cache, folder compressed to 0.6)."""
-    root = tmp_path_factory.mktemp("family")
-    model = build_model(CONFIGS[request.param], root / "one", tokenizer)
-    whole = AutoModelForCausalLM.from_pretrained(model)
-    # GPT-2 is published as saved from its base model: names without "transformer."
-    (whole.base_model if request.param == "gpt2" else whole).save_pretrained(root / "model", max_shard_size="100KB")
-    tokenizer.save_pretrained(root / "model")
-    assert len(list((root / "model").glob("*.safetensors"))) > 2
-    assert run("calibrate", *calibrate_arguments(root / "model", root)).code == 0
-    cache = root / "tiny_n6_s32_with_hessian"
-    where = ["--model_path", root / "model", "--calib_cache", cache, "--save_model", root / "out"]
-    result = run("compress", *where, "--target_compression", "0.6")
+    folder, cache = calibrated(request.param)
+    out = tmp_path_factory.mktemp("compressed") / "out"
+    compressed(folder, cache, out, "0.6")
+    return request.param, folder, cache, out
+
+
+def compressed(folder, cache, out, target, *options):
+    """The report of compress.py."""
+    where = ["--model_path", folder, "--calib_cache", cache, "--save_model", out]
+    result = run("compress", *where, "--target_compression", target, *options)
     assert result.code == 0, result
-    return request.param, root / "model", cache, root / "out"
+    return json.loads((out / "hisvd.json").read_text() if out.is_dir() else read_pt(out)[0]["hisvd.json"])
+
+
+def logits_of(path):
+    with torch.no_grad():
+        return hisvd.load(path)(IDS).logits
 
 
 def test_the_familys_own_adapter_names_all_linears(chain):
@@ -199,3 +228,173 @@ def test_full_rank_factors_reproduce_the_logits(chain, form):
             state = factor_tensors(u * sigma, vh, form, torch.float32)
             model.get_submodule(s.name).load_state_dict(state, strict=not has_bias)  # the swap kept the bias
         torch.testing.assert_close(model(IDS).logits, before, rtol=1e-3, atol=1e-3)
+
+
+def narrow(chain):
+    """The chain of a family whose MLPs' neurons can be removed."""
+    if chain[0].startswith("generic"):
+        pytest.skip("its MLPs are unknown")
+    return chain
+
+
+def test_a_generic_family_has_low_rank_alone(chain, tmp_path):
+    family, folder, cache, out = chain
+    if not family.startswith("generic"):
+        pytest.skip("its MLPs are known")
+    assert json.loads((out / "hisvd.json").read_text())["settings"]["moves"] == "low_rank"
+    where = ["--model_path", folder, "--calib_cache", cache, "--save_model", tmp_path / "out"]
+    for options in (["--moves", "both"], ["--moves", "neurons"], ["--export", "plain"]):
+        result = run("compress", *where, "--target_compression", "0.6", *options)
+        expect_sentence(result, " ".join(options), "no adapter", "--moves low_rank")
+
+
+def test_both_moves_take_part(chain):
+    *_, out = narrow(chain)
+    rows = json.loads((out / "hisvd.json").read_text())["sublayers"]
+    assert any("stored_shape" in row for row in rows) and any(row["form"] != "dense" for row in rows)
+
+
+@pytest.mark.parametrize("update", ["none", "sequential"])
+def test_neurons_alone(chain, tmp_path, update):
+    _, folder, cache, _ = narrow(chain)
+    report = compressed(folder, cache, tmp_path / "out", "0.7", "--moves", "neurons", "--update", update)
+    before, after = report["linear_numbers_before"], report["linear_numbers_after"]
+    assert {row["form"] for row in report["sublayers"]} == {"dense"}
+    # What is left holds no neuron more, wherever there is one to give back.
+    price = max(sum(row["shape"]) for row in report["sublayers"]) * 3
+    assert 0.7 * before - price <= after <= 0.7 * before
+    names = {s.name for s in read_cache(cache).sublayers}
+    stored = open_checkpoint(str(folder))
+    weights = {stored.stored_name(f"{name}.weight") for name in names}
+    assert sum(t.numel() for n, t in saved_tensors(tmp_path / "out").items() if n in weights) == after
+    close(tmp_path / "out", folder)
+
+
+def test_what_stays_of_an_mlp_are_rows_of_the_original(chain, tmp_path):
+    """Those that the cache says, biases too; the output linear is fitted anew, and its bias takes up the means."""
+    _, folder, path, _ = narrow(chain)
+    compressed(folder, path, tmp_path / "out", "0.7", "--moves", "neurons", "--update", "none")
+    small, whole, cache = hisvd.load(tmp_path / "out"), hisvd.load(folder), read_cache(path)
+    separate_experts(whole)
+    separate_experts(small)
+    layers = zip(*(decoder_layers(model, adapter_for(model)) for model in (small, whole)), strict=True)
+    narrower = 0
+    for index, (new, old) in enumerate(layers):
+        for mlp in cache.mlps_of(index):
+            order = cache.read_layer(index)[f"{mlp.output}.removal_order"].long()
+            new_output, old_output = (layer.get_submodule(mlp.output) for layer in (new, old))
+            width = linear_shape(new_output)[1]
+            rows = stacked(order[len(order) - width :].sort().values, len(order), mlp.fused)
+            narrower += width < len(order)
+            for linear in mlp.inputs:
+                new_input, old_input = (layer.get_submodule(linear) for layer in (new, old))
+                weights = [m.weight if isinstance(m, torch.nn.Linear) else m.weight.T for m in (new_input, old_input)]
+                assert torch.equal(weights[0], weights[1][rows])
+                assert old_input.bias is None or torch.equal(new_input.bias, old_input.bias[rows])
+            if old_output.bias is not None:
+                assert torch.equal(new_output.bias, old_output.bias) == (width == len(order))
+    assert narrower
+
+
+def close(path, original):
+    """The logits of the model at `path` are those of from_pretrained, and not far from the original's."""
+    logits, expected = logits_of(path), logits_of(original)
+    with torch.no_grad():
+        torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(path)(IDS).logits, logits)
+    assert 1e-4 < (logits - expected).norm() / expected.norm() < 1.2
+
+
+@pytest.mark.parametrize("moves", ["both", "neurons"])
+def test_a_target_of_1_changes_nothing(chain, tmp_path, moves):
+    _, folder, cache, _ = narrow(chain)
+    compressed(folder, cache, tmp_path / "out", "1", "--moves", moves)
+    assert torch.equal(logits_of(tmp_path / "out"), logits_of(folder))
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
+def test_a_pt_file_and_dense_weights_are_the_same_model(chain, tmp_path):
+    _, folder, cache, out = narrow(chain)
+    expected = logits_of(out)
+    compressed(folder, cache, tmp_path / "out.pt", "0.6")
+    own, stored = saved_tensors(out), saved_tensors(tmp_path / "out.pt")
+    assert own.keys() == stored.keys() and all(torch.equal(own[name], stored[name]) for name in own)
+    torch.testing.assert_close(logits_of(tmp_path / "out.pt"), expected)
+    compressed(folder, cache, tmp_path / "dense", "0.6", "--export", "dense")
+    config, original = (json.loads((path / "config.json").read_text()) for path in (tmp_path / "dense", folder))
+    assert config == original
+    difference = (logits_of(tmp_path / "dense") - expected).norm() / expected.norm()
+    assert difference < 1e-4
+
+
+@pytest.mark.parametrize("delta", ["none", "0.5"])
+def test_int6_of_a_narrow_model(chain, tmp_path, delta):
+    family, folder, cache, _ = narrow(chain)
+    if family not in ("phi3", "gpt2", "qwen2_moe"):
+        pytest.skip("three families that have all there is: fused linears, biases and Conv1D, experts")
+    update = "sequential" if delta == "none" else "none"
+    options = ["--export", "int6", "--quality_gate_delta", delta, "--update", update]
+    report = compressed(folder, cache, tmp_path / "out", "0.8", *options)
+    assert report["int6"]["weights"] > 0 and report["settings"]["moves"] == "both"
+    model = hisvd.load(tmp_path / "out")
+    settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    cached, plain = (model.generate(IDS, **settings, use_cache=use) for use in (True, False))
+    assert torch.equal(cached, plain)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            AutoModelForCausalLM.from_pretrained(tmp_path / "out")(IDS).logits, model(IDS).logits
+        )
+    settings = hisvd.EvaluationSettings(seqlen=32, nsamples=2)
+    by_layer = hisvd.EvaluationSettings(seqlen=32, nsamples=2, offload_folder=tmp_path / "offload")
+    whole, streamed = (hisvd.evaluate(tmp_path / "out", ["python-docs"], s)["perplexity"] for s in (settings, by_layer))
+    assert streamed["python-docs"]["nll"] == pytest.approx(whole["python-docs"]["nll"], rel=1e-5)
+
+
+MIXED_WIDTHS = ("qwen2_moe", "qwen3_moe")  # a shared expert, or a layer without experts
+WIDTH_KEYS = {"gpt2": "n_inner", "opt": "ffn_dim", "opt-350m": "ffn_dim"}
+
+
+@pytest.mark.parametrize("update", ["none", "sequential"])
+def test_a_stock_checkpoint(chain, tmp_path, update):
+    family, folder, cache, _ = narrow(chain)
+    options = ["--export", "plain", "--width_multiple", "8", "--update", update]
+    if family in MIXED_WIDTHS:
+        where = ["--model_path", folder, "--calib_cache", cache, "--save_model", tmp_path / "out"]
+        expect_sentence(run("compress", *where, "--target_compression", "0.7", *options), "--export plain", "different")
+        return
+    report = compressed(folder, cache, tmp_path / "out", "0.7", *options)
+    assert 0.6 < report["linear_kept"] <= 0.7
+    config, original = (json.loads((path / "config.json").read_text()) for path in (tmp_path / "out", folder))
+    key = WIDTH_KEYS.get(family, "intermediate_size")
+    assert config.pop(key) % 8 == 0
+    original.pop(key)
+    assert config == original and (tmp_path / "out" / "hisvd.json").exists()
+    close(tmp_path / "out", folder)
+
+
+LOADED_WITHOUT_HISVD = """
+import sys
+sys.modules["hisvd"] = None
+import torch
+from transformers import AutoModelForCausalLM
+logits = []
+for folder in sys.argv[2:]:
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), (folder, info)
+    ids = torch.arange(40).view(2, 20)
+    assert model.generate(ids, max_new_tokens=4, min_new_tokens=4, pad_token_id=0).shape == (2, 24)
+    with torch.no_grad():
+        logits.append(model.eval()(ids).logits)
+torch.save(logits, sys.argv[1])
+"""
+
+
+def test_stock_checkpoints_need_no_hisvd(calibrated, tmp_path):
+    families = [f for f in CONFIGS if not f.startswith("generic") and f not in MIXED_WIDTHS]
+    for family in families:
+        options = ["--export", "plain", "--width_multiple", "8", "--update", "none"]
+        compressed(*calibrated(family), tmp_path / family, "0.7", *options)
+    folders = [str(tmp_path / family) for family in families]
+    command = [sys.executable, "-c", LOADED_WITHOUT_HISVD, str(tmp_path / "logits"), *folders]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    for folder, logits in zip(folders, torch.load(tmp_path / "logits"), strict=True):
+        torch.testing.assert_close(logits, logits_of(folder))

@@ -8,8 +8,9 @@ import torch
 from conftest import HEADS, ROOT, SHARED
 from torch import nn
 from transformers import AutoModelForCausalLM, OPTConfig, StableLmConfig
+from transformers.pytorch_utils import Conv1D
 
-from hisvd.component.adapter import Adapter, Experts
+from hisvd.component.adapter import Adapter, Experts, Mlp
 from hisvd.component.experts import SeparateExperts
 from hisvd.component.families import ADAPTERS, adapter_for
 from hisvd.component.low_rank import MODULE_OF_FORM, swap_linears
@@ -93,7 +94,7 @@ def test_a_new_form_is_an_entry_and_a_module(scaled):
     torch.testing.assert_close(dense_weight(entries, 90), left @ right, rtol=1e-4, atol=1e-4)
     for state in (entries, int6_entries(entries, torch.eye(90))):
         model = nn.Sequential(nn.Linear(90, 80, bias=False))
-        swap_linears(model, modules_of("0", state))
+        swap_linears(model, modules_of("0", state, (80, 90), (80, 90)))
         model[0].load_state_dict(state)
         torch.testing.assert_close(model(x), x @ dense_weight(state, 90).float().T, rtol=1e-4, atol=1e-3)
 
@@ -188,9 +189,12 @@ def test_experts_take_the_place_of_the_inputs_their_adapter_names():
         gate_up_proj, down_proj = torch.ones(2, 8, 3), torch.ones(2, 3, 4)
 
     inputs = {"a": ("q",), "mlp_in": ("up",), "feed": ("down",)}
-    experts = Experts(("g", "u", "d"), {"e.*": ("experts.*.g", "experts.*.u"), "router": ("gate",)}, ("feed",))
-    adapter, layer = Adapter("f", "layers", inputs, experts=experts), nn.Module()
-    assert adapter.groups(layer) == inputs
+    groups = {"e.*": ("experts.*.g", "experts.*.u"), "router": ("gate",)}
+    mlps = (Mlp(("shared.u",), "shared.d"), Mlp(("experts.*.g", "experts.*.u"), "experts.*.d", fused=2))
+    experts = Experts(("g", "u", "d"), groups, mlps, instead_of=("feed",))
+    own = (Mlp(("up",), "down"),)
+    adapter, layer = Adapter("f", "layers", inputs, mlps=own, experts=experts), nn.Module()
+    assert adapter.groups(layer) == inputs and adapter.mlps_of(layer) == list(own)
     layer.experts = SeparateExperts(Fused(), experts.linears)
     assert adapter.groups(layer) == {
         "a": ("q",),
@@ -199,3 +203,34 @@ def test_experts_take_the_place_of_the_inputs_their_adapter_names():
         "e.1": ("experts.1.g", "experts.1.u"),
         "router": ("gate",),
     }
+    assert adapter.mlps_of(layer) == [
+        Mlp(("shared.u",), "shared.d"),
+        *(Mlp((f"experts.{e}.g", f"experts.{e}.u"), f"experts.{e}.d", fused=2) for e in range(2)),
+    ]
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+@pytest.mark.parametrize("coded", [False, True])
+@pytest.mark.parametrize("form", [None, "pivoted", "svd"])
+def test_a_narrow_linear_is_rebuilt_from_its_entries(kind, form, coded):
+    """Fewer inputs and outputs, in one piece or factored, with or without INT6 codes; a bias of the new size."""
+    torch.manual_seed(0)
+    original = nn.Linear(200, 96) if kind == "linear" else Conv1D(96, 200)
+    weight = torch.randn(80, 20).double() @ torch.randn(20, 144).double()
+    entries = {"weight": weight.float()}
+    if form:
+        u, sigma, vh = torch.linalg.svd(weight, full_matrices=False)
+        entries = factor_tensors((u * sigma)[:, :70], vh[:70], form, torch.float32)
+    if coded:
+        entries = int6_entries(entries, torch.eye(144))
+    expected, x = dense_weight(entries, 144).float(), torch.randn(3, 144)
+    state = entries | {"bias": torch.randn(80)}
+    if kind == "conv1d" and "weight" in state:
+        state["weight"] = state["weight"].T
+    model = nn.Sequential(original).to(torch.float32)
+    table = modules_of("0", entries, (96, 200), (80, 144))
+    assert table["0"].items() >= {"out": 80, "in": 144}.items()
+    swap_linears(model, table)
+    model.load_state_dict({f"0.{name}": tensor.contiguous() for name, tensor in state.items()})
+    torch.testing.assert_close(model(x), x @ expected.T + state["bias"], rtol=1e-4, atol=1e-3)
+    assert modules_of("0", {"weight": torch.zeros(96, 200)}, (96, 200), (96, 200)) == {}

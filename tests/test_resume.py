@@ -142,6 +142,28 @@ def test_a_kill_while_finished_layers_are_passed_again_leaves_nothing_to_be_mist
     assert_same(tmp_path / "out", tmp_path / "whole")
 
 
+@pytest.mark.parametrize("layer", [1, 3])
+@pytest.mark.parametrize(
+    "options",
+    [("--moves", "both"), ("--export", "plain", "--width_multiple", "8"), ("--moves", "neurons", "--export", "dense")],
+    ids=["both", "plain", "dense"],
+)
+def test_a_kill_between_layers_that_lose_neurons(command, factored, tmp_path, monkeypatch, options, layer):
+    with monkeypatch.context() as patch:
+        kill_once(patch, ModelWriter, "write_shard", lambda writer, index, tensors: index == layer)
+        assert command("0.6", *options).code == 130
+    if layer == 3:  # the layers that are finished are passed again
+        for file in (tmp_path / "out.partial" / "work").glob("*.bin"):
+            file.unlink()
+    factored.clear()
+    assert command("0.6", *options).code == 0
+    assert factored == list(range(layer, 4))
+    assert command("0.6", *options, output="whole").code == 0
+    assert_same(tmp_path / "out", tmp_path / "whole")
+    rows = json.loads((tmp_path / "out" / "hisvd.json").read_text())["sublayers"]
+    assert any("stored_shape" in row for row in rows)
+
+
 def test_hidden_states_of_another_number_of_processes_do_not_outlive_a_run(command, tmp_path, monkeypatch):
     """Otherwise a run of that number could later take them for those of the layer at which it resumes."""
     kill_once(monkeypatch, ModelWriter, "write_shard", lambda writer, index, tensors: index == 2)

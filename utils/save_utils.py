@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from hisvd.component.hf_quantizer import METHOD
 from hisvd.errors import HiSVDError
 from hisvd.utils.files import atomic_path, make_folder, sync_file, write_json, write_tensors
 from hisvd.utils.load_utils import PT_FILE_PREFIX, PT_FORMAT, read_pt
@@ -67,7 +66,7 @@ class ModelWriter:
         self.work = self.folder / "work"
         self.is_finished = output.exists()
         if self.is_finished:
-            if not self._follows_plan(_saved_report(output)):
+            if not self._follows_plan(saved_report(output)):
                 raise HiSVDError(f"{output} already exists; delete it or choose another --save_model.")
             return
         plan_file = self.work / PLAN
@@ -160,17 +159,16 @@ class ModelWriter:
             names.append(by_stored[code] if code in by_stored else f"{by_stored[parent]}.{factor}")
         return names
 
-    def complete(self, checkpoint: Checkpoint, modules: dict[str, dict], report: dict, card: str) -> None:
+    def complete(self, checkpoint: Checkpoint, changes: dict, report: dict, card: str) -> None:
         """Add configuration, tokenizer, index, model card, and last the report.
 
-        `modules` is the table for config.json (empty: a plain model).
+        `changes` are the entries of config.json that differ from the original's.
         """
         for pattern in SIDE_FILES:
             for file in checkpoint.folder.glob(pattern):
                 shutil.copyfile(file, self.folder / file.name)
         config = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
-        if modules:
-            config["quantization_config"] = {"quant_method": METHOD, "format_version": 1, "modules": modules}
+        config |= changes
         write_json(self.folder / "config.json", config)
         weight_map: dict[str, str] = {}
         for path in self.shard_files():
@@ -201,7 +199,7 @@ class ModelWriter:
             self.is_finished = True
         if is_pt(self.output):
             self._remove_partial()
-        report = _saved_report(self.output)
+        report = saved_report(self.output)
         assert report is not None  # __init__ or complete() has seen to it
         return report
 
@@ -241,7 +239,7 @@ def _read_json(path: Path) -> dict | None:
     return value if isinstance(value, dict) else None
 
 
-def _saved_report(output: Path) -> dict | None:
+def saved_report(output: Path) -> dict | None:
     """The content of hisvd.json of a finished output, or None for anything else."""
     if not is_pt(output):
         return _read_json(output / REPORT)

@@ -12,10 +12,11 @@ from hisvd.compression import CompressedModel, compress
 from hisvd.errors import HiSVDError
 from hisvd.exports import EXPORTS
 from hisvd.factor_forms import FORMS
+from hisvd.moves import MOVES
 from hisvd.plan import checked_targets, plan
 from hisvd.rank_metrics import RANK_METRICS
 from hisvd.refinement import MODULATIONS
-from hisvd.report import int6_summary, plan_report, rank_table, size_summary, summary
+from hisvd.report import int6_summary, parameter_table, plan_report, rank_table, size_summary, summary
 from hisvd.settings import INT6_MODES, CompressionSettings, Resources
 from hisvd.updates import UPDATES
 from hisvd.utils.files import check_writable_file, write_json
@@ -84,6 +85,13 @@ def parse_targets(text: str) -> list[float]:
     type=click.Choice(list(WHITENINGS)),
     help="[default: two_sided where the cache has gradients, else input]",
 )
+@click.option(
+    "--moves",
+    type=click.Choice(list(MOVES)),
+    default=None,
+    help="low_rank: factor linears; neurons: remove hidden neurons of the MLPs; both: weigh one against the other.  "
+    "[default: both where the cache knows what neurons are worth, else low_rank]",
+)
 @click.option("--factors", type=click.Choice(list(FORMS)), default="pivoted", show_default=True)
 @click.option(
     "--update",
@@ -99,7 +107,14 @@ def parse_targets(text: str) -> list[float]:
     default="none",
     show_default=True,
     help="int6: every linear weight in the INT6 2:4 pairwise sparse format; "
-    "dense: multiply the factors back, so that any tool loads the result.",
+    "dense: multiply the factors back, so that any tool loads the result; "
+    "plain: remove neurons alone, as many in every MLP, for a smaller checkpoint that any tool loads.",
+)
+@click.option(
+    "--width_multiple",
+    default=64,
+    show_default=True,
+    help="plain: the MLPs' common width is a multiple of this.",
 )
 @click.option(
     "--int6_mode",
@@ -148,13 +163,14 @@ def print_plans(cache: CalibrationCache, targets: list[float], settings: Compres
     reports = []
     for p in plan(cache, targets, settings):
         reports.append(plan_report(cache, p, settings.resolved(cache)))
-        say(f"{rank_table(p, cache.sublayers)}\n{summary(reports[-1])}")
+        say(f"{rank_table(p, cache.sublayers)}\n\n{parameter_table(reports[-1])}\n{summary(reports[-1])}")
     return reports
 
 
 def print_model(model: CompressedModel, cache: CalibrationCache) -> dict:
     """Print the ranks and sizes of a finished model; returns its figures."""
-    say(f"{rank_table(model.plan, cache.sublayers)}\n{summary(model.report)}\n{size_summary(model.report)}")
+    say(f"{rank_table(model.plan, cache.sublayers)}\n\n{parameter_table(model.report)}")
+    say(f"{summary(model.report)}\n{size_summary(model.report)}")
     if EXPORTS[model.report["settings"]["export"]].encode:
         say(int6_summary(model.report))
     say(f"Saved to {model.path}")

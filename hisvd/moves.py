@@ -1,0 +1,117 @@
+"""The choices of --moves: from the spectra in the cache to the width of every MLP and the rank of every linear."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from hisvd.allocations import ALLOCATIONS, RankProblem
+from hisvd.errors import HiSVDError
+from hisvd.neurons import spectrum_widths
+from hisvd.rank_allocation import RankCurve, budget_of, parameters_by_rank, tails_of
+from hisvd.width_allocation import MlpCurves, least_parameters, loss_widths_and_ranks
+
+
+class Choice(NamedTuple):
+    """`ranks` of all sublayers in order; `widths`, by the name of the output linear, of the MLPs that lose neurons."""
+
+    ranks: list[int]
+    widths: dict[str, int]
+
+
+def low_rank_alone(problem: RankProblem, target: float) -> Choice:
+    """Ranks by the rule of --allocation; every MLP keeps its neurons."""
+    assert problem.settings.allocation is not None  # resolved
+    return Choice(ALLOCATIONS[problem.settings.allocation](problem, target), {})
+
+
+def both_moves(problem: RankProblem, target: float) -> Choice:
+    """The widths and ranks that add the least loss."""
+    curves = [
+        RankCurve(tails_of(sigma), parameters_by_rank(s.shape, problem.settings.factors))
+        for s, sigma in zip(problem.sublayers, problem.singular_values("two_sided_singular_values"), strict=True)
+    ]
+    return _least_loss(problem, target, curves, ranked=True)
+
+
+def neurons_alone(problem: RankProblem, target: float) -> Choice:
+    """The widths that add the least loss; every linear stays in one piece."""
+    curves = []
+    for s in problem.sublayers:
+        tails = parameters_by_rank(s.shape, problem.settings.factors) * 0 + float("inf")
+        parameters = tails.clone()
+        tails[-1], parameters[-1] = 0, s.size
+        curves.append(RankCurve(tails, parameters))
+    return _least_loss(problem, target, curves, ranked=False)
+
+
+def _least_loss(problem: RankProblem, target: float, curves: Sequence[RankCurve], ranked: bool) -> Choice:
+    mlps = mlp_curves(problem, ranked)
+    members = {member for mlp in mlps for member in mlp.members}
+    others = [None if k in members else curve for k, curve in enumerate(curves)]
+    budget, least = budget_of(problem.sublayers, target), least_parameters(others, mlps)
+    if least > budget:
+        smallest = least / sum(s.size for s in problem.sublayers)
+        raise HiSVDError(
+            f"Target {target:g} is too small for --moves {problem.settings.moves}: the least that it can leave already "
+            f"stores {smallest:.4f} of the linear weights, so choose a target of at least "
+            f"{math.ceil(smallest * 1e4) / 1e4:g}."
+        )
+    widths, ranks = loss_widths_and_ranks(others, mlps, budget)
+    outputs = [problem.sublayers[mlp.members[-1]].name for mlp in mlps]
+    return Choice(ranks, {o: w for o, w, mlp in zip(outputs, widths, mlps, strict=True) if w < mlp.neurons})
+
+
+def mlp_curves(problem: RankProblem, ranked: bool) -> list[MlpCurves]:
+    """What every MLP loses by width and rank, from the cache; with `ranked` its linears may be factored."""
+    places = {s.name: k for k, s in enumerate(problem.sublayers)}
+    found = []
+    for first, mlp in problem.mlps:
+        prefix = first.name.removesuffix(first.path)
+        members = tuple(places[prefix + path] for path in (*mlp.inputs, mlp.output))
+        shapes = tuple(problem.sublayers[k].shape for k in members)
+        spectra = (problem.spectra_by_width(first.layer, path) for path in (*mlp.inputs, mlp.output))
+        removal = problem.elimination(first.layer)[f"{mlp.output}.removal_losses"]
+        widths = (*spectrum_widths(shapes[-1][1]), shapes[-1][1])
+        form = problem.settings.factors
+        found.append(MlpCurves(members, shapes, mlp.fused, removal, widths, tuple(spectra), form, ranked))
+    return found
+
+
+def one_width(problem: RankProblem, target: float) -> Choice:
+    """The same width everywhere, a multiple of --width_multiple, and linears in one piece: a stock checkpoint.
+
+    Raises:
+        HiSVDError: MLPs of several widths, or a budget that does not hold one multiple.
+    """
+    mlps, sublayers, multiple = mlp_curves(problem, ranked=False), problem.sublayers, problem.settings.width_multiple
+    layers = {first.layer for first, _ in problem.mlps}
+    if len({mlp.neurons for mlp in mlps}) != 1 or len(layers) != problem.cache.num_layers:
+        raise HiSVDError(
+            "--export plain gives every MLP the same width, and those of this model have different ones; choose "
+            "another --export."
+        )
+    neurons, budget = mlps[0].neurons, budget_of(sublayers, target)
+    fixed = sum(s.size for s in sublayers)
+    per_neuron = sum(m * n for mlp in mlps for m, n in mlp.shapes_at(1))
+    width = int((budget - fixed) // per_neuron) + neurons
+    width = neurons if width >= neurons else width // multiple * multiple
+    if width < 1:
+        smallest = 1 - (neurons - multiple) * per_neuron / fixed
+        raise HiSVDError(
+            f"Target {target:g} is too small for --export plain, which keeps the attention as it is: one MLP width of "
+            f"{multiple} already keeps {smallest:.4f} of the linear weights; raise the target, or lower "
+            "--width_multiple."
+        )
+    outputs = [sublayers[mlp.members[-1]].name for mlp in mlps]
+    ranks = [s.full_rank for s in sublayers]
+    for mlp in mlps:
+        for member, shape in zip(mlp.members, mlp.shapes_at(width), strict=True):
+            ranks[member] = min(shape)
+    return Choice(ranks, dict.fromkeys(outputs, width) if width < neurons else {})
+
+
+MOVES: dict[str, Callable[[RankProblem, float], Choice]] = {
+    "both": both_moves,
+    "low_rank": low_rank_alone,
+    "neurons": neurons_alone,
+}

@@ -1,0 +1,122 @@
+"""The second move: remove hidden neurons of an MLP, and re-fit its output linear on those that stay.
+
+An MLP's hidden neurons are an inner interface: neuron j is row j of the linears that feed it (gate and up, fc1) and
+column j of its output linear W (m, n), here called down. With C = E[h hᵀ] (n, n) of down's input and F of its output,
+the weight on the kept neurons S that repeats the original outputs best is W C_{:,S} C_{S,S}⁻¹, and what the removal
+adds is ½ tr(F W (C − C_{:,S} C_{S,S}⁻¹ C_{S,:}) Wᵀ): the second-order estimate of the loss, in the unit of
+whitening_svd's tails, so that both moves compete for one budget.
+
+Sources: Optimal Brain Surgeon for structures, ZipLM, arXiv 2302.04089; the Nyström form, MoDeGPT, arXiv 2408.09632.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from hisvd.whitening_svd import SMALLEST, SecondMoment, cholesky_root, whitened
+
+DAMPING = 1e-4  # added to C as a fraction of its mean diagonal entry
+BLOCK = 16  # neurons that are removed between two updates of the whole inverse
+SPECTRUM_STEPS = 16  # widths of an MLP, the full one included, for which spectra are kept; others are interpolated
+CANDIDATES = 4  # times as many as a block takes are looked at one by one
+
+
+class Elimination(NamedTuple):
+    """`order` (n,): the neurons as they are removed; `losses` (n + 1,): what the first 0 … n of them add, float64."""
+
+    order: torch.Tensor
+    losses: torch.Tensor
+
+
+def eliminate(weight: torch.Tensor, moment: torch.Tensor, f: SecondMoment) -> Elimination:
+    """Remove neurons one after the other, each time the one that adds the least loss after a re-fit (W (m, n) is down).
+
+    `moment` is C (n, n) as `fitting_moment` gives it. With P = C_{S,S}⁻¹ and V = F^{1/2} W of the neurons still there,
+    removing j adds ½ ‖V_j‖² / P_jj, after which V and P lose their parts along it. Within a block of removals only the
+    cheapest candidates are kept up to date. Memory: three n × n matrices and one m × n matrix in float64.
+    """
+    n = len(moment)
+    v = whitened(weight, None, f)
+    p = torch.cholesky_inverse(cholesky_root(moment, 0.0))
+    left = torch.arange(n, device=moment.device)
+    order, losses = [], [v.new_zeros(1)]
+    while len(left):
+        count = min(BLOCK, len(left))
+        scores = v.square().sum(0) / p.diagonal()
+        candidates = scores.topk(min(CANDIDATES * count, len(left)), largest=False).indices
+        chosen, added = _cheapest(v[:, candidates], p[candidates][:, candidates], count)
+        removed = candidates[chosen]
+        order.append(left[removed])
+        losses.append(losses[-1][-1] + added.cumsum(0))
+        keep = torch.ones(len(left), dtype=torch.bool, device=left.device).index_fill_(0, removed, False)
+        keep = keep.nonzero().flatten()
+        rows = p[removed]
+        solved = torch.linalg.solve(rows[:, removed], rows[:, keep])
+        v = v[:, keep] - v[:, removed] @ solved
+        p = p.index_select(0, keep).index_select(1, keep).addmm_(rows[:, keep].T, solved, alpha=-1)
+        left = left[keep]
+    return Elimination(torch.cat(order), torch.cat(losses))
+
+
+def _cheapest(v: torch.Tensor, p: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eliminate `count` of the candidates v (m, k), p (k, k) one by one; their places, and the loss that each adds."""
+    gram, p = v.T @ v, p.clone()
+    gone = torch.zeros(len(p), dtype=p.dtype, device=p.device)
+    chosen, added = [], []
+    for _ in range(count):
+        scores = gram.diagonal().clamp_min(0) / p.diagonal().clamp_min(SMALLEST) + gone
+        j = scores.argmin().unsqueeze(0)
+        chosen.append(j)
+        added.append(scores[j] / 2)
+        pivot = p[j, j].unsqueeze(1)
+        solved = p[j] / pivot
+        cross = gram[:, j] @ solved
+        gram = gram - cross - cross.T + gram[j, j].unsqueeze(1) * (solved.T @ solved)
+        p = p - p[:, j] @ solved
+        gone = gone.index_fill(0, j, torch.inf)
+        p[j, j], gram[j, j] = 1.0, 0.0
+    return torch.cat(chosen), torch.cat(added)
+
+
+def refitted(weight: torch.Tensor, moment: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """W C_{:,S} C_{S,S}⁻¹ (m, k) in float64: down on the kept neurons (k,), for W (m, n) and C as in `eliminate`."""
+    change = weight.double().index_fill(1, kept, 0) @ moment[:, kept]
+    root = cholesky_root(moment[kept][:, kept], 0.0)
+    change = torch.linalg.solve_triangular(root.T, change, upper=True, left=False)
+    return weight.double()[:, kept] + torch.linalg.solve_triangular(root, change, upper=False, left=False)
+
+
+def elimination_loss(weight: torch.Tensor, moment: torch.Tensor, f: SecondMoment, kept: torch.Tensor) -> torch.Tensor:
+    """½ tr(F W (C − C_{:,S} C_{S,S}⁻¹ C_{S,:}) Wᵀ): what keeping the neurons S = `kept` (k,) alone adds."""
+    removed = torch.ones(len(moment), dtype=torch.bool, device=moment.device).index_fill_(0, kept, False)
+    removed = removed.nonzero().flatten()
+    inner = moment[removed][:, removed]
+    if len(kept):
+        root = cholesky_root(moment[kept][:, kept], 0.0)
+        seen = torch.linalg.solve_triangular(root, moment[kept][:, removed], upper=False)
+        inner = inner - seen.T @ seen
+    v = whitened(weight, None, f)[:, removed]
+    return ((v @ inner) * v).sum() / 2
+
+
+def fitting_moment(moment: torch.Tensor, mean: torch.Tensor | None, damping: float = DAMPING) -> torch.Tensor:
+    """C (n, n) for the functions above, from E[h hᵀ]: damped by a fraction of its mean diagonal entry, in float64.
+
+    With `mean` E[h] (n,), where a bias takes up the means, the covariance with the same damping.
+    """
+    fitting = moment.to(torch.float64, copy=True)
+    shift = (damping * fitting.diagonal().mean()).clamp_min(SMALLEST)
+    if mean is not None:
+        fitting -= torch.outer(mean, mean)
+    fitting.diagonal().add_(shift)
+    return fitting
+
+
+def stacked(kept: torch.Tensor, n: int, fused: int) -> torch.Tensor:
+    """The rows of the neurons `kept` (k,) of n in a linear that stands for `fused` stacked ones, (fused · k,)."""
+    return torch.cat([kept + part * n for part in range(fused)])
+
+
+def spectrum_widths(n: int) -> list[int]:
+    """The widths below n for which the cache holds spectra, SPECTRUM_STEPS equal steps apart."""
+    return sorted({max(1, round(n * i / SPECTRUM_STEPS)) for i in range(1, SPECTRUM_STEPS)} - {n})

@@ -1,0 +1,224 @@
+"""The loss-aware allocation of both moves: the width of every MLP and the rank of every linear, within one budget.
+
+For a multiplier λ every MLP takes the width k, and its linears the ranks, that minimise
+
+    removal(k) + Σ over its linears of min over r (tail(r; k) + λ · parameters(r; k)),
+
+every other linear the rank that minimises tail + λ · parameters; λ is bisected. Tails between the widths whose spectra
+are known are interpolated linearly.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from hisvd.factor_forms import Shape
+from hisvd.rank_allocation import RankCurve, fill, parameters_by_rank, spent_by, tails_of
+
+WIDTH_STEP = 16  # neurons between the widths that are tried, where an MLP has so many
+BISECTIONS = 100
+
+
+Choice = tuple[list[int], list[int], float]  # width of every MLP, rank of every sublayer, parameters stored
+
+
+class Options(NamedTuple):
+    """Of an MLP at several widths: what removal adds (w,), tails and parameters by rank (w, members, ranks)."""
+
+    widths: tuple[int, ...]
+    removal: torch.Tensor
+    tails: torch.Tensor
+    parameters: torch.Tensor
+
+
+@dataclass(frozen=True)
+class MlpCurves:
+    """What an MLP of n hidden neurons loses by width and rank.
+
+    `members` are the places of its linears among all sublayers and `shapes` their shapes, the output linear last;
+    `fused` is as in component.adapter.Mlp. `removal` (n + 1,) is the loss after removing 0 … n neurons. `spectra` holds
+    for each member the two-sided singular values (len(widths), min(m, n)) at `widths`, ascending, the last being n.
+    With `ranked` its linears may be factored, in the form `form`; else they stay in one piece.
+    """
+
+    members: tuple[int, ...]
+    shapes: tuple[Shape, ...]
+    fused: int
+    removal: torch.Tensor
+    widths: tuple[int, ...]
+    spectra: tuple[torch.Tensor, ...]
+    form: str
+    ranked: bool = True
+    _known: dict[tuple[int, ...], Options] = field(default_factory=dict, repr=False)
+
+    @property
+    def neurons(self) -> int:
+        """The number of hidden neurons, n."""
+        return self.widths[-1]
+
+    def shapes_at(self, width: int) -> list[Shape]:
+        """The members' shapes with so many neurons."""
+        return [*((self.fused * width, columns) for _, columns in self.shapes[:-1]), (self.shapes[-1][0], width)]
+
+    def curves_at(self, width: int) -> list[RankCurve]:
+        """The members' choices of rank at any width; a linear in one piece has its full rank alone."""
+        upper = next(i for i, w in enumerate(self.widths) if w >= width)
+        lower = max(0, upper - (self.widths[upper] > width))
+        part = (width - self.widths[lower]) / (self.widths[upper] - self.widths[lower]) if upper > lower else 0.0
+        curves = []
+        for values, shape in zip(self.spectra, self.shapes_at(width), strict=True):
+            tails = torch.lerp(tails_of(values[lower]), tails_of(values[upper]), part)[: min(shape)].clone()
+            tails[-1] = 0
+            parameters = parameters_by_rank(shape, self.form)
+            if not self.ranked:
+                tails[:-1], parameters[:-1] = torch.inf, torch.inf
+            curves.append(RankCurve(tails, parameters))
+        return curves
+
+    def ranks_at(self, width: int, before: int, ranks: Sequence[int], part: float = 0.0) -> list[int]:
+        """The members' `ranks` at the width `before` for a larger one: full ones stay full, others rise by `part`.
+
+        `part` is a fraction of what a rank lacks.
+        """
+        sides = zip(ranks, map(min, self.shapes_at(before)), map(min, self.shapes_at(width)), strict=True)
+        return [full if rank == old else rank + int(part * (full - rank)) for rank, old, full in sides]
+
+    def loss(self, width: int) -> float:
+        """What removing neurons down to `width` adds, twice as tails are twice the loss."""
+        return 2 * float(self.removal[self.neurons - width])
+
+    def options(self, widths: tuple[int, ...]) -> Options:
+        """The choices at several widths, those of other ranks than a width has being infinite."""
+        if widths not in self._known:
+            ranks = max(min(shape) for shape in self.shapes)
+            curves = [self.curves_at(width) for width in widths]
+
+            def padded(part: int) -> torch.Tensor:
+                pad = torch.nn.functional.pad
+                rows = [[pad(c[part], (0, ranks - len(c[part])), value=torch.inf) for c in row] for row in curves]
+                return torch.stack([torch.stack(row) for row in rows])
+
+            removal = torch.tensor([self.loss(width) for width in widths]).double()
+            self._known[widths] = Options(widths, removal, padded(0), padded(1))
+        return self._known[widths]
+
+    def best_at(self, multiplier: float) -> tuple[int, list[int], float]:
+        """The width, the members' ranks and their parameters, of the least loss + multiplier · parameters."""
+        place = _least(self.options(self.widths), multiplier)[0]
+        first, last = self.widths[max(0, place - 1)], self.widths[min(place + 1, len(self.widths) - 1)]
+        step = max(1, min(WIDTH_STEP, self.neurons // WIDTH_STEP))
+        fine = self.options(tuple(sorted({*range(first, last, step), self.widths[place], last})))
+        place, ranks = _least(fine, multiplier)
+        stored = fine.parameters[place].gather(1, torch.tensor(ranks)[:, None] - 1).sum()
+        return fine.widths[place], ranks, float(stored)
+
+
+def _least(options: Options, multiplier: float) -> tuple[int, list[int]]:
+    """The place of the best width, and the ranks there."""
+    values, ranks = (options.tails + multiplier * options.parameters).min(-1)
+    place = int((values.sum(-1) + options.removal).argmin())
+    return place, [rank + 1 for rank in ranks[place].tolist()]
+
+
+def least_parameters(curves: Sequence[RankCurve | None], mlps: Sequence[MlpCurves]) -> float:
+    """What the narrowest MLPs that are tried, and the lowest ranks that linears may have, store."""
+    narrowest = [curve for mlp in mlps for curve in mlp.curves_at(mlp.widths[0])]
+    return sum(float(c.parameters.min()) for c in (*curves, *narrowest) if c is not None)
+
+
+def loss_widths_and_ranks(
+    curves: Sequence[RankCurve | None], mlps: Sequence[MlpCurves], budget: float
+) -> tuple[list[int], list[int]]:
+    """(width of every MLP, rank of every sublayer) that minimise the loss within `budget` stored parameters.
+
+    `curves` holds the choices of the sublayers, None for members of MLPs. Where the budget holds all that lowers the
+    loss, the rest of it is spread evenly.
+    It holds at least `least_parameters`.
+    """
+
+    def at(multiplier: float) -> Choice:
+        """Widths, ranks and the parameters stored for a multiplier."""
+        ranks = [0 if c is None else int((c.tails + multiplier * c.parameters).argmin()) + 1 for c in curves]
+        stored = sum(float(c.parameters[r - 1]) for c, r in zip(curves, ranks, strict=True) if c is not None)
+        widths = []
+        for mlp in mlps:
+            width, own, parameters = mlp.best_at(multiplier)
+            widths.append(width)
+            stored += parameters
+            for member, rank in zip(mlp.members, own, strict=True):
+                ranks[member] = rank
+        return widths, ranks, stored
+
+    low, high = 0.0, 1.0
+    while at(high)[2] > budget:
+        low, high = high, high * 2
+    for _ in range(BISECTIONS):
+        middle = (low * high) ** 0.5 if low else high / 1e3
+        if middle < 1e-30:  # however little a loss counts, the budget holds all that lowers it
+            break
+        low, high = (low, middle) if at(middle)[2] <= budget else (middle, high)
+        if low and high / low < 1 + 1e-12:
+            break
+    widths, ranks, stored = at(high)
+    if low == 0:
+        widths, ranks, stored = _spread(budget, (widths, ranks, stored), curves, mlps)
+    found = {k: curve for k, curve in enumerate(curves) if curve is not None}
+    for mlp, width in zip(mlps, widths, strict=True):
+        for member, curve in zip(mlp.members, mlp.curves_at(width), strict=True):
+            found[member] = curve
+    left, _ = fill(budget - stored, ranks, [found[k] for k in range(len(ranks))])
+    _widen(left, widths, ranks, mlps)
+    return widths, ranks
+
+
+def _spread(budget: float, choice: Choice, curves: Sequence[RankCurve | None], mlps: Sequence[MlpCurves]) -> Choice:
+    """Raise all widths and ranks by one fraction of what they lack, the largest that `budget` holds."""
+    widths, ranks, _ = choice
+
+    def raised(part: float) -> Choice:
+        wider = [width + int(part * (mlp.neurons - width)) for width, mlp in zip(widths, mlps, strict=True)]
+        higher = [
+            0 if c is None else rank + int(part * (len(c.tails) - rank)) for rank, c in zip(ranks, curves, strict=True)
+        ]
+        stored = spent_by([r for r in higher if r], [c for c in curves if c is not None])
+        for mlp, old, new in zip(mlps, widths, wider, strict=True):
+            own = mlp.ranks_at(new, old, [ranks[member] for member in mlp.members], part)
+            stored += spent_by(own, mlp.curves_at(new))
+            for member, rank in zip(mlp.members, own, strict=True):
+                higher[member] = rank
+        return wider, higher, stored
+
+    if raised(1)[2] <= budget:
+        return raised(1)
+    low, high = 0.0, 1.0
+    while high - low > 1e-9:
+        middle = (low + high) / 2
+        low, high = (middle, high) if raised(middle)[2] <= budget else (low, middle)
+    return raised(low)
+
+
+def _widen(left: float, widths: list[int], ranks: list[int], mlps: Sequence[MlpCurves]) -> None:
+    """Give MLPs neuron after neuron back, in place, where that lowers the loss most per parameter."""
+    while True:
+        gains = []
+        for k, (mlp, width) in enumerate(zip(mlps, widths, strict=True)):
+            if width < mlp.neurons:
+                own = [ranks[member] for member in mlp.members]
+                wider = mlp.ranks_at(width + 1, width, own)
+                before, after = mlp.curves_at(width), mlp.curves_at(width + 1)
+                price = spent_by(wider, after) - spent_by(own, before)
+                if 0 < price <= left:
+                    gain = mlp.loss(width) - mlp.loss(width + 1)
+                    gain += sum(float(c.tails[r - 1]) for c, r in zip(before, own, strict=True))
+                    gain -= sum(float(c.tails[r - 1]) for c, r in zip(after, wider, strict=True))
+                    if gain >= 0:  # the ranks of a wider MLP leave a longer tail
+                        gains.append((gain / price, k, price, wider))
+        if not gains:
+            return
+        _, k, price, wider = max(gains)
+        left -= price
+        widths[k] += 1
+        for member, rank in zip(mlps[k].members, wider, strict=True):
+            ranks[member] = rank

@@ -1,0 +1,154 @@
+"""What --moves and --export plain ask for, choose by default, refuse and report."""
+
+import json
+import shutil
+
+import pytest
+from conftest import calibrate_arguments, expect_sentence, run
+
+import hisvd
+from hisvd.calibration_cache import read_cache
+
+
+@pytest.fixture
+def command(model_folders, caches, tmp_path):
+    """command(*options, target, cache): compress.py on the tiny Llama, without update unless `options` say so."""
+
+    def call(*options, target="0.6", cache=caches["llama"]):
+        where = ["--model_path", model_folders["llama"], "--calib_cache", cache, "--save_model", tmp_path / "out"]
+        return run("compress", *where, "--target_compression", target, "--update", "none", *options)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def without_gradients(model_folders, tmp_path_factory):
+    root = tmp_path_factory.mktemp("without")
+    assert run("calibrate", *calibrate_arguments(model_folders["llama"], root), "--no_gradients").code == 0
+    return next(root.glob("tiny*"))
+
+
+@pytest.fixture
+def older(caches, tmp_path):
+    """The cache as a version before neurons left it."""
+    folder = shutil.copytree(caches["llama"], tmp_path / "older")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for layer in manifest["layers"]:
+        del layer["mlps"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def settings_of(tmp_path):
+    return json.loads((tmp_path / "out" / "hisvd.json").read_text())["settings"]
+
+
+def test_both_is_the_default_where_the_cache_allows_it(command, tmp_path):
+    assert command().code == 0
+    assert settings_of(tmp_path)["moves"] == "both"
+
+
+@pytest.mark.parametrize(
+    "options", [("--allocation", "hisvd"), ("--allocation", "uniform"), ("--whitening", "input")], ids=lambda o: o[1]
+)
+def test_other_rules_and_metrics_make_it_low_rank(command, tmp_path, options):
+    assert command(*options).code == 0
+    assert settings_of(tmp_path)["moves"] == "low_rank"
+    for moves in (["--moves", "both"], ["--moves", "neurons"], ["--export", "plain"]):
+        expect_sentence(command(*options, *moves), " ".join(moves), options[1], "--moves low_rank")
+
+
+@pytest.mark.parametrize("kind", ["without_gradients", "older"])
+def test_a_cache_that_knows_no_neurons_allows_low_rank_alone(command, tmp_path, request, kind):
+    cache = request.getfixturevalue(kind)
+    assert not read_cache(cache).has_neurons
+    for moves in (["--moves", "both"], ["--moves", "neurons"], ["--export", "plain"]):
+        expect_sentence(command(*moves, cache=cache), " ".join(moves), "--moves low_rank")
+    result = command(cache=cache)
+    assert result.code == 0, result
+    assert settings_of(tmp_path)["moves"] == "low_rank"
+
+
+def test_low_rank_of_an_older_cache_is_low_rank_of_todays(caches, older):
+    settings = hisvd.CompressionSettings(moves="low_rank")
+    (today,), (before,) = (hisvd.plan(cache, 0.6, settings) for cache in (caches["llama"], older))
+    assert today == before and not today.shapes
+    assert hisvd.plan(older, 0.6) == [before]
+
+
+def test_plain_takes_neurons_alone(command):
+    for moves in ("both", "low_rank"):
+        expect_sentence(command("--export", "plain", "--moves", moves), "--export plain", f"--moves {moves}")
+    assert command("--export", "plain", "--moves", "neurons", "--width_multiple", 8).code == 0
+
+
+@pytest.mark.parametrize("multiple", [1, 8, 32])
+def test_plain_has_one_width_a_multiple(caches, multiple):
+    settings = hisvd.CompressionSettings(export="plain", width_multiple=multiple)
+    size = sum(s.size for s in read_cache(caches["llama"]).sublayers)
+    for plan in hisvd.plan(caches["llama"], [0.9, 0.7, 0.5], settings):
+        sublayers = read_cache(caches["llama"]).sublayers
+        widths = {plan.shape(s)[1] for s in sublayers if s.path == "mlp.down_proj"}
+        assert len(widths) == 1 and widths.copy().pop() % multiple == 0
+        kept = sum(plan.parameters_of(s) for s in sublayers)
+        assert plan.target * size - multiple * 4 * 3 * 64 < kept <= plan.target * size
+        assert all(plan.is_dense(s) for s in sublayers)
+    assert not hisvd.plan(caches["llama"], 1, settings)[0].shapes
+
+
+def test_plain_refuses_a_target_that_holds_no_multiple(command):
+    result = command("--export", "plain", "--width_multiple", 64, target="0.5")
+    expect_sentence(result, "Target 0.5", "--width_multiple")
+    smallest = result.error.split("keeps ")[-1].split()[0]
+    assert command("--export", "plain", "--width_multiple", 64, target=str(float(smallest) + 1e-4)).code == 0
+    expect_sentence(command("--width_multiple", 0), "--width_multiple 0")
+
+
+def test_neurons_alone_refuse_a_target_below_the_attention(command):
+    result = command("--moves", "neurons", target="0.2")
+    expect_sentence(result, "Target 0.2", "--moves neurons")
+    smallest = result.error.split()[-1].rstrip(".")
+    assert float(smallest) > 0.28 and command("--moves", "neurons", target=smallest).code == 0
+    expect_sentence(command(target="0.001"), "Target 0.001", "--moves both")
+
+
+def test_plan_only_shows_widths_and_where_parameters_went(command, tmp_path):
+    result = command("--plan_only")
+    assert result.code == 0 and not (tmp_path / "out").exists()
+    assert " of 160" in result.output
+    for moves, shown in (("neurons", True), ("low_rank", False)):
+        assert (" of 160" in command("--plan_only", "--moves", moves).output) == shown
+
+
+def test_the_report_says_what_each_move_took(command, tmp_path):
+    assert command().code == 0
+    report = json.loads((tmp_path / "out" / "hisvd.json").read_text())
+    by_type = report["by_type"]
+    assert sum(row["before"] for row in by_type.values()) == report["linear_numbers_before"]
+    assert sum(row["stored"] for row in by_type.values()) == report["linear_numbers_after"]
+    for kind, row in by_type.items():
+        assert row["before"] - row["removed_with_neurons"] - row["saved_by_factors"] == row["stored"]
+        assert (row["removed_with_neurons"] > 0) == kind.startswith("mlp")
+
+
+def test_the_loss_that_a_plan_estimates_is_less_with_both_moves(caches):
+    """On random weights too: low rank and neurons alone are choices that both moves may make."""
+    from hisvd.allocations import RankProblem
+    from hisvd.moves import mlp_curves
+    from hisvd.rank_allocation import tails_of
+
+    cache, losses = read_cache(caches["llama"]), {}
+    for moves in ("both", "low_rank", "neurons"):
+        settings = hisvd.CompressionSettings(moves=moves).resolved(cache)
+        problem, (plan,) = RankProblem(cache, settings), hisvd.plan(cache, 0.6, settings)
+        spectra = dict(zip(problem.sublayers, problem.singular_values("two_sided_singular_values"), strict=True))
+        total, members = 0.0, set()
+        for mlp in mlp_curves(problem, ranked=True):
+            own = [problem.sublayers[member] for member in mlp.members]
+            members |= set(own)
+            width = plan.shape(own[-1])[1]
+            total += mlp.loss(width)
+            total += sum(float(c.tails[plan.ranks[s.name] - 1]) for c, s in zip(mlp.curves_at(width), own, strict=True))
+        others = (s for s in problem.sublayers if s not in members)
+        losses[moves] = total + sum(float(tails_of(spectra[s])[plan.ranks[s.name] - 1]) for s in others)
+    assert losses["both"] <= 1.01 * min(losses["low_rank"], losses["neurons"])
