@@ -18,7 +18,7 @@ from hisvd.shape_utils import Sublayer
 from hisvd.utils.data_utils import token_fingerprint
 from hisvd.utils.files import sha256_of_file, sha256_of_tensor, write_json, write_tensors
 from hisvd.utils.model_utils import open_safetensors
-from hisvd.whitening_svd import F_DAMPING, SecondMoment, damped
+from hisvd.whitening_svd import F_DAMPING, PartOfMoment, SecondMoment, damped
 
 FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
@@ -236,10 +236,17 @@ def input_mean(sublayer: Sublayer, statistics: dict[str, torch.Tensor], device: 
 
 
 def output_moment(
-    sublayer: Sublayer, statistics: dict[str, torch.Tensor], whitening: str, device: torch.device
-) -> SecondMoment | None:
-    """The damped F at a sublayer's output for whitening `two_sided`, else None."""
-    return output_gradient_moment(sublayer, statistics, device) if whitening == "two_sided" else None
+    sublayer: Sublayer,
+    statistics: dict[str, torch.Tensor],
+    whitening: str,
+    device: torch.device,
+    rows: torch.Tensor | None = None,
+) -> SecondMoment | PartOfMoment | None:
+    """The damped F at a sublayer's output (of its entries `rows` (k,) alone) for whitening `two_sided`, else None."""
+    if whitening != "two_sided":
+        return None
+    moment = output_gradient_moment(sublayer, statistics, device)
+    return moment if rows is None else moment.part(rows)
 
 
 def output_gradient_moment(

@@ -203,8 +203,7 @@ def _results(
         with naming(s.name):
             if not plan.is_dense(s):
                 if basis is None:
-                    f = output_moment(s, statistics, job.whitening, job.device)
-                    f = f if f is None or case.rows is None else f.part(case.rows)
+                    f = output_moment(s, statistics, job.whitening, job.device, case.rows)
                     basis = left_singular_vectors(whitened(weight, root, f))
                 left, right = low_rank_factors(weight, basis, plan.ranks[s.name], f)
                 entries = factor_tensors(left, right, DENSE if job.export.multiply else plan.form, case.dtype, root)

@@ -108,8 +108,8 @@ class Int6Codes:
                     stored = self._stored(s, shard)
                     error = dense_weight(self._coded(stored, moment, sweeps=0), len(moment))
                     error -= dense_weight(stored, len(moment))
-                    f = output_moment(s, statistics, whitening, self.job.device)
-                    f = f.part(kept.rows) if f and kept and not kept.at_output else f
+                    rows = kept.rows if kept and not kept.at_output else None
+                    f = output_moment(s, statistics, whitening, self.job.device, rows)
                     losses[s.name] = whitened(error, root, f).square().sum().item() / 2
         return losses
 

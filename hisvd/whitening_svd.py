@@ -40,10 +40,37 @@ class SecondMoment(NamedTuple):
         """The moment itself, (n, n)."""
         return (self.eigenvectors * self.eigenvalues) @ self.eigenvectors.T
 
-    def part(self, rows: torch.Tensor) -> "SecondMoment":
+    def part(self, rows: torch.Tensor) -> "PartOfMoment":
         """That of the entries `rows` (k,) alone."""
-        eigenvalues, eigenvectors = torch.linalg.eigh(self.matrix()[rows][:, rows])
-        return SecondMoment(eigenvalues.clamp_min(self.eigenvalues.min()), eigenvectors)
+        return PartOfMoment(cholesky_root(self.matrix()[rows][:, rows], 0.0))
+
+    def half(self, matrix: torch.Tensor) -> torch.Tensor:
+        """Rᵀ M for the root R Rᵀ of the moment, and M (n, …)."""
+        return self.eigenvalues.sqrt()[:, None] * (self.eigenvectors.T @ matrix)
+
+    def projection(self, left: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(R⁻ᵀ U, R U), both up to one factor, for U (n, r)."""
+        root = self.eigenvalues.sqrt()[:, None]
+        if root.max() < VANISHING:
+            root = root / root.max()
+        return self.eigenvectors @ (left / root), self.eigenvectors @ (left * root)
+
+
+class PartOfMoment(NamedTuple):
+    """A damped second moment L Lᵀ in float64, L (n, n) lower triangular: quicker to find than its eigenvectors."""
+
+    root: torch.Tensor
+
+    def half(self, matrix: torch.Tensor) -> torch.Tensor:
+        """As in SecondMoment."""
+        return self.root.T @ matrix
+
+    def projection(self, left: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As in SecondMoment."""
+        root = self.root
+        if root.max() < VANISHING:
+            root = root / root.max()
+        return torch.linalg.solve_triangular(root.T, left, upper=True), root @ left
 
 
 def damped(eigenvalues: torch.Tensor, eigenvectors: torch.Tensor, damping: float) -> SecondMoment:
@@ -67,7 +94,9 @@ def cholesky_root(moment: torch.Tensor, damping: float) -> torch.Tensor:
     return torch.linalg.qr((eigenvectors * (eigenvalues.clamp_min(0) + shift).sqrt()).T).R.T
 
 
-def whitened(weight: torch.Tensor, root: torch.Tensor | None, f: SecondMoment | None = None) -> torch.Tensor:
+def whitened(
+    weight: torch.Tensor, root: torch.Tensor | None, f: SecondMoment | PartOfMoment | None = None
+) -> torch.Tensor:
     """A = F^{1/2} W H^{1/2} in float64 for W (m, n), up to rotations from both sides; None leaves a side out.
 
     `root` (n, n) is any root of H: root rootᵀ = H. With F = Q diag(φ) Qᵀ it is diag(φ)^{1/2} Qᵀ W root.
@@ -76,7 +105,7 @@ def whitened(weight: torch.Tensor, root: torch.Tensor | None, f: SecondMoment | 
     if root is not None:
         matrix = matrix @ root
     if f is not None:
-        matrix = f.eigenvalues.sqrt()[:, None] * (f.eigenvectors.T @ matrix)
+        matrix = f.half(matrix)
     return matrix
 
 
@@ -105,7 +134,7 @@ def left_singular_vectors(matrix: torch.Tensor, count: int | None = None) -> tor
 
 
 def low_rank_factors(
-    weight: torch.Tensor, left_basis: torch.Tensor, rank: int, f: SecondMoment | None = None
+    weight: torch.Tensor, left_basis: torch.Tensor, rank: int, f: SecondMoment | PartOfMoment | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(left, right) of shapes (m, r), (r, n) in float64: left @ right = F^{−1/2} U_r U_rᵀ F^{1/2} W.
 
@@ -115,7 +144,5 @@ def low_rank_factors(
     left = left_basis[:, :rank]
     if f is None:
         return left, left.T @ weight.double()
-    root = f.eigenvalues.sqrt()[:, None]
-    if root.max() < VANISHING:
-        root = root / root.max()
-    return f.eigenvectors @ (left / root), (f.eigenvectors @ (left * root)).T @ weight.double()
+    outer, inner = f.projection(left)
+    return outer, inner.T @ weight.double()

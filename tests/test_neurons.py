@@ -8,7 +8,7 @@ import torch
 from hisvd import neurons
 from hisvd.layer_statistics import neuron_statistics
 from hisvd.neurons import eliminate, elimination_loss, fitting_moment, refitted, spectrum_widths, stacked
-from hisvd.whitening_svd import damped
+from hisvd.whitening_svd import damped, left_singular_vectors, low_rank_factors, whitened
 
 TOKENS = 400
 
@@ -242,3 +242,15 @@ def test_one_order_whether_gate_and_up_are_fused():
     energy = found["up.narrow_singular_values"].square().sum(1)
     assert bool((energy.diff() > 0).all())  # more neurons, more rows
     assert found["down.removal_order"].dtype == torch.int32 and found["down.removal_losses"].shape == (n + 1,)
+
+
+def test_factors_in_a_part_of_the_metric_are_those_of_its_eigenvectors():
+    weight, _, f = problem(9, 12, seed=5)
+    rows = torch.tensor([0, 3, 4, 7, 8, 11])
+    by_eigenvectors = damped(*torch.linalg.eigh(f.matrix()[rows][:, rows]), 0.0)
+    products = []
+    for metric in (f.part(rows), by_eigenvectors):
+        basis = left_singular_vectors(whitened(weight[rows], None, metric))
+        left, right = low_rank_factors(weight[rows], basis, 3, metric)
+        products.append(left @ right)
+    torch.testing.assert_close(*products)
