@@ -99,11 +99,11 @@ def neuron_statistics(
         ]
     }
     del moment, fitting
+    root = cholesky_root(input_moment(sublayers[mlp.inputs[0]], statistics, device), H_DAMPING)  # all read the same
+    rows = [stacked(s, n, mlp.fused) for s in kept.values()]
     for path in mlp.inputs:
-        root = cholesky_root(input_moment(sublayers[path], statistics, device), H_DAMPING)
         seen = layer.get_parameter(f"{path}.weight").double() @ root
         metric = output_gradient_moment(sublayers[path], statistics, device).matrix()
-        rows = [stacked(s, n, mlp.fused) for s in kept.values()]
         found[path] = [singular_values(cholesky_root(metric[r][:, r], 0.0).T @ seen[r]) for r in rows]
     tensors = {
         f"{path}.narrow_singular_values": _stored(

@@ -86,19 +86,6 @@ def refitted(weight: torch.Tensor, moment: torch.Tensor, kept: torch.Tensor) -> 
     return weight.double()[:, kept] + torch.linalg.solve_triangular(root, change, upper=False, left=False)
 
 
-def elimination_loss(weight: torch.Tensor, moment: torch.Tensor, f: SecondMoment, kept: torch.Tensor) -> torch.Tensor:
-    """½ tr(F W (C − C_{:,S} C_{S,S}⁻¹ C_{S,:}) Wᵀ): what keeping the neurons S = `kept` (k,) alone adds."""
-    removed = torch.ones(len(moment), dtype=torch.bool, device=moment.device).index_fill_(0, kept, False)
-    removed = removed.nonzero().flatten()
-    inner = moment[removed][:, removed]
-    if len(kept):
-        root = cholesky_root(moment[kept][:, kept], 0.0)
-        seen = torch.linalg.solve_triangular(root, moment[kept][:, removed], upper=False)
-        inner = inner - seen.T @ seen
-    v = whitened(weight, None, f)[:, removed]
-    return ((v @ inner) * v).sum() / 2
-
-
 def fitting_moment(moment: torch.Tensor, mean: torch.Tensor | None, damping: float = DAMPING) -> torch.Tensor:
     """C (n, n) for the functions above, from E[h hᵀ]: damped by a fraction of its mean diagonal entry, in float64.
 

@@ -248,9 +248,12 @@ class SequentialUpdate:
                     left["lag"] = x - x_c
                 if any(s.path in writers for s in group):
                     left["stream"] = stream - stream_c
+                if not sums[target]:
+                    sums[target] = {
+                        name: x.new_zeros(a.shape[1], x_c.shape[1], dtype=torch.float64) for name, a in left.items()
+                    }
                 for name, a in left.items():
-                    zeros = x.new_zeros(a.shape[1], x_c.shape[1], dtype=torch.float64)
-                    sums[target].setdefault(name, zeros).add_(a.T @ x_c)
+                    sums[target][name] += a.T @ x_c
         tokens = int(distributed.total(torch.tensor(tokens)))
         return {
             target: UpdateMoments(**{name: distributed.total(m).div_(tokens) for name, m in moments.items()})

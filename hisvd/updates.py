@@ -29,6 +29,7 @@ class OneShot:
         weights = {s.path: self.stored[f"{stored_prefix(job.checkpoint, s)}weight"].to(job.device) for s in members}
         moment = input_moment(members[0], self.statistics, job.device) if needs_moment else None
         case = Case([], weights, weights[members[0].path].dtype, moment)
+        biases = job.biases(members, self.stored)
         by_shape: dict[Shape, list[float]] = {}
         for target, plan in job.plans.items():
             by_shape.setdefault(plan.shape(members[0]), []).append(target)
@@ -36,7 +37,7 @@ class OneShot:
             kept = job.neurons_kept(targets[0], members, self.statistics)
             # A copy of the weights: what is factored is taken out of it.
             all_there = case._replace(targets=targets, weights=dict(weights))
-            yield without_neurons(all_there, kept, job.biases(members, self.stored), self.statistics)
+            yield without_neurons(all_there, kept, biases, self.statistics)
 
     def place(self, target: float, sublayer: Sublayer, entries: Entries) -> None:
         """Nothing to do: no later case depends on it."""

@@ -7,10 +7,23 @@ import torch
 
 from hisvd import neurons
 from hisvd.layer_statistics import neuron_statistics
-from hisvd.neurons import eliminate, elimination_loss, fitting_moment, refitted, spectrum_widths, stacked
-from hisvd.whitening_svd import damped, left_singular_vectors, low_rank_factors, whitened
+from hisvd.neurons import eliminate, fitting_moment, refitted, spectrum_widths, stacked
+from hisvd.whitening_svd import SecondMoment, cholesky_root, damped, left_singular_vectors, low_rank_factors, whitened
 
 TOKENS = 400
+
+
+def elimination_loss(weight: torch.Tensor, moment: torch.Tensor, f: SecondMoment, kept: torch.Tensor) -> torch.Tensor:
+    """½ tr(F W (C − C_{:,S} C_{S,S}⁻¹ C_{S,:}) Wᵀ): what keeping the neurons S = `kept` (k,) alone adds."""
+    removed = torch.ones(len(moment), dtype=torch.bool, device=moment.device).index_fill_(0, kept, False)
+    removed = removed.nonzero().flatten()
+    inner = moment[removed][:, removed]
+    if len(kept):
+        root = cholesky_root(moment[kept][:, kept], 0.0)
+        seen = torch.linalg.solve_triangular(root, moment[kept][:, removed], upper=False)
+        inner = inner - seen.T @ seen
+    v = whitened(weight, None, f)[:, removed]
+    return ((v @ inner) * v).sum() / 2
 
 
 def gaussian(*shape, seed):
