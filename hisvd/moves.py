@@ -1,13 +1,12 @@
 """The choices of --moves: from the spectra in the cache to the width of every MLP and the rank of every linear."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from hisvd.allocations import ALLOCATIONS, RankProblem
 from hisvd.errors import HiSVDError
 from hisvd.neurons import spectrum_widths
-from hisvd.rank_allocation import RankCurve, budget_of, parameters_by_rank, tails_of
+from hisvd.rank_allocation import RankCurve, budget_of, parameters_by_rank, refuse_below, tails_of
 from hisvd.width_allocation import MlpCurves, least_parameters, loss_widths_and_ranks
 
 
@@ -48,15 +47,9 @@ def _least_loss(problem: RankProblem, target: float, curves: Sequence[RankCurve]
     mlps = mlp_curves(problem, ranked)
     members = {member for mlp in mlps for member in mlp.members}
     others = [None if k in members else curve for k, curve in enumerate(curves)]
-    budget, least = budget_of(problem.sublayers, target), least_parameters(others, mlps)
-    if least > budget:
-        smallest = least / sum(s.size for s in problem.sublayers)
-        raise HiSVDError(
-            f"Target {target:g} is too small for --moves {problem.settings.moves}: the least that it can leave already "
-            f"stores {smallest:.4f} of the linear weights, so choose a target of at least "
-            f"{math.ceil(smallest * 1e4) / 1e4:g}."
-        )
-    widths, ranks = loss_widths_and_ranks(others, mlps, budget)
+    what = f"--moves {problem.settings.moves}: the least that it can leave"
+    refuse_below(least_parameters(others, mlps), problem.sublayers, target, what)
+    widths, ranks = loss_widths_and_ranks(others, mlps, budget_of(problem.sublayers, target))
     outputs = [problem.sublayers[mlp.members[-1]].name for mlp in mlps]
     return Choice(ranks, {o: w for o, w, mlp in zip(outputs, widths, mlps, strict=True) if w < mlp.neurons})
 
@@ -93,15 +86,11 @@ def one_width(problem: RankProblem, target: float) -> Choice:
     neurons, budget = mlps[0].neurons, budget_of(sublayers, target)
     fixed = sum(s.size for s in sublayers)
     per_neuron = sum(m * n for mlp in mlps for m, n in mlp.shapes_at(1))
+    least = fixed - (neurons - min(multiple, neurons)) * per_neuron
+    what = f"--export plain with --width_multiple {multiple}: the attention and MLPs of that width"
+    refuse_below(least, sublayers, target, what)
     width = int((budget - fixed) // per_neuron) + neurons
     width = neurons if width >= neurons else width // multiple * multiple
-    if width < 1:
-        smallest = 1 - (neurons - multiple) * per_neuron / fixed
-        raise HiSVDError(
-            f"Target {target:g} is too small for --export plain, which keeps the attention as it is: one MLP width of "
-            f"{multiple} already keeps {smallest:.4f} of the linear weights; raise the target, or lower "
-            "--width_multiple."
-        )
     outputs = [sublayers[mlp.members[-1]].name for mlp in mlps]
     ranks = [s.full_rank for s in sublayers]
     for mlp in mlps:

@@ -70,13 +70,22 @@ def project_shares(shares: Sequence[float], sublayers: Sequence[Sublayer], targe
 def _rank_one_parameters(sublayers: Sequence[Sublayer], target: float, form: str) -> list[int]:
     """The parameters of rank 1 of every sublayer, which must fit the budget."""
     floors = [stored_parameters(1, s.shape, form) for s in sublayers]
-    if sum(floors) > budget_of(sublayers, target):
-        smallest = sum(floors) / sum(s.size for s in sublayers)
-        raise HiSVDError(
-            f"Target {target:g} is too small for this model: rank 1 everywhere already stores {smallest:.4f} of the "
-            f"linear weights, so choose a target of at least {math.ceil(smallest * 1e4) / 1e4:g}."
-        )
+    refuse_below(sum(floors), sublayers, target, "this model: rank 1 everywhere")
     return floors
+
+
+def refuse_below(least: float, sublayers: Sequence[Sublayer], target: float, what: str) -> None:
+    """Check that the budget holds `least` parameters; `what` names the chosen way and what is the least it can leave.
+
+    Raises:
+        HiSVDError: it does not.
+    """
+    if least > budget_of(sublayers, target):
+        smallest = least / sum(s.size for s in sublayers)
+        raise HiSVDError(
+            f"Target {target:g} is too small for {what} already stores {smallest:.4f} of the linear weights, so choose "
+            f"a target of at least {math.ceil(smallest * 1e4) / 1e4:g}."
+        )
 
 
 def ranks_from_shares(shares: Sequence[float], sublayers: Sequence[Sublayer], target: float, form: str) -> list[int]:

@@ -10,6 +10,7 @@ are known are interpolated linearly.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,12 @@ WIDTH_STEP = 16  # neurons between the widths that are tried, where an MLP has s
 BISECTIONS = 100
 
 
-Choice = tuple[list[int], list[int], float]  # width of every MLP, rank of every sublayer, parameters stored
+class Solution(NamedTuple):
+    """The width of every MLP, the rank of every sublayer, and the parameters that they store."""
+
+    widths: list[int]
+    ranks: list[int]
+    stored: float
 
 
 class Options(NamedTuple):
@@ -58,6 +64,11 @@ class MlpCurves:
         """The number of hidden neurons, n."""
         return self.widths[-1]
 
+    @cached_property
+    def tails(self) -> list[torch.Tensor]:
+        """The members' tails (len(widths), min(m, n)) at `widths`."""
+        return [tails_of(values) for values in self.spectra]
+
     def shapes_at(self, width: int) -> list[Shape]:
         """The members' shapes with so many neurons."""
         return [*((self.fused * width, columns) for _, columns in self.shapes[:-1]), (self.shapes[-1][0], width)]
@@ -68,8 +79,8 @@ class MlpCurves:
         lower = max(0, upper - (self.widths[upper] > width))
         part = (width - self.widths[lower]) / (self.widths[upper] - self.widths[lower]) if upper > lower else 0.0
         curves = []
-        for values, shape in zip(self.spectra, self.shapes_at(width), strict=True):
-            tails = torch.lerp(tails_of(values[lower]), tails_of(values[upper]), part)[: min(shape)].clone()
+        for known, shape in zip(self.tails, self.shapes_at(width), strict=True):
+            tails = torch.lerp(known[lower], known[upper], part)[: min(shape)].clone()
             tails[-1] = 0
             parameters = parameters_by_rank(shape, self.form)
             if not self.ranked:
@@ -138,8 +149,8 @@ def loss_widths_and_ranks(
     It holds at least `least_parameters`.
     """
 
-    def at(multiplier: float) -> Choice:
-        """Widths, ranks and the parameters stored for a multiplier."""
+    def at(multiplier: float) -> Solution:
+        """The solution for a multiplier."""
         ranks = [0 if c is None else int((c.tails + multiplier * c.parameters).argmin()) + 1 for c in curves]
         stored = sum(float(c.parameters[r - 1]) for c, r in zip(curves, ranks, strict=True) if c is not None)
         widths = []
@@ -149,21 +160,21 @@ def loss_widths_and_ranks(
             stored += parameters
             for member, rank in zip(mlp.members, own, strict=True):
                 ranks[member] = rank
-        return widths, ranks, stored
+        return Solution(widths, ranks, stored)
 
     low, high = 0.0, 1.0
-    while at(high)[2] > budget:
+    while at(high).stored > budget:
         low, high = high, high * 2
     for _ in range(BISECTIONS):
         middle = (low * high) ** 0.5 if low else high / 1e3
         if middle < 1e-30:  # however little a loss counts, the budget holds all that lowers it
             break
-        low, high = (low, middle) if at(middle)[2] <= budget else (middle, high)
+        low, high = (low, middle) if at(middle).stored <= budget else (middle, high)
         if low and high / low < 1 + 1e-12:
             break
     widths, ranks, stored = at(high)
     if low == 0:
-        widths, ranks, stored = _spread(budget, (widths, ranks, stored), curves, mlps)
+        widths, ranks, stored = _spread(budget, Solution(widths, ranks, stored), curves, mlps)
     found = {k: curve for k, curve in enumerate(curves) if curve is not None}
     for mlp, width in zip(mlps, widths, strict=True):
         for member, curve in zip(mlp.members, mlp.curves_at(width), strict=True):
@@ -173,11 +184,13 @@ def loss_widths_and_ranks(
     return widths, ranks
 
 
-def _spread(budget: float, choice: Choice, curves: Sequence[RankCurve | None], mlps: Sequence[MlpCurves]) -> Choice:
+def _spread(
+    budget: float, solution: Solution, curves: Sequence[RankCurve | None], mlps: Sequence[MlpCurves]
+) -> Solution:
     """Raise all widths and ranks by one fraction of what they lack, the largest that `budget` holds."""
-    widths, ranks, _ = choice
+    widths, ranks, _ = solution
 
-    def raised(part: float) -> Choice:
+    def raised(part: float) -> Solution:
         wider = [width + int(part * (mlp.neurons - width)) for width, mlp in zip(widths, mlps, strict=True)]
         higher = [
             0 if c is None else rank + int(part * (len(c.tails) - rank)) for rank, c in zip(ranks, curves, strict=True)
@@ -188,14 +201,14 @@ def _spread(budget: float, choice: Choice, curves: Sequence[RankCurve | None], m
             stored += spent_by(own, mlp.curves_at(new))
             for member, rank in zip(mlp.members, own, strict=True):
                 higher[member] = rank
-        return wider, higher, stored
+        return Solution(wider, higher, stored)
 
-    if raised(1)[2] <= budget:
+    if raised(1).stored <= budget:
         return raised(1)
     low, high = 0.0, 1.0
     while high - low > 1e-9:
         middle = (low + high) / 2
-        low, high = (middle, high) if raised(middle)[2] <= budget else (low, middle)
+        low, high = (middle, high) if raised(middle).stored <= budget else (low, middle)
     return raised(low)
 
 
