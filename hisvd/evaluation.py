@@ -98,8 +98,9 @@ def load_texts(datasets: Sequence[str], data_dir: str | None = None) -> Texts:
 
 def evaluate_texts(model: str | Path, texts: Texts, settings: EvaluationSettings, resources: Resources) -> dict:
     """`evaluate` on texts that are already loaded, once for several models."""
-    path = os.fspath(model)
-    with progress_shown(resources.progress), exhaustion_explained(path, settings.offload_folder):
+    name = os.fspath(model)
+    with progress_shown(resources.progress), exhaustion_explained(name, settings.offload_folder):
+        path = os.fspath(weights_at(name))
         device = resolve_device(resources.device)
         reset_peak_memory(device)
         tokens = tokens_for(path, texts, settings, DEFAULT_SEQLEN)
@@ -126,11 +127,11 @@ def evaluate_texts(model: str | Path, texts: Texts, settings: EvaluationSettings
         if report:  # without its removed neurons a model no longer shows how large it was
             dense = report["linear_numbers_before"]
         return {
-            "model": path,
+            "model": name,
             "linear_numbers_stored": stored,
             "linear_numbers_dense": dense,
             "linear_kept": stored / dense,
-            "weight_file_bytes": weight_file_bytes(weights_at(path)),
+            "weight_file_bytes": weight_file_bytes(Path(path)),
             "seqlen": tokens.seqlen,
             "device": str(loaded.device),
             "dtype": str(loaded.dtype),
@@ -175,7 +176,7 @@ def whole_model(model: str, device: torch.device, dtype: str) -> PreTrainedModel
         HiSVDError: it cannot be loaded, or exceeds the free memory of the device.
     """
     compute = resolve_dtype(dtype, device, None)
-    needed, free = bytes_in_memory(weights_at(model), compute), free_memory(device)
+    needed, free = bytes_in_memory(Path(model), compute), free_memory(device)
     if needed > free:
         raise HiSVDError(
             f"{model} takes {needed / 1e9:.1f} GB of memory, but only {free / 1e9:.1f} GB are free on {device}; "

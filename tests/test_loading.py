@@ -178,8 +178,11 @@ def test_weights_outside_the_index_are_neither_fetched_nor_counted(model_folders
     shards = {file.name: file.stat().st_size for file in hub.glob("model-*.safetensors")}
     save_file({"tok_embeddings.weight": torch.zeros(1000)}, hub / "consolidated.safetensors")
 
+    asked: list[str | None] = []
+
     def fetch(name, revision=None, *, allow_patterns):
         assert name == "someone/model" and revision in (None, snapshot.name)
+        asked.append(revision)
         snapshot.mkdir(parents=True, exist_ok=True)
         for file in hub.iterdir():
             if any(fnmatch(file.name, pattern) for pattern in allow_patterns):
@@ -189,6 +192,7 @@ def test_weights_outside_the_index_are_neither_fetched_nor_counted(model_folders
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     settings = hisvd.EvaluationSettings(seqlen=32, nsamples=1)
     figures = hisvd.evaluate("someone/model", ["python-docs"], settings)
+    assert figures["model"] == "someone/model" and asked == [None, snapshot.name]
     assert {file.name for file in snapshot.glob("*.safetensors")} == set(shards)
     assert figures["weight_file_bytes"] == sum(shards.values())
     shutil.copy(hub / "consolidated.safetensors", snapshot)

@@ -1,5 +1,6 @@
 """The attention-residual study of evaluate.py: its arguments, tables, verdict and plot."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 from hisvd.attention_residual import RECOVERED, STUDY_SEQLEN, attention_residual_study
 from hisvd.cli.common import settings_from
 from hisvd.errors import HiSVDError
-from hisvd.evaluation import Texts, exhaustion_explained, tokens_for, whole_model
+from hisvd.evaluation import Texts, exhaustion_explained, tokens_for, weights_at, whole_model
 from hisvd.settings import EvaluationSettings, Resources, StudySettings
 from hisvd.tables import table
 from hisvd.utils.files import atomic_path, check_writable_file
@@ -36,8 +37,9 @@ def study_model(model: str, texts: Texts, options: Mapping[str, Any]) -> dict:
     layers, d_r = (whole_numbers(options[name], f"--{name}") for name in ("layers", "d_r"))
     settings, resources = settings_from(options, EvaluationSettings), settings_from(options, Resources)
     with exhaustion_explained(model, None):
-        tokens = tokens_for(model, texts, settings, STUDY_SEQLEN)
-        loaded = whole_model(model, resolve_device(resources.device), settings.dtype)
+        path = os.fspath(weights_at(model))
+        tokens = tokens_for(path, texts, settings, STUDY_SEQLEN)
+        loaded = whole_model(path, resolve_device(resources.device), settings.dtype)
         studies = {}
         for name, ids in tokens.ids.items():
             study = replace(settings_from(options, StudySettings), seqlen=tokens.seqlen, bos=tokens.bos, source=name)
