@@ -14,10 +14,11 @@ from hisvd.calibration_cache import ELIMINATION, LEADING_VECTORS, SPECTRA, Calib
 from hisvd.clustering import layer_clusters
 from hisvd.component.adapter import Mlp
 from hisvd.component.experts import kind_of
-from hisvd.rank_allocation import loss_ranks, project_shares, ranks_from_shares, stage1_shares, uniform_shares
+from hisvd.rank_allocation import project_shares, ranks_from_shares, stage1_shares, uniform_shares
 from hisvd.rank_metrics import rank_of
 from hisvd.refinement import stage2_factors
 from hisvd.shape_utils import Sublayer
+from hisvd.width_allocation import loss_ranks
 
 if TYPE_CHECKING:  # the settings take their choices from the rules, so they import this module
     from hisvd.settings import CompressionSettings
@@ -102,7 +103,8 @@ CLUSTERINGS: dict[str, Callable[[RankProblem], list[Hashable]]] = {
 def least_loss(problem: RankProblem, target: float) -> list[int]:
     """The ranks that add the least loss by its second-order estimate; without gradients, the least output error."""
     kind = "two_sided_singular_values" if problem.cache.has_gradients else "whitened_singular_values"
-    return loss_ranks(problem.singular_values(kind), problem.sublayers, target, problem.settings.factors)
+    settings, spectra = problem.settings, problem.singular_values(kind)
+    return loss_ranks(spectra, problem.sublayers, target, settings.factors, settings.rank_multiple)
 
 
 def stages_1_and_2(problem: RankProblem, target: float) -> list[int]:

@@ -25,8 +25,9 @@ def low_rank_alone(problem: RankProblem, target: float) -> Choice:
 
 def both_moves(problem: RankProblem, target: float) -> Choice:
     """The widths and ranks that add the least loss."""
+    form, multiple = problem.settings.factors, problem.settings.rank_multiple
     curves = [
-        RankCurve(tails_of(sigma), parameters_by_rank(s.shape, problem.settings.factors))
+        RankCurve(tails_of(sigma), parameters_by_rank(s.shape, form, multiple))
         for s, sigma in zip(problem.sublayers, problem.singular_values("two_sided_singular_values"), strict=True)
     ]
     return _least_loss(problem, target, curves, ranked=True)
@@ -36,10 +37,8 @@ def neurons_alone(problem: RankProblem, target: float) -> Choice:
     """The widths that add the least loss; every linear stays in one piece."""
     curves = []
     for s in problem.sublayers:
-        tails = parameters_by_rank(s.shape, problem.settings.factors) * 0 + float("inf")
-        parameters = tails.clone()
-        tails[-1], parameters[-1] = 0, s.size
-        curves.append(RankCurve(tails, parameters))
+        parameters = parameters_by_rank(s.shape, problem.settings.factors, s.full_rank)
+        curves.append(RankCurve(parameters.where(parameters.isinf(), 0), parameters))
     return _least_loss(problem, target, curves, ranked=False)
 
 
@@ -65,8 +64,8 @@ def mlp_curves(problem: RankProblem, ranked: bool) -> list[MlpCurves]:
         spectra = (problem.spectra_by_width(first.layer, path) for path in (*mlp.inputs, mlp.output))
         removal = problem.elimination(first.layer)[f"{mlp.output}.removal_losses"]
         widths = (*spectrum_widths(shapes[-1][1]), shapes[-1][1])
-        form = problem.settings.factors
-        found.append(MlpCurves(members, shapes, mlp.fused, removal, widths, tuple(spectra), form, ranked))
+        form, multiple = problem.settings.factors, problem.settings.rank_multiple
+        found.append(MlpCurves(members, shapes, mlp.fused, removal, widths, tuple(spectra), form, ranked, multiple))
     return found
 
 

@@ -122,48 +122,15 @@ class RankCurve(NamedTuple):
     parameters: torch.Tensor
 
 
-def loss_ranks(
-    singular_values: Sequence[torch.Tensor], sublayers: Sequence[Sublayer], target: float, form: str
-) -> list[int]:
-    """Ranks that minimise Σ tail_k(r_k), tail_k(r) = Σ_{i>r} σ_i², within the budget.
-
-    `singular_values` holds those of the whitened weights, largest first; with two-sided whitening half the sum
-    estimates the loss added. For a multiplier λ every sublayer takes the rank (or dense, tail 0) that minimises
-    tail + λ · parameters, and λ is bisected: exact on the convex hull. What is left of the budget is spent on the
-    ranks that lower the tail most per parameter, and once no rank lowers a tail any further, on all sublayers.
-
-    Raises:
-        HiSVDError: the budget does not even hold rank 1 everywhere.
-    """
-    budget = budget_of(sublayers, target)
-    _rank_one_parameters(sublayers, target, form)  # refuses a target that is too small
-    costs = {shape: parameters_by_rank(shape, form) for shape in {s.shape for s in sublayers}}
-    curves = [RankCurve(tails_of(v), costs[s.shape]) for v, s in zip(singular_values, sublayers, strict=True)]
-
-    def ranks_at(multiplier: float) -> list[int]:
-        return [int((c.tails + multiplier * c.parameters).argmin()) + 1 for c in curves]
-
-    low, high = 0.0, 1.0
-    while spent_by(ranks_at(high), curves) > budget:
-        high *= 2
-    for _ in range(200):
-        middle = (low + high) / 2
-        low, high = (low, middle) if spent_by(ranks_at(middle), curves) <= budget else (middle, high)
-    ranks = ranks_at(high)
-    # low: however little a tail counts, the budget holds all that lowers it
-    left, saturated = fill(budget - spent_by(ranks, curves), ranks, curves, any_rate=low > 0)
-    return _spread(left, ranks, sublayers, target, form) if saturated else ranks
-
-
 def spent_by(ranks: Sequence[int], curves: Sequence[RankCurve]) -> float:
     """The parameters that these ranks store."""
     return sum(float(curve.parameters[rank - 1]) for curve, rank in zip(curves, ranks, strict=True))
 
 
-def fill(left: float, ranks: list[int], curves: Sequence[RankCurve], any_rate: bool = True) -> tuple[float, bool]:
+def fill(left: float, ranks: list[int], curves: Sequence[RankCurve]) -> float:
     """Raise `ranks`, in place, by what lowers the tails most per parameter, while `left` parameters allow it.
 
-    Returns the parameters that remain, and whether they could be spent, but would lower no tail (or not `any_rate`).
+    Where nothing lowers a tail, the sublayer goes first that keeps the least. Returns the parameters that remain.
     """
     while True:
         gains = []
@@ -173,19 +140,31 @@ def fill(left: float, ranks: list[int], curves: Sequence[RankCurve], any_rate: b
             if len(affordable):
                 rates = (curve.tails[rank - 1] - curve.tails[rank + affordable]) / prices[affordable]
                 best = int(rates.argmax())
-                gains.append((float(rates[best]), k, rank + int(affordable[best]) + 1))
+                lacking = 1 - float(curve.parameters[rank - 1] / curve.parameters[-1])
+                gains.append((float(rates[best]), lacking, k, rank + int(affordable[best]) + 1))
         if not gains:
-            return left, False
-        rate, k, rank = max(gains)
-        if rate <= 0 or not any_rate:
-            return left, True
+            return left
+        _, _, k, rank = max(gains)
         left -= float(curves[k].parameters[rank - 1] - curves[k].parameters[ranks[k] - 1])
         ranks[k] = rank
 
 
-def parameters_by_rank(shape: tuple[int, int], form: str) -> torch.Tensor:
-    """Parameters stored at the ranks 1 … min(m, n), float64."""
-    return torch.tensor([stored_parameters(r, shape, form) for r in range(1, min(shape) + 1)]).double()
+def parameters_by_rank(shape: tuple[int, int], form: str, multiple: int = 1) -> torch.Tensor:
+    """Parameters stored at the ranks 1 … min(m, n), float64; infinite at those that may not be chosen.
+
+    Those are what is neither the full rank nor a multiple of `multiple`.
+    """
+    parameters = torch.tensor([stored_parameters(r, shape, form) for r in range(1, min(shape) + 1)]).double()
+    chosen = torch.zeros(len(parameters), dtype=torch.bool)
+    chosen[multiple - 1 :: multiple] = True
+    chosen[-1] = True
+    return parameters.where(chosen, torch.inf)
+
+
+def raised_rank(rank: int, curve: RankCurve, part: float) -> int:
+    """The largest rank that stores what `rank` does and at most the fraction `part` of what it lacks."""
+    stored = curve.parameters[rank - 1]
+    return int((curve.parameters <= stored + part * (curve.parameters[-1] - stored)).nonzero()[-1]) + 1
 
 
 def tails_of(singular_values: torch.Tensor) -> torch.Tensor:
@@ -194,11 +173,3 @@ def tails_of(singular_values: torch.Tensor) -> torch.Tensor:
     tails = (energy.sum(-1, keepdim=True) - energy.cumsum(-1)).clamp_min(0)
     tails[..., -1] = 0
     return tails
-
-
-def _spread(left: float, ranks: list[int], sublayers: Sequence[Sublayer], target: float, form: str) -> list[int]:
-    """Larger ranks that spend the `left` parameters too, in proportion to what each sublayer lacks to be dense."""
-    stored = [stored_parameters(r, s.shape, form) for r, s in zip(ranks, sublayers, strict=True)]
-    lacking = sum(s.size for s in sublayers) - sum(stored)
-    shares = [n + (s.size - n) * left / lacking for n, s in zip(stored, sublayers, strict=True)]
-    return ranks_from_shares(shares, sublayers, target, form)

@@ -120,6 +120,8 @@ class CompressionSettings:
             whitening, if the cache knows what neurons are worth, else "low_rank".
         update: "sequential" fits every layer to what the compressed layers below it deliver; "none" decomposes each
             matrix once for all targets, which is much quicker (UPDATES). Default: "sequential".
+        rank_multiple: Ranks, and widths of MLPs that lose neurons, are multiples of this, as kernels and quantizers
+            like them; with allocation "loss". Default: 1.
         width_multiple: "plain" export: the common width of the MLPs is a multiple of this. Default: 64.
         export: "none" stores factors, "dense" multiplies them back into plain weights, "int6" stores factors and other
             linear weights in the INT6 2:4 pairwise sparse format, "plain" takes as many neurons out of every MLP and
@@ -145,6 +147,7 @@ class CompressionSettings:
     factors: str = "pivoted"
     moves: str | None = None
     update: str = "sequential"
+    rank_multiple: int = 1
     width_multiple: int = 64
     export: str = "none"
     int6_mode: str = "calibrated"
@@ -169,6 +172,7 @@ class CompressionSettings:
         check_at_least("alpha", self.alpha, 0)
         check_at_least("lwe_strength", self.lwe_strength, 0)
         check_at_least("tail_redundancy_weight", self.tail_redundancy_weight, 0)
+        check_at_least("rank_multiple", self.rank_multiple, 1)
         check_at_least("width_multiple", self.width_multiple, 1)
         check_at_least("quality_gate_delta", self.quality_gate_delta, 0)
 
@@ -195,6 +199,10 @@ class CompressionSettings:
             )
         allocation = self.allocation or ("loss" if cache.has_gradients else "hisvd")
         whitening = self.whitening or ("two_sided" if cache.has_gradients else "input")
+        if self.rank_multiple > 1 and allocation != "loss":
+            raise HiSVDError(
+                f"--rank_multiple {self.rank_multiple} needs --allocation loss, not {allocation}; change one of them."
+            )
         moves = self._moves(cache, allocation, whitening)
         return replace(self, allocation=allocation, whitening=whitening, moves=moves)
 

@@ -8,6 +8,7 @@ every other linear the rank that minimises tail + λ · parameters; λ is bisect
 are known are interpolated linearly.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,7 +17,17 @@ from typing import NamedTuple
 import torch
 
 from hisvd.factor_forms import Shape
-from hisvd.rank_allocation import RankCurve, fill, parameters_by_rank, spent_by, tails_of
+from hisvd.rank_allocation import (
+    RankCurve,
+    budget_of,
+    fill,
+    parameters_by_rank,
+    raised_rank,
+    refuse_below,
+    spent_by,
+    tails_of,
+)
+from hisvd.shape_utils import Sublayer
 
 WIDTH_STEP = 16  # neurons between the widths that are tried, where an MLP has so many
 BISECTIONS = 100
@@ -46,7 +57,8 @@ class MlpCurves:
     `members` are the places of its linears among all sublayers and `shapes` their shapes, the output linear last;
     `fused` is as in component.adapter.Mlp. `removal` (n + 1,) is the loss after removing 0 … n neurons. `spectra` holds
     for each member the two-sided singular values (len(widths), min(m, n)) at `widths`, ascending, the last being n.
-    With `ranked` its linears may be factored, in the form `form`; else they stay in one piece.
+    With `ranked` its linears may be factored, in the form `form`; else they stay in one piece. Widths and ranks that
+    are not full are multiples of `multiple`.
     """
 
     members: tuple[int, ...]
@@ -57,12 +69,22 @@ class MlpCurves:
     spectra: tuple[torch.Tensor, ...]
     form: str
     ranked: bool = True
+    multiple: int = 1
     _known: dict[tuple[int, ...], Options] = field(default_factory=dict, repr=False)
 
     @property
     def neurons(self) -> int:
         """The number of hidden neurons, n."""
         return self.widths[-1]
+
+    def next_width(self, width: float) -> int:
+        """The smallest width that may be chosen and is not below `width`."""
+        return min(self.neurons, math.ceil(width / self.multiple) * self.multiple)
+
+    @cached_property
+    def coarse(self) -> tuple[int, ...]:
+        """Widths that may be chosen, about as far apart as `widths`."""
+        return tuple(sorted({self.next_width(width) for width in self.widths}))
 
     @cached_property
     def tails(self) -> list[torch.Tensor]:
@@ -82,7 +104,7 @@ class MlpCurves:
         for known, shape in zip(self.tails, self.shapes_at(width), strict=True):
             tails = torch.lerp(known[lower], known[upper], part)[: min(shape)].clone()
             tails[-1] = 0
-            parameters = parameters_by_rank(shape, self.form)
+            parameters = parameters_by_rank(shape, self.form, self.multiple)
             if not self.ranked:
                 tails[:-1], parameters[:-1] = torch.inf, torch.inf
             curves.append(RankCurve(tails, parameters))
@@ -93,8 +115,8 @@ class MlpCurves:
 
         `part` is a fraction of what a rank lacks.
         """
-        sides = zip(ranks, map(min, self.shapes_at(before)), map(min, self.shapes_at(width)), strict=True)
-        return [full if rank == old else rank + int(part * (full - rank)) for rank, old, full in sides]
+        sides = zip(ranks, map(min, self.shapes_at(before)), self.curves_at(width), strict=True)
+        return [len(c.tails) if rank == old else raised_rank(rank, c, part) for rank, old, c in sides]
 
     def loss(self, width: int) -> float:
         """What removing neurons down to `width` adds, twice as tails are twice the loss."""
@@ -117,10 +139,12 @@ class MlpCurves:
 
     def best_at(self, multiplier: float) -> tuple[int, list[int], float]:
         """The width, the members' ranks and their parameters, of the least loss + multiplier · parameters."""
-        place = _least(self.options(self.widths), multiplier)[0]
-        first, last = self.widths[max(0, place - 1)], self.widths[min(place + 1, len(self.widths) - 1)]
+        coarse = self.coarse
+        place = _least(self.options(coarse), multiplier)[0]
+        first, last = coarse[max(0, place - 1)], coarse[min(place + 1, len(coarse) - 1)]
         step = max(1, min(WIDTH_STEP, self.neurons // WIDTH_STEP))
-        fine = self.options(tuple(sorted({*range(first, last, step), self.widths[place], last})))
+        step = math.ceil(step / self.multiple) * self.multiple
+        fine = self.options(tuple(sorted({*range(first, last, step), coarse[place], last})))
         place, ranks = _least(fine, multiplier)
         stored = fine.parameters[place].gather(1, torch.tensor(ranks)[:, None] - 1).sum()
         return fine.widths[place], ranks, float(stored)
@@ -135,7 +159,7 @@ def _least(options: Options, multiplier: float) -> tuple[int, list[int]]:
 
 def least_parameters(curves: Sequence[RankCurve | None], mlps: Sequence[MlpCurves]) -> float:
     """What the narrowest MLPs that are tried, and the lowest ranks that linears may have, store."""
-    narrowest = [curve for mlp in mlps for curve in mlp.curves_at(mlp.widths[0])]
+    narrowest = [curve for mlp in mlps for curve in mlp.curves_at(mlp.coarse[0])]
     return sum(float(c.parameters.min()) for c in (*curves, *narrowest) if c is not None)
 
 
@@ -179,9 +203,26 @@ def loss_widths_and_ranks(
     for mlp, width in zip(mlps, widths, strict=True):
         for member, curve in zip(mlp.members, mlp.curves_at(width), strict=True):
             found[member] = curve
-    left, _ = fill(budget - stored, ranks, [found[k] for k in range(len(ranks))])
+    left = fill(budget - stored, ranks, [found[k] for k in range(len(ranks))])
     _widen(left, widths, ranks, mlps)
     return widths, ranks
+
+
+def loss_ranks(
+    singular_values: Sequence[torch.Tensor], sublayers: Sequence[Sublayer], target: float, form: str, multiple: int = 1
+) -> list[int]:
+    """Ranks, full or multiples of `multiple`, that minimise Σ tail_k(r_k), tail_k(r) = Σ_{i>r} σ_i², within the budget.
+
+    `singular_values` holds those of the whitened weights, largest first; with two-sided whitening half the sum
+    estimates the loss added.
+
+    Raises:
+        HiSVDError: the budget does not even hold the lowest ranks everywhere.
+    """
+    costs = {shape: parameters_by_rank(shape, form, multiple) for shape in {s.shape for s in sublayers}}
+    curves = [RankCurve(tails_of(v), costs[s.shape]) for v, s in zip(singular_values, sublayers, strict=True)]
+    refuse_below(least_parameters(curves, ()), sublayers, target, f"this model: rank {multiple} everywhere")
+    return loss_widths_and_ranks(curves, (), budget_of(sublayers, target))[1]
 
 
 def _spread(
@@ -191,10 +232,11 @@ def _spread(
     widths, ranks, _ = solution
 
     def raised(part: float) -> Solution:
-        wider = [width + int(part * (mlp.neurons - width)) for width, mlp in zip(widths, mlps, strict=True)]
-        higher = [
-            0 if c is None else rank + int(part * (len(c.tails) - rank)) for rank, c in zip(ranks, curves, strict=True)
+        wider = [
+            min(mlp.neurons, width + int(part * (mlp.neurons - width) / mlp.multiple) * mlp.multiple)
+            for width, mlp in zip(widths, mlps, strict=True)
         ]
+        higher = [0 if c is None else raised_rank(rank, c, part) for rank, c in zip(ranks, curves, strict=True)]
         stored = spent_by([r for r in higher if r], [c for c in curves if c is not None])
         for mlp, old, new in zip(mlps, widths, wider, strict=True):
             own = mlp.ranks_at(new, old, [ranks[member] for member in mlp.members], part)
@@ -213,25 +255,26 @@ def _spread(
 
 
 def _widen(left: float, widths: list[int], ranks: list[int], mlps: Sequence[MlpCurves]) -> None:
-    """Give MLPs neuron after neuron back, in place, where that lowers the loss most per parameter."""
+    """Give MLPs neurons back, in place, the fewest at a time, where that lowers the loss most per parameter."""
     while True:
         gains = []
         for k, (mlp, width) in enumerate(zip(mlps, widths, strict=True)):
             if width < mlp.neurons:
                 own = [ranks[member] for member in mlp.members]
-                wider = mlp.ranks_at(width + 1, width, own)
-                before, after = mlp.curves_at(width), mlp.curves_at(width + 1)
+                larger = mlp.next_width(width + 1)
+                wider = mlp.ranks_at(larger, width, own)
+                before, after = mlp.curves_at(width), mlp.curves_at(larger)
                 price = spent_by(wider, after) - spent_by(own, before)
                 if 0 < price <= left:
-                    gain = mlp.loss(width) - mlp.loss(width + 1)
+                    gain = mlp.loss(width) - mlp.loss(larger)
                     gain += sum(float(c.tails[r - 1]) for c, r in zip(before, own, strict=True))
                     gain -= sum(float(c.tails[r - 1]) for c, r in zip(after, wider, strict=True))
                     if gain >= 0:  # the ranks of a wider MLP leave a longer tail
-                        gains.append((gain / price, k, price, wider))
+                        gains.append((gain / price, k, price, larger, wider))
         if not gains:
             return
-        _, k, price, wider = max(gains)
+        _, k, price, larger, wider = max(gains)
         left -= price
-        widths[k] += 1
+        widths[k] = larger
         for member, rank in zip(mlps[k].members, wider, strict=True):
             ranks[member] = rank

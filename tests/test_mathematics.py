@@ -13,7 +13,6 @@ from hisvd.factor_forms import FORMS
 from hisvd.pivoting import pack_pivoted, unpack_pivoted
 from hisvd.rank_allocation import (
     budget_of,
-    loss_ranks,
     project_shares,
     ranks_from_shares,
     stage1_shares,
@@ -32,6 +31,7 @@ from hisvd.whitening_svd import (
     singular_values,
     whitened,
 )
+from hisvd.width_allocation import loss_ranks
 
 SHAPES = {"q": (64, 64), "k": (32, 64), "up": (160, 64), "down": (64, 160)}
 SUBLAYERS = [Sublayer(f"{i}.{t}", i, t, t, *shape) for i in range(6) for t, shape in SHAPES.items()]

@@ -17,9 +17,10 @@ from hisvd.component.low_rank import MODULE_OF_FORM, swap_linears
 from hisvd.errors import HiSVDError, naming
 from hisvd.factor_forms import FORMS, FactorForm, dense_weight, factor_tensors, form_of, modules_of
 from hisvd.int6_fit import int6_entries
-from hisvd.rank_allocation import budget_of, loss_ranks
+from hisvd.rank_allocation import budget_of
 from hisvd.shape_utils import Sublayer, is_dense, largest_rank, stored_parameters
 from hisvd.utils.streaming import decoder_layers
+from hisvd.width_allocation import loss_ranks
 
 
 def test_every_form_has_a_module_and_names_of_its_own():

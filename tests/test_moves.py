@@ -96,6 +96,21 @@ def test_plain_has_one_width_a_multiple(caches, multiple):
     assert not hisvd.plan(caches["llama"], 1, settings)[0].shapes
 
 
+@pytest.mark.parametrize("moves", ["both", "low_rank", "neurons"])
+def test_rank_multiple(caches, moves):
+    cache = read_cache(caches["llama"])
+    for plan in hisvd.plan(cache, [0.9, 0.6], hisvd.CompressionSettings(moves=moves, rank_multiple=8)):
+        shapes = [plan.shape(s) for s in cache.sublayers]
+        assert all(size % 8 == 0 for shape in shapes for size in shape)
+        assert all(plan.is_dense(s) or plan.ranks[s.name] % 8 == 0 for s in cache.sublayers)
+        assert sum(plan.parameters_of(s) for s in cache.sublayers) <= plan.target * sum(s.size for s in cache.sublayers)
+
+
+def test_rank_multiple_needs_the_loss_allocation(command):
+    expect_sentence(command("--rank_multiple", 8, "--allocation", "uniform"), "--rank_multiple 8", "--allocation loss")
+    expect_sentence(command("--rank_multiple", 0), "--rank_multiple 0")
+
+
 def test_plain_refuses_a_target_that_holds_no_multiple(command):
     result = command("--export", "plain", "--width_multiple", 64, target="0.5")
     expect_sentence(result, "Target 0.5", "--width_multiple")

@@ -1,5 +1,6 @@
 """The widths of MLPs and the ranks of all linears that add the least loss within a budget."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -141,6 +142,26 @@ def test_budget_is_spent(ranked, fused, share):
         for member, shape in zip(mlp.members, mlp.shapes_at(width), strict=True):
             assert 1 <= ranks[member] <= min(shape)
             assert ranked or ranks[member] == min(shape)
+
+
+@pytest.mark.parametrize("multiple", [8, 32])
+@pytest.mark.parametrize("ranked", [True, False])
+@pytest.mark.parametrize("share", [0.4, 0.6, 0.9])
+def test_widths_and_ranks_are_multiples_or_full(multiple, ranked, share):
+    curves, mlps = model(layers=4, n=150, hidden=48, ranked=ranked)  # the full width is not a multiple
+    curves = [c and RankCurve(c.tails, parameters_by_rank((48, 48), "pivoted", multiple)) for c in curves]
+    mlps = [dataclasses.replace(mlp, multiple=multiple, _known={}) for mlp in mlps]
+    budget = int(share * whole(curves, mlps))
+    widths, ranks = loss_widths_and_ranks(curves, mlps, budget)
+    loss, spent = outcome(curves, mlps, widths, ranks)
+    assert spent <= budget and loss < float("inf")
+    assert all(width == 150 or width % multiple == 0 for width in widths)
+    shapes = [(48, 48) if c else None for c in curves]
+    for mlp, width in zip(mlps, widths, strict=True):
+        for member, shape in zip(mlp.members, mlp.shapes_at(width), strict=True):
+            shapes[member] = shape
+    assert all(rank == min(shape) or rank % multiple == 0 for rank, shape in zip(ranks, shapes, strict=True))
+    assert spent > budget - multiple * (3 * 48 + 150)  # no room for a multiple of everything
 
 
 def test_a_fine_grained_budget_is_met_to_a_thousandth():

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 import hisvd
 from hisvd.calibration_cache import input_moment, output_moment, read_cache
 from hisvd.factor_forms import FORMS, factor_tensors
-from hisvd.rank_allocation import budget_of, loss_ranks, project_shares, ranks_from_shares, stage1_shares
+from hisvd.rank_allocation import budget_of, project_shares, ranks_from_shares, stage1_shares
 from hisvd.shape_utils import Sublayer, is_dense, stored_parameters
 from hisvd.whitening_svd import (
     F_DAMPING,
@@ -32,6 +32,7 @@ from hisvd.whitening_svd import (
     singular_values,
     whitened,
 )
+from hisvd.width_allocation import loss_ranks
 
 SHAPES = [(64, 64), (32, 64), (160, 64), (64, 160)]
 SUBLAYERS = [Sublayer(f"{i}.{t}", i, str(t), str(t), *shape) for i in range(10) for t, shape in enumerate(SHAPES)]

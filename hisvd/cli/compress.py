@@ -111,6 +111,12 @@ def parse_targets(text: str) -> list[float]:
     "plain: remove neurons alone, as many in every MLP, for a smaller checkpoint that any tool loads.",
 )
 @click.option(
+    "--rank_multiple",
+    default=1,
+    show_default=True,
+    help="Ranks, and widths of narrower MLPs, are multiples of this, as kernels and quantizers like them.",
+)
+@click.option(
     "--width_multiple",
     default=64,
     show_default=True,
