@@ -5,6 +5,7 @@ A share is a count of stored parameters (float) for one sublayer; shares become 
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -149,10 +150,11 @@ def fill(left: float, ranks: list[int], curves: Sequence[RankCurve]) -> float:
         ranks[k] = rank
 
 
+@lru_cache(maxsize=1024)  # MLPs of all layers try the same shapes
 def parameters_by_rank(shape: tuple[int, int], form: str, multiple: int = 1) -> torch.Tensor:
     """Parameters stored at the ranks 1 … min(m, n), float64; infinite at those that may not be chosen.
 
-    Those are what is neither the full rank nor a multiple of `multiple`.
+    Those are what is neither the full rank nor a multiple of `multiple`. The result is shared: do not change it.
     """
     parameters = torch.tensor([stored_parameters(r, shape, form) for r in range(1, min(shape) + 1)]).double()
     chosen = torch.zeros(len(parameters), dtype=torch.bool)

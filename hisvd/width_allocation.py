@@ -104,10 +104,8 @@ class MlpCurves:
         for known, shape in zip(self.tails, self.shapes_at(width), strict=True):
             tails = torch.lerp(known[lower], known[upper], part)[: min(shape)].clone()
             tails[-1] = 0
-            parameters = parameters_by_rank(shape, self.form, self.multiple)
-            if not self.ranked:
-                tails[:-1], parameters[:-1] = torch.inf, torch.inf
-            curves.append(RankCurve(tails, parameters))
+            parameters = parameters_by_rank(shape, self.form, self.multiple if self.ranked else min(shape))
+            curves.append(RankCurve(tails.where(parameters.isfinite(), torch.inf), parameters))
         return curves
 
     def ranks_at(self, width: int, before: int, ranks: Sequence[int], part: float = 0.0) -> list[int]:

@@ -33,20 +33,18 @@ def mlp_curves(first, n, hidden, seed, fused=1, form="pivoted", ranked=True):
     return MlpCurves(members, shapes, fused, removal, widths, tuple(spectra), form, ranked)
 
 
-def attention_curve(shape, seed, form="pivoted"):
+def attention_curve(shape, seed, form="pivoted", ranked=True):
     generator = torch.Generator().manual_seed(seed)
     values = torch.rand(min(shape), generator=generator, dtype=torch.float64).sort(descending=True).values
-    return RankCurve(tails_of(values), parameters_by_rank(shape, form))
+    parameters = parameters_by_rank(shape, form, 1 if ranked else min(shape))
+    return RankCurve(tails_of(values).where(parameters.isfinite(), torch.inf), parameters)
 
 
 def model(layers, n, hidden, form="pivoted", ranked=True, fused=1, seed=0):
     """One attention matrix and one MLP per layer."""
     curves, mlps = [], []
     for layer in range(layers):
-        curve = attention_curve((hidden, hidden), seed + 10 * layer, form)
-        if not ranked:
-            curve.tails[:-1], curve.parameters[:-1] = torch.inf, torch.inf
-        curves.append(curve)
+        curves.append(attention_curve((hidden, hidden), seed + 10 * layer, form, ranked))
         mlp = mlp_curves(len(curves), n, hidden, seed + 10 * layer + 1, fused, form, ranked)
         curves += [None] * len(mlp.members)
         mlps.append(mlp)
@@ -149,7 +147,8 @@ def test_budget_is_spent(ranked, fused, share):
 @pytest.mark.parametrize("share", [0.4, 0.6, 0.9])
 def test_widths_and_ranks_are_multiples_or_full(multiple, ranked, share):
     curves, mlps = model(layers=4, n=150, hidden=48, ranked=ranked)  # the full width is not a multiple
-    curves = [c and RankCurve(c.tails, parameters_by_rank((48, 48), "pivoted", multiple)) for c in curves]
+    if ranked:
+        curves = [c and RankCurve(c.tails, parameters_by_rank((48, 48), "pivoted", multiple)) for c in curves]
     mlps = [dataclasses.replace(mlp, multiple=multiple, _known={}) for mlp in mlps]
     budget = int(share * whole(curves, mlps))
     widths, ranks = loss_widths_and_ranks(curves, mlps, budget)
