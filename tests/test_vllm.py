@@ -110,7 +110,7 @@ def test_a_missing_part_is_named(compressed):
         tensors = load_file(file)
         name = next(k for k in tensors if "up_proj" in k)
         save_file({k: t for k, t in tensors.items() if k != name}, file)
-    with pytest.raises(ValueError, match="hisvd: the checkpoint lacks .* of model.layers.0.mlp.gate_up_proj"):
+    with pytest.raises(ValueError, match=r"hisvd: the checkpoint lacks .* of model\.layers\.0\.mlp\.gate_up_proj"):
         start_engine(folder)
 
 
@@ -123,14 +123,14 @@ def test_int6_is_refused(compressed):
 def test_mixtures_of_experts_are_refused(compressed, monkeypatch):
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
     monkeypatch.setitem(CONFIGS, "mixtral", MixtralConfig(**TINY, **experts))
-    with pytest.raises(ValueError, match="hisvd: .*'mixtral'.*--export dense or plain"):
+    with pytest.raises(ValueError, match=r"hisvd: .*'mixtral'.*--export dense or plain"):
         start_engine(compressed("mixtral", "0.7"))
 
 
 def test_tensor_parallel_is_refused(monkeypatch):
     monkeypatch.setattr(plugin, "get_tensor_model_parallel_world_size", lambda: 2)
     linear = plugin.LinearBase.__new__(plugin.LinearBase)
-    with pytest.raises(ValueError, match="hisvd: .*--tensor-parallel-size 1"):
+    with pytest.raises(ValueError, match=r"hisvd: .*--tensor-parallel-size 1"):
         plugin.HiSVDConfig({}).get_quant_method(linear, "model.layers.0.self_attn.qkv_proj")
 
 
