@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import WeightConverter
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -11,8 +11,23 @@ from hisvd.component.experts import SeparateExperts
 from hisvd.component.families import separate_experts
 from hisvd.component.int6_linear import check_int6_modules
 from hisvd.component.low_rank import swap_linears
+from hisvd.errors import HiSVDError
 
 METHOD = "hisvd"
+# Version 1 lacked the entry below; the tensors are the same.
+FORMAT_VERSION = 2
+# transformers reads this entry of config.json as the name of the weights' file, after it has consulted the quantizer.
+# A transformers that does not know the method, and would draw random weights, raises instead, quoting the entry.
+GUARD = {
+    "transformers_weights": "none, since this model is compressed by HiSVD: install the package hisvd to load it, or, "
+    "where TORCH_DEVICE_BACKEND_AUTOLOAD=0 is set, import hisvd first"
+}
+
+
+def config_entries(modules: dict[str, dict]) -> dict:
+    """The entries of config.json that describe the compressed `modules` (see swap_linears)."""
+    table = {"quant_method": METHOD, "format_version": FORMAT_VERSION, "modules": modules}
+    return {"quantization_config": table} | GUARD
 
 
 @register_quantization_config(METHOD)
@@ -20,8 +35,13 @@ class HiSVDConfig(QuantizationConfigMixin):
     """The `quantization_config` entry of config.json: which linears are factored, how, at which rank."""
 
     def __init__(self, modules: dict[str, dict], format_version: int = 1, **_: Any) -> None:
+        if format_version > FORMAT_VERSION:
+            raise HiSVDError(
+                f"The model is stored in version {format_version} of the format, but this version of HiSVD only knows "
+                f"versions up to {FORMAT_VERSION}; install a newer one."
+            )
         self.quant_method = METHOD  # type: ignore[assignment] # registered methods are strings outside of its enum
-        self.format_version = format_version
+        self.format_version = FORMAT_VERSION  # what save_pretrained writes
         self.modules = modules
 
 
@@ -31,6 +51,14 @@ class HiSVDQuantizer(HfQuantizer):
 
     quantization_config: HiSVDConfig
     experts_are_separate = False
+
+    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """Take GUARD away: the first method that sees the configuration, before the weights' files are looked for."""
+        for key in GUARD.keys() & vars(config).keys():
+            delattr(config, key)
+        return config
+
+    update_tp_plan = update_attn_implementation  # the same up to transformers 5.17
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         separate_experts(model)
@@ -58,5 +86,17 @@ class HiSVDQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Factors are ordinary parameters, so they can be fine-tuned."""
+        """Factors are ordinary parameters, so they can be fine-tuned; INT6 modules need adapters beside them."""
         return True
+
+
+_to_diff_dict = PreTrainedConfig.to_diff_dict
+
+
+def _to_guarded_dict(config: PreTrainedConfig) -> dict[str, Any]:
+    """What config.json holds: `save_pretrained` drops GUARD's entry, also from a configuration that needs it."""
+    guarded = isinstance(getattr(config, "quantization_config", None), HiSVDConfig)
+    return _to_diff_dict(config) | (GUARD if guarded else {})
+
+
+PreTrainedConfig.to_diff_dict = _to_guarded_dict  # type: ignore[method-assign]

@@ -12,7 +12,7 @@ import torch
 
 from hisvd.calibration_cache import CalibrationCache, output_moment
 from hisvd.component.families import adapter_for
-from hisvd.component.hf_quantizer import METHOD
+from hisvd.component.hf_quantizer import config_entries
 from hisvd.errors import naming
 from hisvd.exports import EXPORTS, Export
 from hisvd.factor_forms import DENSE, Entries, Shape, factor_tensors
@@ -93,7 +93,7 @@ class CompressionJob:
     def config_changes(self, target: float, modules: dict[str, dict]) -> dict:
         """What config.json says of the compressed model: its table of `modules`, or its width if it is a stock one."""
         if modules:
-            return {"quantization_config": {"quant_method": METHOD, "format_version": 1, "modules": modules}}
+            return config_entries(modules)
         shapes = self.plans[target].shapes
         if not (self.export.stock and shapes):
             return {}

@@ -196,8 +196,7 @@ tags: [hisvd, low-rank, compression]
 Compressed without training by HiSVD {version("hisvd")} from `{report["source_model"]}`; the original's license applies.
 
 ```python
-import hisvd  # registers the format with transformers
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM  # the package hisvd must be installed
 
 model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER", dtype="auto")
 ```

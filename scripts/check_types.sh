@@ -10,5 +10,6 @@ LINKS=build/types/hisvd
 rm -rf "$LINKS"
 mkdir -p "$LINKS"
 ln -s "$PWD"/hisvd/* "$PWD/component" "$PWD/utils" "$LINKS"
+ln -sf "$PWD/hisvd_autoload.py" "$LINKS/.."
 cd "$LINKS/.." # in the checkout, its own hisvd/ without the two would be found first
-"$PYTHON" -m mypy --config-file "$CONFIG" --cache-dir "$CACHE" -p hisvd "$@"
+"$PYTHON" -m mypy --config-file "$CONFIG" --cache-dir "$CACHE" -p hisvd -m hisvd_autoload "$@"
