@@ -99,4 +99,4 @@ def _to_guarded_dict(config: PreTrainedConfig) -> dict[str, Any]:
     return _to_diff_dict(config) | (GUARD if guarded else {})
 
 
-PreTrainedConfig.to_diff_dict = _to_guarded_dict  # type: ignore[method-assign]
+PreTrainedConfig.to_diff_dict = _to_guarded_dict  # type: ignore[assignment, method-assign]

@@ -118,14 +118,14 @@ def stored_tensors(entry: dict, shape: Shape, dtype: torch.dtype) -> Entries:
         return MODULE_OF_FORM[entry["form"]](inputs, outputs, entry["rank"], bias=False).to(dtype).state_dict()
 
 
-def register_shards(layer: nn.Module, name: str, shards: dict[Shard, torch.Tensor]) -> None:
+def register_shards(layer: Any, name: str, shards: dict[Shard, torch.Tensor]) -> None:
     """Add the parameter `name` ("base.weight", in a module `base` if need be): the shards one after another, flat.
 
     The loader of the parameter raises ValueError for a tensor of the wrong shape.
     """
     any_shard = next(iter(shards.values()))
     flat = torch.zeros(sum(t.numel() for t in shards.values()), dtype=any_shard.dtype)
-    parameter = nn.Parameter(flat, requires_grad=False)
+    parameter: Any = nn.Parameter(flat, requires_grad=False)
     parameter.shapes, parameter.loaded = {shard: t.shape for shard, t in shards.items()}, set()
 
     def load(_: nn.Parameter, tensor: torch.Tensor, shard: Shard = None) -> None:
@@ -146,19 +146,20 @@ def register_shards(layer: nn.Module, name: str, shards: dict[Shard, torch.Tenso
     owner.register_parameter(leaf, parameter)
 
 
-def split_shards(parameter: nn.Parameter) -> dict[Shard, torch.Tensor]:
+def split_shards(parameter: Any) -> dict[Shard, torch.Tensor]:
     """Views of a parameter made by `register_shards`, by shard."""
     flat = parameter.data.split([shape.numel() for shape in parameter.shapes.values()])
     return {shard: t.view(shape) for t, (shard, shape) in zip(flat, parameter.shapes.items(), strict=True)}
 
 
-def take_shards(layer: nn.Module) -> dict[Shard, Entries]:
+def take_shards(layer: Any) -> dict[Shard, Entries]:
     """The tensors of every shard by name, whose parameters are removed from `layer`.
 
     Raises:
         ValueError: the checkpoint had a tensor for some of the shards that need it, but not for all.
     """
     shards: dict[Shard, Entries] = {}
+    parameter: Any
     for name, parameter in list(layer.named_parameters()):
         if not hasattr(parameter, "shapes"):
             continue
@@ -224,7 +225,7 @@ class HiSVDLinearMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         *_: Any,
@@ -246,7 +247,7 @@ class HiSVDLinearMethod(LinearMethodBase):
         for name, shards in stored.items():
             register_shards(layer, name, shards)
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Stack the matrices that read the layer's input, pack every matrix, and note where each row of y is.
 
         Raises:
@@ -268,7 +269,7 @@ class HiSVDLinearMethod(LinearMethodBase):
         self.dense.process_weights_after_loading(module)
         return module
 
-    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Map (tokens, n) to (tokens, m)."""
         if not layer.hisvd_seconds:
             return self.dense.apply(layer.hisvd_first, x, bias)
