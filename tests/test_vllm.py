@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, LlamaConfig, MistralConfig, MixtralConfi
 import hisvd
 
 vllm = pytest.importorskip("vllm")
-plugin = pytest.importorskip("hisvd.component.vllm_plugin")
+plugin = pytest.importorskip("hisvd.vllm_plugin")
 
 TINY = SHARED | HEADS | {"head_dim": 32, "initializer_range": 0.1, "num_hidden_layers": 3}
 CONFIGS = {
