@@ -100,7 +100,7 @@ def evaluate_texts(model: str | Path, texts: Texts, settings: EvaluationSettings
     """`evaluate` on texts that are already loaded, once for several models."""
     name = os.fspath(model)
     with progress_shown(resources.progress), exhaustion_explained(name, settings.offload_folder):
-        path = os.fspath(weights_at(name))
+        path = weights_at(name)
         device = resolve_device(resources.device)
         reset_peak_memory(device)
         tokens = tokens_for(path, texts, settings, DEFAULT_SEQLEN)
@@ -164,9 +164,9 @@ def tokens_for(model: str, texts: Texts, settings: EvaluationSettings, default_s
     return TokenizedTexts(ids, seqlen, bos)
 
 
-def weights_at(model: str) -> Path:
-    """The local files of a model: a folder (in the Hub's cache, for an id) or a `.pt`."""
-    return Path(model) if Path(model).is_file() else local_folder(model)
+def weights_at(model: str) -> str:
+    """The path of a model's local files: a folder (in the Hub's cache, for an id) or a `.pt`."""
+    return model if Path(model).is_file() else os.fspath(local_folder(model))
 
 
 def whole_model(model: str, device: torch.device, dtype: str) -> PreTrainedModel:

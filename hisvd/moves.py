@@ -1,12 +1,12 @@
 """The choices of --moves: from the spectra in the cache to the width of every MLP and the rank of every linear."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 from hisvd.allocations import ALLOCATIONS, RankProblem
 from hisvd.errors import HiSVDError
 from hisvd.neurons import spectrum_widths
-from hisvd.rank_allocation import RankCurve, budget_of, parameters_by_rank, refuse_below, tails_of
+from hisvd.rank_allocation import budget_of, rank_curve, refuse_below
 from hisvd.width_allocation import MlpCurves, least_parameters, loss_widths_and_ranks
 
 
@@ -25,24 +25,20 @@ def low_rank_alone(problem: RankProblem, target: float) -> Choice:
 
 def both_moves(problem: RankProblem, target: float) -> Choice:
     """The widths and ranks that add the least loss."""
-    form, multiple = problem.settings.factors, problem.settings.rank_multiple
-    curves = [
-        RankCurve(tails_of(sigma), parameters_by_rank(s.shape, form, multiple))
-        for s, sigma in zip(problem.sublayers, problem.singular_values("two_sided_singular_values"), strict=True)
-    ]
-    return _least_loss(problem, target, curves, ranked=True)
+    return _least_loss(problem, target, ranked=True)
 
 
 def neurons_alone(problem: RankProblem, target: float) -> Choice:
     """The widths that add the least loss; every linear stays in one piece."""
-    curves = []
-    for s in problem.sublayers:
-        parameters = parameters_by_rank(s.shape, problem.settings.factors, s.full_rank)
-        curves.append(RankCurve(parameters.where(parameters.isinf(), 0), parameters))
-    return _least_loss(problem, target, curves, ranked=False)
+    return _least_loss(problem, target, ranked=False)
 
 
-def _least_loss(problem: RankProblem, target: float, curves: Sequence[RankCurve], ranked: bool) -> Choice:
+def _least_loss(problem: RankProblem, target: float, ranked: bool) -> Choice:
+    form, multiple = problem.settings.factors, problem.settings.rank_multiple
+    curves = [
+        rank_curve(sigma, s.shape, form, multiple if ranked else s.full_rank)
+        for s, sigma in zip(problem.sublayers, problem.singular_values("two_sided_singular_values"), strict=True)
+    ]
     mlps = mlp_curves(problem, ranked)
     members = {member for mlp in mlps for member in mlp.members}
     others = [None if k in members else curve for k, curve in enumerate(curves)]

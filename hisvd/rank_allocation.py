@@ -123,6 +123,11 @@ class RankCurve(NamedTuple):
     parameters: torch.Tensor
 
 
+def rank_curve(singular_values: torch.Tensor, shape: tuple[int, int], form: str, multiple: int) -> RankCurve:
+    """The choices of a linear (m, n) with these singular values, largest first: multiples of `multiple`, full rank."""
+    return RankCurve(tails_of(singular_values), parameters_by_rank(shape, form, multiple))
+
+
 def spent_by(ranks: Sequence[int], curves: Sequence[RankCurve]) -> float:
     """The parameters that these ranks store."""
     return sum(float(curve.parameters[rank - 1]) for curve, rank in zip(curves, ranks, strict=True))

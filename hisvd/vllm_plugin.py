@@ -16,10 +16,10 @@ from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, Unqu
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
+from hisvd.component.hf_quantizer import METHOD
 from hisvd.component.low_rank import MODULE_OF_FORM
 from hisvd.factor_forms import DENSE, FORMS, Entries, Shape, form_of
 
-METHOD = "hisvd"
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 Shard = str | int | None  # what vLLM's loader calls a part of a merged layer; None: the layer has one part
 # vLLM's merged layers: the name of each part in the checkpoint.

@@ -23,6 +23,7 @@ from hisvd.rank_allocation import (
     fill,
     parameters_by_rank,
     raised_rank,
+    rank_curve,
     refuse_below,
     spent_by,
     tails_of,
@@ -105,7 +106,7 @@ class MlpCurves:
             tails = torch.lerp(known[lower], known[upper], part)[: min(shape)].clone()
             tails[-1] = 0
             parameters = parameters_by_rank(shape, self.form, self.multiple if self.ranked else min(shape))
-            curves.append(RankCurve(tails.where(parameters.isfinite(), torch.inf), parameters))
+            curves.append(RankCurve(tails, parameters))
         return curves
 
     def ranks_at(self, width: int, before: int, ranks: Sequence[int], part: float = 0.0) -> list[int]:
@@ -137,12 +138,11 @@ class MlpCurves:
 
     def best_at(self, multiplier: float) -> tuple[int, list[int], float]:
         """The width, the members' ranks and their parameters, of the least loss + multiplier · parameters."""
-        coarse = self.coarse
-        place = _least(self.options(coarse), multiplier)[0]
-        first, last = coarse[max(0, place - 1)], coarse[min(place + 1, len(coarse) - 1)]
+        place = _least(self.options(self.coarse), multiplier)[0]
+        first, last = self.coarse[max(0, place - 1)], self.coarse[min(place + 1, len(self.coarse) - 1)]
         step = max(1, min(WIDTH_STEP, self.neurons // WIDTH_STEP))
         step = math.ceil(step / self.multiple) * self.multiple
-        fine = self.options(tuple(sorted({*range(first, last, step), coarse[place], last})))
+        fine = self.options(tuple(sorted({*range(first, last, step), self.coarse[place], last})))
         place, ranks = _least(fine, multiplier)
         stored = fine.parameters[place].gather(1, torch.tensor(ranks)[:, None] - 1).sum()
         return fine.widths[place], ranks, float(stored)
@@ -217,8 +217,7 @@ def loss_ranks(
     Raises:
         HiSVDError: the budget does not even hold the lowest ranks everywhere.
     """
-    costs = {shape: parameters_by_rank(shape, form, multiple) for shape in {s.shape for s in sublayers}}
-    curves = [RankCurve(tails_of(v), costs[s.shape]) for v, s in zip(singular_values, sublayers, strict=True)]
+    curves = [rank_curve(v, s.shape, form, multiple) for v, s in zip(singular_values, sublayers, strict=True)]
     refuse_below(least_parameters(curves, ()), sublayers, target, f"this model: rank {multiple} everywhere")
     return loss_widths_and_ranks(curves, (), budget_of(sublayers, target))[1]
 

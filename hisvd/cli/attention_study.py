@@ -1,6 +1,5 @@
 """The attention-residual study of evaluate.py: its arguments, tables, verdict and plot."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +36,7 @@ def study_model(model: str, texts: Texts, options: Mapping[str, Any]) -> dict:
     layers, d_r = (whole_numbers(options[name], f"--{name}") for name in ("layers", "d_r"))
     settings, resources = settings_from(options, EvaluationSettings), settings_from(options, Resources)
     with exhaustion_explained(model, None):
-        path = os.fspath(weights_at(model))
+        path = weights_at(model)
         tokens = tokens_for(path, texts, settings, STUDY_SEQLEN)
         loaded = whole_model(path, resolve_device(resources.device), settings.dtype)
         studies = {}
