@@ -198,7 +198,7 @@ def part_of(tensors: Entries) -> Part:
     if is_pivoted and pivoted < min(dense, two_factors):
         return Part(inner, outer, True, tensors["permutation"].long())
     # The product with the unit matrix instead of the inner factor is the left factor of two, whatever the form.
-    right = inner.float() if dense <= two_factors else torch.eye(rank, device=inner.device)
+    right = inner.float() if dense <= two_factors else torch.eye(rank, dtype=torch.float32, device=inner.device)
     product = FORMS[name].product(right, outer.float(), tensors).to(inner.dtype)
     if dense <= two_factors:
         return _whole(product)
