@@ -33,6 +33,13 @@ SMOLLM2 = ROOT / "models" / "smollm2-135m"
 FORMS = {"pivoted": [], "svd": ["--factors", "svd"], "neurons": ["--moves", "neurons"], "plain": ["--export", "plain"]}
 
 
+@pytest.fixture(autouse=True)
+def no_group_left():
+    """An engine that was refused leaves vLLM's process group behind, which the programs' end would destroy."""
+    yield
+    vllm.distributed.cleanup_dist_env_and_memory()
+
+
 @pytest.fixture(scope="module")
 def compressed(tokenizer, tmp_path_factory):
     """compressed(family, target, *options) → the folder of a tiny model; calibration is done once per family."""
