@@ -104,7 +104,7 @@ def least_loss(problem: RankProblem, target: float) -> list[int]:
     """The ranks that add the least loss by its second-order estimate; without gradients, the least output error."""
     kind = "two_sided_singular_values" if problem.cache.has_gradients else "whitened_singular_values"
     settings, spectra = problem.settings, problem.singular_values(kind)
-    return loss_ranks(spectra, problem.sublayers, target, settings.factors, settings.rank_multiple)
+    return loss_ranks(spectra, problem.sublayers, target, settings.factors, settings.allowed_ranks)
 
 
 def stages_1_and_2(problem: RankProblem, target: float) -> list[int]:

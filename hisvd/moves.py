@@ -6,7 +6,7 @@ from typing import NamedTuple
 from hisvd.allocations import ALLOCATIONS, RankProblem
 from hisvd.errors import HiSVDError
 from hisvd.neurons import spectrum_widths
-from hisvd.rank_allocation import budget_of, rank_curve, refuse_below
+from hisvd.rank_allocation import Allowed, budget_of, rank_curve, refuse_below
 from hisvd.width_allocation import MlpCurves, least_parameters, loss_widths_and_ranks
 
 
@@ -34,9 +34,9 @@ def neurons_alone(problem: RankProblem, target: float) -> Choice:
 
 
 def _least_loss(problem: RankProblem, target: float, ranked: bool) -> Choice:
-    form, multiple = problem.settings.factors, problem.settings.rank_multiple
+    form, allowed = problem.settings.factors, problem.settings.allowed_ranks
     curves = [
-        rank_curve(sigma, s.shape, form, multiple if ranked else s.full_rank)
+        rank_curve(sigma, s.shape, form, allowed if ranked else Allowed(s.full_rank))
         for s, sigma in zip(problem.sublayers, problem.singular_values("two_sided_singular_values"), strict=True)
     ]
     mlps = mlp_curves(problem, ranked)
@@ -61,7 +61,8 @@ def mlp_curves(problem: RankProblem, ranked: bool) -> list[MlpCurves]:
         removal = problem.elimination(first.layer)[f"{mlp.output}.removal_losses"]
         widths = (*spectrum_widths(shapes[-1][1]), shapes[-1][1])
         form, multiple = problem.settings.factors, problem.settings.rank_multiple
-        found.append(MlpCurves(members, shapes, mlp.fused, removal, widths, tuple(spectra), form, ranked, multiple))
+        allowed = problem.settings.allowed_ranks if ranked else None
+        found.append(MlpCurves(members, shapes, mlp.fused, removal, widths, tuple(spectra), form, allowed, multiple))
     return found
 
 

@@ -123,9 +123,16 @@ class RankCurve(NamedTuple):
     parameters: torch.Tensor
 
 
-def rank_curve(singular_values: torch.Tensor, shape: tuple[int, int], form: str, multiple: int) -> RankCurve:
-    """The choices of a linear (m, n) with these singular values, largest first: multiples of `multiple`, full rank."""
-    return RankCurve(tails_of(singular_values), parameters_by_rank(shape, form, multiple))
+class Allowed(NamedTuple):
+    """The ranks that may be chosen: the full one, and multiples of `multiple` that save `saving` parameters or more."""
+
+    multiple: int = 1
+    saving: int = 0
+
+
+def rank_curve(singular_values: torch.Tensor, shape: tuple[int, int], form: str, allowed: Allowed) -> RankCurve:
+    """The choices of a linear (m, n) with these singular values, largest first."""
+    return RankCurve(tails_of(singular_values), parameters_by_rank(shape, form, allowed))
 
 
 def spent_by(ranks: Sequence[int], curves: Sequence[RankCurve]) -> float:
@@ -156,14 +163,15 @@ def fill(left: float, ranks: list[int], curves: Sequence[RankCurve]) -> float:
 
 
 @lru_cache(maxsize=1024)  # MLPs of all layers try the same shapes
-def parameters_by_rank(shape: tuple[int, int], form: str, multiple: int = 1) -> torch.Tensor:
-    """Parameters stored at the ranks 1 … min(m, n), float64; infinite at those that may not be chosen.
+def parameters_by_rank(shape: tuple[int, int], form: str, allowed: Allowed) -> torch.Tensor:
+    """Parameters stored at the ranks 1 … min(m, n), float64; infinite at those that are not `allowed`.
 
-    Those are what is neither the full rank nor a multiple of `multiple`. The result is shared: do not change it.
+    The result is shared: do not change it.
     """
     parameters = torch.tensor([stored_parameters(r, shape, form) for r in range(1, min(shape) + 1)]).double()
     chosen = torch.zeros(len(parameters), dtype=torch.bool)
-    chosen[multiple - 1 :: multiple] = True
+    chosen[allowed.multiple - 1 :: allowed.multiple] = True
+    chosen &= parameters[-1] - parameters >= allowed.saving
     chosen[-1] = True
     return parameters.where(chosen, torch.inf)
 

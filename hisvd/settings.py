@@ -11,6 +11,7 @@ from hisvd.errors import HiSVDError
 from hisvd.exports import EXPORTS
 from hisvd.factor_forms import FORMS
 from hisvd.moves import MOVES
+from hisvd.rank_allocation import Allowed
 from hisvd.rank_metrics import RANK_METRICS
 from hisvd.refinement import MODULATIONS
 from hisvd.sparse_int6 import COLUMNS
@@ -122,6 +123,8 @@ class CompressionSettings:
             matrix once for all targets, which is much quicker (UPDATES). Default: "sequential".
         rank_multiple: Ranks, and widths of MLPs that lose neurons, are multiples of this, as kernels and quantizers
             like them; with allocation "loss". Default: 1.
+        min_saving: A linear is factored only where that saves at least so many parameters: the second product and the
+            permutation take time too; with allocation "loss". Default: 0.
         width_multiple: "plain" export: the common width of the MLPs is a multiple of this. Default: 64.
         export: "none" stores factors, "dense" multiplies them back into plain weights, "int6" stores factors and other
             linear weights in the INT6 2:4 pairwise sparse format, "plain" takes as many neurons out of every MLP and
@@ -148,6 +151,7 @@ class CompressionSettings:
     moves: str | None = None
     update: str = "sequential"
     rank_multiple: int = 1
+    min_saving: int = 0
     width_multiple: int = 64
     export: str = "none"
     int6_mode: str = "calibrated"
@@ -173,8 +177,14 @@ class CompressionSettings:
         check_at_least("lwe_strength", self.lwe_strength, 0)
         check_at_least("tail_redundancy_weight", self.tail_redundancy_weight, 0)
         check_at_least("rank_multiple", self.rank_multiple, 1)
+        check_at_least("min_saving", self.min_saving, 0)
         check_at_least("width_multiple", self.width_multiple, 1)
         check_at_least("quality_gate_delta", self.quality_gate_delta, 0)
+
+    @property
+    def allowed_ranks(self) -> Allowed:
+        """The ranks that the loss allocation may choose."""
+        return Allowed(self.rank_multiple, self.min_saving)
 
     @property
     def gated(self) -> bool:
@@ -199,10 +209,9 @@ class CompressionSettings:
             )
         allocation = self.allocation or ("loss" if cache.has_gradients else "hisvd")
         whitening = self.whitening or ("two_sided" if cache.has_gradients else "input")
-        if self.rank_multiple > 1 and allocation != "loss":
-            raise HiSVDError(
-                f"--rank_multiple {self.rank_multiple} needs --allocation loss, not {allocation}; change one of them."
-            )
+        for name, value, default in (("rank_multiple", self.rank_multiple, 1), ("min_saving", self.min_saving, 0)):
+            if value > default and allocation != "loss":
+                raise HiSVDError(f"--{name} {value} needs --allocation loss, not {allocation}; change one of them.")
         moves = self._moves(cache, allocation, whitening)
         return replace(self, allocation=allocation, whitening=whitening, moves=moves)
 

@@ -18,6 +18,7 @@ import torch
 
 from hisvd.factor_forms import Shape
 from hisvd.rank_allocation import (
+    Allowed,
     RankCurve,
     budget_of,
     fill,
@@ -58,8 +59,8 @@ class MlpCurves:
     `members` are the places of its linears among all sublayers and `shapes` their shapes, the output linear last;
     `fused` is as in component.adapter.Mlp. `removal` (n + 1,) is the loss after removing 0 … n neurons. `spectra` holds
     for each member the two-sided singular values (len(widths), min(m, n)) at `widths`, ascending, the last being n.
-    With `ranked` its linears may be factored, in the form `form`; else they stay in one piece. Widths and ranks that
-    are not full are multiples of `multiple`.
+    Its linears may be factored in the form `form`, to the ranks that are `allowed` (None: they stay in one piece).
+    Widths that are not full are multiples of `multiple`.
     """
 
     members: tuple[int, ...]
@@ -69,7 +70,7 @@ class MlpCurves:
     widths: tuple[int, ...]
     spectra: tuple[torch.Tensor, ...]
     form: str
-    ranked: bool = True
+    allowed: Allowed | None = Allowed()
     multiple: int = 1
     _known: dict[tuple[int, ...], Options] = field(default_factory=dict, repr=False)
 
@@ -105,7 +106,7 @@ class MlpCurves:
         for known, shape in zip(self.tails, self.shapes_at(width), strict=True):
             tails = torch.lerp(known[lower], known[upper], part)[: min(shape)].clone()
             tails[-1] = 0
-            parameters = parameters_by_rank(shape, self.form, self.multiple if self.ranked else min(shape))
+            parameters = parameters_by_rank(shape, self.form, self.allowed or Allowed(min(shape)))
             curves.append(RankCurve(tails, parameters))
         return curves
 
@@ -207,9 +208,13 @@ def loss_widths_and_ranks(
 
 
 def loss_ranks(
-    singular_values: Sequence[torch.Tensor], sublayers: Sequence[Sublayer], target: float, form: str, multiple: int = 1
+    singular_values: Sequence[torch.Tensor],
+    sublayers: Sequence[Sublayer],
+    target: float,
+    form: str,
+    allowed: Allowed = Allowed(),
 ) -> list[int]:
-    """Ranks, full or multiples of `multiple`, that minimise Σ tail_k(r_k), tail_k(r) = Σ_{i>r} σ_i², within the budget.
+    """The `allowed` ranks that minimise Σ tail_k(r_k), tail_k(r) = Σ_{i>r} σ_i², within the budget.
 
     `singular_values` holds those of the whitened weights, largest first; with two-sided whitening half the sum
     estimates the loss added.
@@ -217,8 +222,8 @@ def loss_ranks(
     Raises:
         HiSVDError: the budget does not even hold the lowest ranks everywhere.
     """
-    curves = [rank_curve(v, s.shape, form, multiple) for v, s in zip(singular_values, sublayers, strict=True)]
-    refuse_below(least_parameters(curves, ()), sublayers, target, f"this model: rank {multiple} everywhere")
+    curves = [rank_curve(v, s.shape, form, allowed) for v, s in zip(singular_values, sublayers, strict=True)]
+    refuse_below(least_parameters(curves, ()), sublayers, target, "this model: the lowest rank everywhere")
     return loss_widths_and_ranks(curves, (), budget_of(sublayers, target))[1]
 
 

@@ -106,9 +106,26 @@ def test_rank_multiple(caches, moves):
         assert sum(plan.parameters_of(s) for s in cache.sublayers) <= plan.target * sum(s.size for s in cache.sublayers)
 
 
-def test_rank_multiple_needs_the_loss_allocation(command):
-    expect_sentence(command("--rank_multiple", 8, "--allocation", "uniform"), "--rank_multiple 8", "--allocation loss")
-    expect_sentence(command("--rank_multiple", 0), "--rank_multiple 0")
+@pytest.mark.parametrize("moves", ["both", "low_rank"])
+def test_min_saving(caches, moves):
+    cache, saving = read_cache(caches["llama"]), 1000
+    plain, sparing = (
+        hisvd.plan(cache, 0.8, hisvd.CompressionSettings(moves=moves, min_saving=least))[0] for least in (0, saving)
+    )
+
+    def saved(plan):
+        by_name = ((plan.shape(s), plan.parameters_of(s)) for s in cache.sublayers if not plan.is_dense(s))
+        return [m * n - stored for (m, n), stored in by_name]
+
+    assert min(saved(sparing)) >= saving > min(saved(plain))
+    budget = 0.8 * sum(s.size for s in cache.sublayers)
+    assert budget - saving <= sum(sparing.parameters_of(s) for s in cache.sublayers) <= budget
+
+
+@pytest.mark.parametrize(("option", "value", "least"), [("--rank_multiple", 8, 1), ("--min_saving", 9, 0)])
+def test_limits_of_ranks_need_the_loss_allocation(command, option, value, least):
+    expect_sentence(command(option, value, "--allocation", "uniform"), f"{option} {value}", "--allocation loss")
+    expect_sentence(command(option, least - 1), f"{option} {least - 1}")
 
 
 def test_plain_refuses_a_target_that_holds_no_multiple(command):

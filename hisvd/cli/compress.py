@@ -117,6 +117,13 @@ def parse_targets(text: str) -> list[float]:
     help="Ranks, and widths of narrower MLPs, are multiples of this, as kernels and quantizers like them.",
 )
 @click.option(
+    "--min_saving",
+    default=0,
+    show_default=True,
+    help="A linear is factored only where that saves at least so many parameters: two products and a permutation take "
+    "longer than one product of the same size.",
+)
+@click.option(
     "--width_multiple",
     default=64,
     show_default=True,
