@@ -124,10 +124,10 @@ class RankCurve(NamedTuple):
 
 
 class Allowed(NamedTuple):
-    """The ranks that may be chosen: the full one, and multiples of `multiple` that save `saving` parameters or more."""
+    """The ranks that may be chosen: the full one, and multiples of `multiple` that save this share of the parameters."""
 
     multiple: int = 1
-    saving: int = 0
+    saving: float = 0.0
 
 
 def rank_curve(singular_values: torch.Tensor, shape: tuple[int, int], form: str, allowed: Allowed) -> RankCurve:
@@ -171,7 +171,7 @@ def parameters_by_rank(shape: tuple[int, int], form: str, allowed: Allowed) -> t
     parameters = torch.tensor([stored_parameters(r, shape, form) for r in range(1, min(shape) + 1)]).double()
     chosen = torch.zeros(len(parameters), dtype=torch.bool)
     chosen[allowed.multiple - 1 :: allowed.multiple] = True
-    chosen &= parameters[-1] - parameters >= allowed.saving
+    chosen &= parameters <= (1 - allowed.saving) * parameters[-1]
     chosen[-1] = True
     return parameters.where(chosen, torch.inf)
 

@@ -123,8 +123,8 @@ class CompressionSettings:
             matrix once for all targets, which is much quicker (UPDATES). Default: "sequential".
         rank_multiple: Ranks, and widths of MLPs that lose neurons, are multiples of this, as kernels and quantizers
             like them; with allocation "loss". Default: 1.
-        min_saving: A linear is factored only where that saves at least so many parameters: the second product and the
-            permutation take time too; with allocation "loss". Default: 0.
+        min_saving: A linear is factored only where that saves at least this share of its parameters, since the second
+            product and the permutation take time too; with allocation "loss". Default: 0.
         width_multiple: "plain" export: the common width of the MLPs is a multiple of this. Default: 64.
         export: "none" stores factors, "dense" multiplies them back into plain weights, "int6" stores factors and other
             linear weights in the INT6 2:4 pairwise sparse format, "plain" takes as many neurons out of every MLP and
@@ -151,7 +151,7 @@ class CompressionSettings:
     moves: str | None = None
     update: str = "sequential"
     rank_multiple: int = 1
-    min_saving: int = 0
+    min_saving: float = 0.0
     width_multiple: int = 64
     export: str = "none"
     int6_mode: str = "calibrated"

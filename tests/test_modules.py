@@ -5,11 +5,12 @@ import sys
 
 import pytest
 import torch
-from conftest import HEADS, ROOT, SHARED
+from conftest import HEADS, IDS, ROOT, SHARED
 from torch import nn
 from transformers import AutoModelForCausalLM, OPTConfig, StableLmConfig
 from transformers.pytorch_utils import Conv1D
 
+import hisvd
 from hisvd.component.adapter import Adapter, Experts, Mlp
 from hisvd.component.experts import SeparateExperts
 from hisvd.component.families import ADAPTERS, adapter_for
@@ -41,6 +42,16 @@ def test_module_computes_the_product_of_its_factors(form, bias):
     x = torch.randn(2, 3, 10)
     expected = torch.nn.functional.linear(x, left @ right, state.get("bias"))
     torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_compiles_without_a_graph_break(chain, form):
+    model = hisvd.load(chain("qwen2", "0.6", "out", "--update", "none", "--factors", form, "--min_saving", "0"))
+    kinds = {type(module) for module in model.modules()}
+    assert MODULE_OF_FORM[form] in kinds
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(IDS, use_cache=False).logits, model(IDS, use_cache=False).logits)
 
 
 class ScaledLinear(nn.Module):

@@ -118,10 +118,10 @@ def parse_targets(text: str) -> list[float]:
 )
 @click.option(
     "--min_saving",
-    default=0,
+    default=0.0,
     show_default=True,
-    help="A linear is factored only where that saves at least so many parameters: two products and a permutation take "
-    "longer than one product of the same size.",
+    help="A linear is factored only where that saves at least this share of its parameters, since two products and a "
+    "permutation take longer than one product of the same size.",
 )
 @click.option(
     "--width_multiple",
