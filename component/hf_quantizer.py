@@ -9,6 +9,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hisvd.component.experts import SeparateExperts
 from hisvd.component.families import separate_experts
+from hisvd.component.fold import fold_permutations
 from hisvd.component.int6_linear import check_int6_modules
 from hisvd.component.low_rank import swap_linears
 from hisvd.errors import HiSVDError
@@ -79,6 +80,7 @@ class HiSVDQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         check_int6_modules(model)
+        fold_permutations(model)
 
     def is_serializable(self) -> bool:
         """`save_pretrained` of a loaded model writes the same format again."""

@@ -28,10 +28,19 @@ class LowRankLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
 
 
+def _forget_order(module: "PivotedLinear", _: object) -> None:
+    """After load_state_dict the permutation may be another one."""
+    module.in_order = False
+
+
 class PivotedLinear(nn.Module):
-    """t = base x, then rows of [t; coefficients t] in their order, + bias: see hisvd.pivoting."""
+    """t = base x, then rows of [t; coefficients t] in their order, + bias: see hisvd.pivoting.
+
+    With `in_order` the permutation is the identity, and left out: see hisvd.component.fold.
+    """
 
     permutation: torch.Tensor
+    in_order = False
 
     def __init__(self, in_features: int, out_features: int, rank: int, bias: bool) -> None:
         super().__init__()
@@ -39,12 +48,15 @@ class PivotedLinear(nn.Module):
         self.base = nn.Linear(in_features, rank, bias=False)
         self.coefficients = nn.Linear(rank, out_features - rank, bias=False)
         self.register_buffer("permutation", torch.empty(out_features, dtype=torch.int32))
+        self.register_load_state_dict_post_hook(_forget_order)
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (..., n) to (..., m)."""
         base_rows = self.base(x)
-        y = torch.cat([base_rows, self.coefficients(base_rows)], dim=-1).index_select(-1, self.permutation)
+        y = torch.cat([base_rows, self.coefficients(base_rows)], dim=-1)
+        if not self.in_order:
+            y = y.index_select(-1, self.permutation)
         return y if self.bias is None else y + self.bias
 
     extra_repr = LowRankLinear.extra_repr

@@ -124,7 +124,7 @@ class RankCurve(NamedTuple):
 
 
 class Allowed(NamedTuple):
-    """The ranks that may be chosen: the full one, and multiples of `multiple` that save this share of the parameters."""
+    """The ranks that may be chosen: the full one, and multiples of `multiple` that save so large a share."""
 
     multiple: int = 1
     saving: float = 0.0
