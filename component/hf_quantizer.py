@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import WeightConverter
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
@@ -9,8 +10,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hisvd.component.experts import SeparateExperts
 from hisvd.component.families import separate_experts
-from hisvd.component.int6_linear import check_int6_modules
-from hisvd.component.low_rank import swap_linears
+from hisvd.component.int6_linear import INT6SparseLinear, check_int6_modules
+from hisvd.component.low_rank import PivotedLinear, swap_linears
 from hisvd.errors import HiSVDError
 
 METHOD = "hisvd"
@@ -78,6 +79,7 @@ class HiSVDQuantizer(HfQuantizer):
         return [c for c in weight_conversions if not (self.experts_are_separate and isinstance(c, WeightConverter))]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        release_files(model)
         check_int6_modules(model)
 
     def is_serializable(self) -> bool:
@@ -88,6 +90,20 @@ class HiSVDQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Factors are ordinary parameters, so they can be fine-tuned; INT6 modules need adapters beside them."""
         return True
+
+
+def release_files(model: nn.Module) -> None:
+    """Copy the buffers of our modules where they alone keep the mapped files in memory.
+
+    They keep their dtype, so they stay views of a file when all parameters have been converted to another one. Where a
+    parameter is a view as well, the file is needed in any case.
+    """
+    if any(parameter.untyped_storage().nbytes() > parameter.nbytes for parameter in model.parameters()):
+        return
+    for module in model.modules():
+        if isinstance(module, (PivotedLinear, INT6SparseLinear)):
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.clone())
 
 
 _to_diff_dict = PreTrainedConfig.to_diff_dict
