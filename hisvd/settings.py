@@ -254,7 +254,8 @@ class EvaluationSettings:
 
     Raises:
         HiSVDError: a name is not one of its choices, a number is too small, `speed` and `offload_folder` are both
-            set, or `reference` without `speed`. The message calls a field by the option of evaluate.py, such as --seqlen.
+            set, or `reference` without `speed`. The message calls a field by the option of evaluate.py, such as
+            --seqlen.
     """
 
     data_dir: str | None = None

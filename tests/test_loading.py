@@ -198,3 +198,13 @@ def test_weights_outside_the_index_are_neither_fetched_nor_counted(model_folders
     shutil.copy(hub / "consolidated.safetensors", snapshot)
     assert hisvd.evaluate(snapshot, ["python-docs"], settings)["weight_file_bytes"] == sum(shards.values())
     assert local_folder("someone/model", config_only=True) == snapshot
+
+
+@pytest.mark.parametrize("export", ["none", "int6"])
+def test_files_do_not_stay_mapped_for_the_buffers_alone(chain, export):
+    """In another dtype all parameters are copies; index and code buffers keep theirs."""
+    options = ["--export", export, "--quality_gate_delta", "none"] if export == "int6" else []
+    for output in ("out", "out.pt"):
+        state = hisvd.load(chain("llama", "0.8", output, *options), torch.bfloat16).state_dict()
+        assert any(name.endswith("permutation") for name in state)
+        assert [name for name, t in state.items() if t.untyped_storage().nbytes() > t.nbytes] == []

@@ -178,13 +178,10 @@ def speed_table(results: list[dict]) -> str:
         f"Prompt of {tokens} tokens; batch 8: its eighths. Memory: peaks of what the model adds to the process.",
     ]
     if reference:
-        turns = (
-            "side by side"
-            if results[-1]["speed"]["took_turns"]
-            else "one after the other (memory does not hold all at once)"
-        )
+        turns = results[0]["speed"]["took_turns"]
+        how = "in turns" if turns else "one after the other, since memory does not hold all at once"
         lines.append(
-            f"(…x): relative to {Path(reference['model']).name}, measured {turns}; above 1 is faster for speeds and the "
+            f"x: relative to {Path(reference['model']).name}, measured {how}; above 1 is faster for speeds and the "
             "first token, below 1 is less for memory."
         )
     return "\n".join(lines)
