@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import WeightConverter
@@ -92,18 +93,24 @@ class HiSVDQuantizer(HfQuantizer):
         return True
 
 
+def in_file(tensor: torch.Tensor) -> bool:
+    """Whether a tensor lies in a mapped file: only memory that PyTorch itself has allocated can be resized."""
+    return tensor.device.type == "cpu" and not tensor.untyped_storage().resizable()
+
+
 def release_files(model: nn.Module) -> None:
     """Copy the buffers of our modules where they alone keep the mapped files in memory.
 
-    They keep their dtype, so they stay views of a file when all parameters have been converted to another one. Where a
-    parameter is a view as well, the file is needed in any case.
+    They keep their dtype, so they stay in the files when all parameters have been converted to another one. Where a
+    parameter is in a file as well, that is needed in any case.
     """
-    if any(parameter.untyped_storage().nbytes() > parameter.nbytes for parameter in model.parameters()):
+    if any(map(in_file, model.parameters())):
         return
     for module in model.modules():
         if isinstance(module, (PivotedLinear, INT6SparseLinear)):
             for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, buffer.clone())
+                if in_file(buffer):
+                    setattr(module, name, buffer.clone())
 
 
 _to_diff_dict = PreTrainedConfig.to_diff_dict

@@ -177,7 +177,8 @@ def compared_speeds(
         compute = resolve_dtype(settings.dtype, device, None)
         needed = [bytes_in_memory(Path(path), compute) for path in paths]
         together = sum(needed) + max(needed) <= free_memory(device)  # the spare one is for loading and running
-        rounds, speeds = [], []
+        rounds: list[dict[str, list[float]]] = []
+        speeds: list[dict] = []
         for group in [range(len(paths))] if together else [[i] for i in range(len(paths))]:
             chosen = [(paths[i], prompts[i]) for i in group]
             for timed, peaks in speeds_of_group(chosen, device, settings.dtype):
@@ -188,7 +189,7 @@ def compared_speeds(
         first = names.index(os.fspath(settings.reference))
     else:
         first = next((i for i, path in enumerate(paths) if saved_report(Path(path)) is None), 0)
-    reference = {"model": names[first], **speeds[first]}
+    reference: dict = {"model": names[first], **speeds[first]}
     for i, figures in enumerate(speeds):
         if i != first:
             memory = {name: figures[name] / reference[name] for name in reference if name.endswith("_bytes")}

@@ -68,9 +68,8 @@ def prefill_rate(model: PreTrainedModel, prompt: torch.Tensor, batch: int) -> fl
 def decode_rate(model: PreTrainedModel, prompt: torch.Tensor, batch: int) -> float:
     """New tokens per second of a batch, after its first ones: generating DECODED_TOKENS more takes so much longer."""
     ids = rows_of(prompt, batch)
-    first, all_of_them = (
-        seconds(lambda n=count: generate(model, ids, n), model.device) for count in (1, 1 + DECODED_TOKENS)
-    )
+    first = seconds(lambda: generate(model, ids, 1), model.device)
+    all_of_them = seconds(lambda: generate(model, ids, 1 + DECODED_TOKENS), model.device)
     return batch * DECODED_TOKENS / (all_of_them - first)
 
 
