@@ -13,9 +13,9 @@ from torch import nn
 
 from hisvd.component.int6_linear import FEW_TOKENS, INT6SparseLinear
 from hisvd.sparse_int6 import pack_weight
-from hisvd.utils.eval_utils import median_seconds, peak_memory, reset_peak_memory
 from hisvd.utils.files import write_json
 from hisvd.utils.model_utils import resolve_device
+from hisvd.utils.speed_utils import median_seconds, peak_memory, reset_peak_memory
 
 
 def extra_peak(module: INT6SparseLinear, x: torch.Tensor) -> int:

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import WeightConverter
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
@@ -10,8 +12,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from hisvd.component.experts import SeparateExperts
 from hisvd.component.families import separate_experts
 from hisvd.component.fold import fold_permutations
-from hisvd.component.int6_linear import check_int6_modules
-from hisvd.component.low_rank import swap_linears
+from hisvd.component.int6_linear import INT6SparseLinear, check_int6_modules
+from hisvd.component.low_rank import PivotedLinear, swap_linears
 from hisvd.errors import HiSVDError
 
 METHOD = "hisvd"
@@ -79,6 +81,7 @@ class HiSVDQuantizer(HfQuantizer):
         return [c for c in weight_conversions if not (self.experts_are_separate and isinstance(c, WeightConverter))]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        release_files(model)
         check_int6_modules(model)
         fold_permutations(model)
 
@@ -90,6 +93,26 @@ class HiSVDQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Factors are ordinary parameters, so they can be fine-tuned; INT6 modules need adapters beside them."""
         return True
+
+
+def in_file(tensor: torch.Tensor) -> bool:
+    """Whether a tensor lies in a mapped file: only memory that PyTorch itself has allocated can be resized."""
+    return tensor.device.type == "cpu" and not tensor.untyped_storage().resizable()
+
+
+def release_files(model: nn.Module) -> None:
+    """Copy the buffers of our modules where they alone keep the mapped files in memory.
+
+    They keep their dtype, so they stay in the files when all parameters have been converted to another one. Where a
+    parameter is in a file as well, that is needed in any case.
+    """
+    if any(map(in_file, model.parameters())):
+        return
+    for module in model.modules():
+        if isinstance(module, (PivotedLinear, INT6SparseLinear)):
+            for name, buffer in module.named_buffers(recurse=False):
+                if in_file(buffer):
+                    setattr(module, name, buffer.clone())
 
 
 _to_diff_dict = PreTrainedConfig.to_diff_dict

@@ -54,9 +54,9 @@ class PivotedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (..., n) to (..., m)."""
         base_rows = self.base(x)
-        y = torch.cat([base_rows, self.coefficients(base_rows)], dim=-1)
-        if not self.in_order:
-            y = y.index_select(-1, self.permutation)
+        rows = torch.cat([base_rows, self.coefficients(base_rows)], dim=-1)
+        del base_rows  # not held in memory beside the two copies of all rows
+        y = rows if self.in_order else rows.index_select(-1, self.permutation)
         return y if self.bias is None else y + self.bias
 
     extra_repr = LowRankLinear.extra_repr

@@ -5,7 +5,9 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from statistics import median
 
 import torch
 from transformers import PreTrainedModel
@@ -25,10 +27,7 @@ from hisvd.utils.eval_utils import (
     DEFAULT_SEQLEN,
     free_memory,
     linear_parameters,
-    peak_memory,
     perplexity,
-    reset_peak_memory,
-    speed,
     streamed_perplexity,
     weight_file_bytes,
     window_length,
@@ -38,6 +37,14 @@ from hisvd.utils.load_utils import bytes_in_memory, check_layer_count, config_of
 from hisvd.utils.model_utils import local_folder, open_checkpoint, resolve_device, resolve_dtype, stored_dtype
 from hisvd.utils.progress import progress_shown
 from hisvd.utils.save_utils import saved_report
+from hisvd.utils.speed_utils import (
+    PROMPT_TOKENS,
+    compared,
+    counts_allocations,
+    memory_peaks,
+    peaks_on_cpu,
+    timed_in_turns,
+)
 from hisvd.utils.streaming import StreamedModel
 
 Texts = dict[str, list[str]]  # data set → its documents
@@ -70,7 +77,7 @@ def evaluate(
         "documents": by data set, how many documents were read.
         "perplexity": by data set, a dict with "perplexity", "nll" (mean cross-entropy, in nats per token) and
             "tokens_scored".
-        "speed", with settings.speed: "prefill_tokens_per_s", "decode_tokens_per_s" and "peak_memory_bytes".
+        "speed", with settings.speed: what `compared_speeds` says of the model.
 
     Raises:
         HiSVDError: a model or text cannot be read; weights are missing or left over; windows are longer than the
@@ -82,7 +89,11 @@ def evaluate(
         >>> figures["perplexity"]["wikitext2"]["perplexity"] > 1
         True
     """
-    return evaluate_texts(model, load_texts(datasets, settings.data_dir), settings, resources)
+    texts = load_texts(datasets, settings.data_dir)
+    result = evaluate_texts(model, texts, settings, resources)
+    if settings.speed:
+        (result["speed"],) = compared_speeds([model], texts, settings, resources)
+    return result
 
 
 def load_texts(datasets: Sequence[str], data_dir: str | None = None) -> Texts:
@@ -97,18 +108,16 @@ def load_texts(datasets: Sequence[str], data_dir: str | None = None) -> Texts:
 
 
 def evaluate_texts(model: str | Path, texts: Texts, settings: EvaluationSettings, resources: Resources) -> dict:
-    """`evaluate` on texts that are already loaded, once for several models."""
+    """`evaluate` on texts that are already loaded, once for several models; without speed."""
     name = os.fspath(model)
     with progress_shown(resources.progress), exhaustion_explained(name, settings.offload_folder):
         path = weights_at(name)
         device = resolve_device(resources.device)
-        reset_peak_memory(device)
         tokens = tokens_for(path, texts, settings, DEFAULT_SEQLEN)
         windows = {
             name: evaluation_windows(ids, tokens.seqlen, settings.nsamples, name, tokens.bos)
             for name, ids in tokens.ids.items()
         }
-        measured: dict[str, dict] = {}
         loaded: PreTrainedModel | StreamedModel
         if settings.offload_folder:
             loaded = streamed_model(path, device, settings.dtype, tokens.seqlen)
@@ -120,9 +129,6 @@ def evaluate_texts(model: str | Path, texts: Texts, settings: EvaluationSettings
             loaded = whole_model(path, device, settings.dtype)
             stored, dense = linear_parameters(loaded)
             ppl = {name: perplexity(loaded, w, name) for name, w in windows.items()}
-            if settings.speed:
-                rates = speed(loaded, next(iter(windows.values()))[0])
-                measured["speed"] = {**rates, "peak_memory_bytes": peak_memory(device)}
         report = saved_report(Path(path))
         if report:  # without its removed neurons a model no longer shows how large it was
             dense = report["linear_numbers_before"]
@@ -138,8 +144,83 @@ def evaluate_texts(model: str | Path, texts: Texts, settings: EvaluationSettings
             "protocol": settings.protocol,
             "documents": {name: len(documents) for name, documents in texts.items()},
             "perplexity": ppl,
-            **measured,
         }
+
+
+def compared_speeds(
+    models: Sequence[str | Path], texts: Texts, settings: EvaluationSettings, resources: Resources
+) -> list[dict]:
+    """Speed and memory of several models, beside those of a reference: `settings.reference`, or one of the models.
+
+    That is the first that is not compressed, else the first. Models take turns where memory holds all of them at once.
+
+    Returns:
+        A dict for each model. Batches of 8 are the prompt's eighths, and decoding continues one or all of these.
+        "prompt_tokens": length of the prompt, from the first text.
+        "prefill_tokens_per_s", "decode_tokens_per_s", the same with "_batch_8", "time_to_first_token_s": medians.
+        "loading_peak_bytes", "running_peak_bytes", and the larger one as "peak_memory_bytes": what the model takes at
+            most while it is loaded, and while it runs; absent where PyTorch does not count them (MPS).
+        "took_turns": whether the models did.
+        For all but the reference, "reference": its name as "model", and its figures; "ratios": by figure. Of speeds and
+            of the time to the first token, they are above 1 where the model is faster than the reference; of
+            memory, below 1 where it takes less.
+
+    Raises:
+        HiSVDError: a model cannot be read or loaded, or the memory is too small.
+    """
+    names = [os.fspath(model) for model in models]
+    if settings.reference and os.fspath(settings.reference) not in names:
+        names.insert(0, os.fspath(settings.reference))
+    with progress_shown(resources.progress), exhaustion_explained(" or ".join(names), None):
+        device, paths = resolve_device(resources.device), list(map(weights_at, names))
+        prompts = [prompt_for(path, texts, settings) for path in paths]
+        compute = resolve_dtype(settings.dtype, device, None)
+        needed = [bytes_in_memory(Path(path), compute) for path in paths]
+        together = sum(needed) + max(needed) <= free_memory(device)  # the spare one is for loading and running
+        rounds: list[dict[str, list[float]]] = []
+        speeds: list[dict] = []
+        for group in [range(len(paths))] if together else [[i] for i in range(len(paths))]:
+            chosen = [(paths[i], prompts[i]) for i in group]
+            for timed, peaks in speeds_of_group(chosen, device, settings.dtype):
+                rounds.append(timed)
+                speeds.append({"prompt_tokens": prompts[0].shape[1], "took_turns": together and len(names) > 1})
+                speeds[-1] |= {name: median(values) for name, values in timed.items()} | peaks
+    if settings.reference:
+        first = names.index(os.fspath(settings.reference))
+    else:
+        first = next((i for i, path in enumerate(paths) if saved_report(Path(path)) is None), 0)
+    reference: dict = {"model": names[first], **speeds[first]}
+    for i, figures in enumerate(speeds):
+        if i != first:
+            memory = {name: figures[name] / reference[name] for name in reference if name.endswith("_bytes")}
+            figures |= {"reference": reference, "ratios": compared(rounds[i], rounds[first]) | memory}
+    return speeds[-len(models) :]
+
+
+def speeds_of_group(
+    models: Sequence[tuple[str, torch.Tensor]], device: torch.device, dtype: str
+) -> list[tuple[dict[str, list[float]], dict[str, int]]]:
+    """(figures by round, peaks of memory) of models in memory at once, each a path and a prompt (1, tokens)."""
+    if counts_allocations(device):
+        measured = [memory_peaks(partial(whole_model, path, device, dtype), ids, device) for path, ids in models]
+        loaded, peaks = [model for model, _ in measured], [found for _, found in measured]
+    else:
+        peaks = [peaks_on_cpu(path, dtype, ids) if device.type == "cpu" else {} for path, ids in models]
+        loaded = [whole_model(path, device, dtype) for path, _ in models]
+    highest = [{"peak_memory_bytes": max(found.values())} if found else {} for found in peaks]
+    timed = timed_in_turns(loaded, [ids.to(device) for _, ids in models])
+    return [(rounds, found | most) for rounds, found, most in zip(timed, peaks, highest, strict=True)]
+
+
+def prompt_for(model: str, texts: Texts, settings: EvaluationSettings) -> torch.Tensor:
+    """The start (1, tokens) of the first text: --seqlen tokens, or PROMPT_TOKENS, or as many as the model reads.
+
+    Raises:
+        HiSVDError: the text is shorter.
+    """
+    name, documents = next(iter(texts.items()))
+    tokens = tokens_for(model, {name: documents}, settings, PROMPT_TOKENS)
+    return evaluation_windows(tokens.ids[name], tokens.seqlen, 1, name, tokens.bos)
 
 
 @dataclass(frozen=True)

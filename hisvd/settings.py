@@ -255,13 +255,16 @@ class EvaluationSettings:
             "default".
         offload_folder: Perplexity with one decoder layer in memory at a time; hidden states lie in this folder
             meanwhile. None (the default): the whole model is loaded.
-        speed: Whether prefill and decoding are timed too; not with `offload_folder`. Default: False.
+        speed: Whether speed and peak memory are measured too; not with `offload_folder`. Default: False.
+        reference: Model, folder, .pt file or Hub id, beside which speed and memory are measured; only with `speed`.
+            None (the default): evaluate.py takes one of its rows; `hisvd.evaluate` gives no ratios.
         dtype: Compute dtype, "float32", "bfloat16" or "float16"; "auto" is float32 on the CPU, else the checkpoint's.
             Default: "auto".
 
     Raises:
-        HiSVDError: a name is not one of its choices, a number is too small, or `speed` and `offload_folder` are both
-            set. The message calls a field by the option of evaluate.py, such as --seqlen.
+        HiSVDError: a name is not one of its choices, a number is too small, `speed` and `offload_folder` are both
+            set, or `reference` without `speed`. The message calls a field by the option of evaluate.py, such as
+            --seqlen.
     """
 
     data_dir: str | None = None
@@ -271,6 +274,7 @@ class EvaluationSettings:
     offload_folder: str | Path | None = None
     speed: bool = False
     dtype: str = "auto"
+    reference: str | Path | None = None
 
     def __post_init__(self) -> None:
         """Refuse what no run could use."""
@@ -282,6 +286,8 @@ class EvaluationSettings:
             raise HiSVDError(
                 "--speed needs the whole model in memory, so it cannot be combined with --offload_folder; drop one."
             )
+        if self.reference and not self.speed:
+            raise HiSVDError("--reference needs --speed, which measures the models beside it; add it.")
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
 """hisvd.load: a model is what its files say, or is refused with the tensors named; weights go straight to a device."""
 
+import gc
 import json
 import shutil
 from fnmatch import fnmatch
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -18,6 +20,7 @@ from hisvd.utils.model_utils import local_folder
 TINY = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 EXPERTS = MixtralConfig(**TINY, intermediate_size=96, num_key_value_heads=2, num_local_experts=4)
 GPT2 = GPT2Config(vocab_size=300, n_embd=64, n_layer=2, n_head=4, n_positions=128)
+MAPS = Path("/proc/self/maps")
 DOWN = "model.layers.1.mlp.down_proj.weight"
 EXPERT = "model.layers.1.block_sparse_moe.experts.2.{}.weight"
 
@@ -198,3 +201,17 @@ def test_weights_outside_the_index_are_neither_fetched_nor_counted(model_folders
     shutil.copy(hub / "consolidated.safetensors", snapshot)
     assert hisvd.evaluate(snapshot, ["python-docs"], settings)["weight_file_bytes"] == sum(shards.values())
     assert local_folder("someone/model", config_only=True) == snapshot
+
+
+@pytest.mark.skipif(not MAPS.exists(), reason="this system does not list mapped files")
+@pytest.mark.parametrize("export", ["none", "int6"])
+def test_files_do_not_stay_mapped_for_the_buffers_alone(chain, export):
+    """In another dtype all parameters are copies; index and code buffers keep theirs."""
+    options = ["--export", export, "--quality_gate_delta", "none", "--update", "none"] if export == "int6" else []
+    for output in ("out", "out.pt") if export == "none" else ("out",):
+        path = chain("llama", "0.8", output, *options)
+        stored, other = hisvd.load(path), hisvd.load(path, torch.bfloat16)
+        assert str(path) in MAPS.read_text()
+        del stored
+        gc.collect()
+        assert other.dtype == torch.bfloat16 and str(path) not in MAPS.read_text()

@@ -1,10 +1,6 @@
-"""Perplexity, speed and memory of a loaded model."""
+"""Perplexity and size of a loaded model."""
 
 import math
-import resource
-import statistics
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -31,8 +27,6 @@ from hisvd.utils.streaming import Arguments, StreamedModel, decoder_layers, repl
 
 LOGITS_AT_ONCE = 2**25  # logits: 128 MiB in float32, whatever the vocabulary
 DEFAULT_SEQLEN = 2048  # tokens per window
-PROMPT_TOKENS = 32
-DECODED_TOKENS = 32
 
 
 def window_length(config: PreTrainedConfig, seqlen: int | None, default: int, model: str) -> int:
@@ -165,66 +159,6 @@ def head_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     output = _HiddenStateAlone(last_hidden_state=hidden[None])
     with replaced_forwards({model.get_decoder(): lambda *args, **kwargs: output}):
         return model(input_ids=dummy, use_cache=False).logits[0]
-
-
-@torch.inference_mode()
-def speed(model: PreTrainedModel, window: torch.Tensor, repeats: int = 3) -> dict:
-    """Tokens per second of one forward over `window` (seqlen,) and of greedy decoding with the KV cache.
-
-    Medians over `repeats` runs after one warm-up; decoding makes 32 tokens from a prompt of 32.
-    """
-    ids = window[None].to(model.device)
-    prompt = ids[:, : min(PROMPT_TOKENS, ids.shape[1])]
-
-    def prefill() -> None:
-        model.get_decoder()(input_ids=ids, use_cache=False)
-
-    def decode() -> None:
-        model.generate(  # type: ignore[operator]  # PreTrainedModel does not declare what causal models have
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            do_sample=False,
-            min_new_tokens=DECODED_TOKENS,
-            max_new_tokens=DECODED_TOKENS,
-            pad_token_id=0,
-        )
-
-    return {
-        "prefill_tokens_per_s": ids.shape[1] / median_seconds(prefill, model.device, repeats),
-        "decode_tokens_per_s": DECODED_TOKENS / median_seconds(decode, model.device, repeats),
-    }
-
-
-def median_seconds(function: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """The median time of `repeats` calls after one warm-up."""
-    seconds = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        function()
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:])
-
-
-def reset_peak_memory(device: torch.device) -> None:
-    """Start measuring the peak anew (on the CPU only where the system allows it: Linux)."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the accelerator's peak allocation, or the process's peak resident set on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def free_memory(device: torch.device) -> int:

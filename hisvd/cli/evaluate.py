@@ -18,7 +18,7 @@ from hisvd.cli.common import (
     settings_from,
 )
 from hisvd.errors import HiSVDError
-from hisvd.evaluation import Texts, evaluate_texts, load_texts
+from hisvd.evaluation import Texts, compared_speeds, evaluate_texts, load_texts
 from hisvd.settings import EvaluationSettings, Resources
 from hisvd.tables import table
 from hisvd.utils import distributed
@@ -26,7 +26,7 @@ from hisvd.utils.data_utils import PROTOCOLS
 from hisvd.utils.files import check_writable_file, write_json
 
 STUDY_OPTIONS = ("layers", "d_r", "n_blocks", "calib_blocks", "plot")
-PERPLEXITY_OPTIONS = ("nsamples", "speed", "offload_folder")
+PERPLEXITY_OPTIONS = ("nsamples", "speed", "reference", "offload_folder")
 
 
 @click.command()
@@ -53,7 +53,8 @@ PERPLEXITY_OPTIONS = ("nsamples", "speed", "offload_folder")
     type=click.Path(path_type=Path),
     help="Perplexity with one decoder layer in memory at a time; hidden states are kept in this folder meanwhile.",
 )
-@click.option("--speed", is_flag=True, help="Also measure prefill and decode tokens/s and peak memory.")
+@click.option("--speed", is_flag=True, help="Also measure prefill, decoding, time to first token and peak memory.")
+@click.option("--reference", help="Model beside which --speed measures  [default: the first original row]")
 @click.option(
     "--attention_residual",
     is_flag=True,
@@ -89,6 +90,12 @@ def main(context: click.Context, **options: Any) -> None:
             write_json(json_path, results)
     if not options["attention_residual"]:
         say(result_table(results))
+    if settings.speed:
+        speeds = compared_speeds(options["model_paths"], texts, settings, settings_from(options, Resources))
+        results = [{**result, "speed": figures} for result, figures in zip(results, speeds, strict=True)]
+        say(f"\n{speed_table(results)}")
+        if json_path and distributed.is_first():
+            write_json(json_path, results)
     if plot and distributed.is_first():
         draw_studies(results, plot)
 
@@ -142,18 +149,51 @@ def result_table(results: list[dict]) -> str:
             *(f"{f['perplexity']:.2f}" if f["perplexity"] < 1e5 else f"{f['perplexity']:.2e}" for f in figures),
             "/".join(str(f["tokens_scored"]) for f in figures),
         ]
-        if "speed" in result:
-            s = result["speed"]
-            row += [
-                f"{s['prefill_tokens_per_s']:.0f}",
-                f"{s['decode_tokens_per_s']:.1f}",
-                f"{s['peak_memory_bytes'] / 1e6:.0f}",
-            ]
         rows.append(row)
-    if "speed" in results[0]:
-        header += ["prefill tok/s", "decode tok/s", "peak MB"]
     documents = "/".join(map(str, results[0]["documents"].values()))
     return f"{table(header, rows)}\nProtocol {results[0]['protocol']}; documents read: {documents}"
+
+
+SPEED_COLUMNS = {  # figure → (title, unit, decimals)
+    "prefill_tokens_per_s": ("prefill tok/s", 1, 0),
+    "prefill_tokens_per_s_batch_8": ("batch 8", 1, 0),
+    "decode_tokens_per_s": ("decode tok/s", 1, 1),
+    "decode_tokens_per_s_batch_8": ("batch 8", 1, 1),
+    "time_to_first_token_s": ("first token s", 1, 2),
+    "loading_peak_bytes": ("loading MB", 1e6, 0),
+    "running_peak_bytes": ("running MB", 1e6, 0),
+}
+
+
+def speed_table(results: list[dict]) -> str:
+    """Speed and peak memory as a table, with the ratios to the reference, and what they mean."""
+    measured = [(result["model"], result["speed"]) for result in results]
+    reference = next((figures["reference"] for _, figures in measured if "reference" in figures), None)
+    if reference and all("reference" in figures for _, figures in measured):  # it is not a row
+        measured.insert(0, (reference["model"], reference))
+    rows = [speed_row(name, figures) for name, figures in measured]
+    tokens = results[0]["speed"]["prompt_tokens"]
+    lines = [
+        table(["model", *(title for title, _, _ in SPEED_COLUMNS.values())], rows),
+        f"Prompt of {tokens} tokens; batch 8: its eighths. Memory: peaks of what the model adds to the process.",
+    ]
+    if reference:
+        turns = results[0]["speed"]["took_turns"]
+        how = "in turns" if turns else "one after the other, since memory does not hold all at once"
+        lines.append(
+            f"x: relative to {Path(reference['model']).name}, measured {how}; above 1 is faster for speeds and the "
+            "first token, below 1 is less for memory."
+        )
+    return "\n".join(lines)
+
+
+def speed_row(name: str, figures: dict) -> list[str]:
+    """A model's name, and its figures with their ratios."""
+    row = [Path(name).name]
+    for key, (_, unit, decimals) in SPEED_COLUMNS.items():
+        ratio = f" ({figures['ratios'][key]:.2f}x)" if key in figures.get("ratios", {}) else ""
+        row.append(f"{figures[key] / unit:.{decimals}f}{ratio}" if key in figures else "-")
+    return row
 
 
 if __name__ == "__main__":
