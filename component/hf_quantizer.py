@@ -1,5 +1,8 @@
 """Registers the quantization method `hisvd` with transformers, so that `from_pretrained` loads compressed folders."""
 
+import importlib
+import importlib.util
+import logging
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -9,7 +12,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hisvd.component.experts import SeparateExperts
 from hisvd.component.families import separate_experts
-from hisvd.component.int6_linear import check_int6_modules
+from hisvd.component.int6_linear import INT6SparseLinear, check_int6_modules
 from hisvd.component.low_rank import swap_linears
 from hisvd.errors import HiSVDError
 
@@ -79,6 +82,13 @@ class HiSVDQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         check_int6_modules(model)
+        support_lora()
+        if not any(isinstance(module, INT6SparseLinear) for module in model.modules()):
+            # Trainer, .half() and .float() ask for it, but factors are ordinary parameters.
+            model.is_quantized = False  # type: ignore[assignment] # not declared, so taken for a module
+            for part in model.modules():
+                if isinstance(part, PreTrainedModel):
+                    vars(part.config).pop("_is_quantized", None)
 
     def is_serializable(self) -> bool:
         """`save_pretrained` of a loaded model writes the same format again."""
@@ -88,6 +98,15 @@ class HiSVDQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Factors are ordinary parameters, so they can be fine-tuned; INT6 modules need adapters beside them."""
         return True
+
+
+def support_lora() -> None:
+    """Teach peft, where it is installed, to put LoRA adapters beside the modules of compressed models."""
+    if importlib.util.find_spec("peft"):
+        try:
+            importlib.import_module("hisvd.component.lora")
+        except (ImportError, AttributeError) as error:  # the model is complete without it
+            logging.getLogger("hisvd").warning("LoRA on factored modules is unavailable, since peft fails: %s", error)
 
 
 _to_diff_dict = PreTrainedConfig.to_diff_dict

@@ -4,12 +4,14 @@ import torch
 from torch import nn
 
 from hisvd.component.conv1d import linear_shape, narrow_like
-from hisvd.component.int6_linear import INT6SparseLinear
+from hisvd.component.int6_linear import INT6SparseLinear, first_tensor
 from hisvd.errors import HiSVDError
 
 
 class LowRankLinear(nn.Module):
     """y = left (right x) + bias, with left (m, r) and right (r, n)."""
+
+    qweight = property(first_tensor)  # as in INT6SparseLinear
 
     def __init__(self, in_features: int, out_features: int, rank: int, bias: bool) -> None:
         super().__init__()
@@ -32,6 +34,7 @@ class PivotedLinear(nn.Module):
     """t = base x, then rows of [t; coefficients t] in their order, + bias: see hisvd.pivoting."""
 
     permutation: torch.Tensor
+    qweight = property(first_tensor)
 
     def __init__(self, in_features: int, out_features: int, rank: int, bias: bool) -> None:
         super().__init__()
