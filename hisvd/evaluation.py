@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from hisvd.errors import HiSVDError
 from hisvd.settings import EvaluationSettings, Resources
+from hisvd.utils import distributed
 from hisvd.utils.data_utils import (
     EVALUATION_SPLIT,
     default_batch_size,
@@ -39,6 +40,7 @@ from hisvd.utils.model_utils import local_folder, open_checkpoint, resolve_devic
 from hisvd.utils.progress import progress_shown
 from hisvd.utils.save_utils import saved_report
 from hisvd.utils.streaming import StreamedModel
+from hisvd.utils.task_utils import load_tasks, task_figures
 
 Texts = dict[str, list[str]]  # data set → its documents
 
@@ -49,14 +51,15 @@ def evaluate(
     settings: EvaluationSettings = EvaluationSettings(),
     resources: Resources = Resources(),
 ) -> dict:
-    """Measure a model's perplexity on each data set, its size, and on request its speed.
+    """Measure a model's perplexity on each data set, its size, and on request its speed and scores on tasks.
 
     The text is tokenized at once and cut into windows that do not overlap; the perplexity is the exponential of the
     mean next-token cross-entropy, in float32. Under torchrun the processes share the windows.
 
     Args:
         model: A folder or .pt file of `hisvd.compress`, another Hugging Face model folder, or a Hub id.
-        datasets: Names ("wikitext2", "ptb", "c4", "python-docs") or paths of .txt, .json or .jsonl files.
+        datasets: Names ("wikitext2", "ptb", "c4", "python-docs") or paths of .txt, .json or .jsonl files; may be empty
+            with settings.tasks.
         settings: Windows, protocol, compute dtype, and what else is measured; `hisvd.EvaluationSettings` lists them.
         resources: The device, and whether progress bars are shown.
 
@@ -71,9 +74,11 @@ def evaluate(
         "perplexity": by data set, a dict with "perplexity", "nll" (mean cross-entropy, in nats per token) and
             "tokens_scored".
         "speed", with settings.speed: "prefill_tokens_per_s", "decode_tokens_per_s" and "peak_memory_bytes".
+        "tasks", with settings.tasks: by task, a dict with its metrics ("acc", "acc_stderr" …), "samples" and "shots";
+            the members of a group also have "subtask_of".
 
     Raises:
-        HiSVDError: a model or text cannot be read; weights are missing or left over; windows are longer than the
+        HiSVDError: a model, text or task cannot be read; weights are missing or left over; windows are longer than the
             model's positions or the text; the memory is too small; or a perplexity is not finite.
 
     Example:
@@ -82,24 +87,26 @@ def evaluate(
         >>> figures["perplexity"]["wikitext2"]["perplexity"] > 1
         True
     """
-    return evaluate_texts(model, load_texts(datasets, settings.data_dir), settings, resources)
+    return evaluate_texts(model, load_texts(datasets, settings), settings, resources)
 
 
-def load_texts(datasets: Sequence[str], data_dir: str | None = None) -> Texts:
+def load_texts(datasets: Sequence[str], settings: EvaluationSettings) -> Texts:
     """The documents of each data set's evaluation split, or of each file.
 
     Raises:
-        HiSVDError: no data set is given, or one cannot be read.
+        HiSVDError: no data set is given where one is needed, or one cannot be read.
     """
-    if not datasets:
+    if not datasets and (settings.speed or not settings.tasks):
         raise HiSVDError(f"--datasets is empty; give text files, or some of {', '.join(EVALUATION_SPLIT)}.")
-    return {name: load_documents(name, EVALUATION_SPLIT, data_dir) for name in datasets}
+    return {name: load_documents(name, EVALUATION_SPLIT, settings.data_dir) for name in datasets}
 
 
 def evaluate_texts(model: str | Path, texts: Texts, settings: EvaluationSettings, resources: Resources) -> dict:
     """`evaluate` on texts that are already loaded, once for several models."""
     name = os.fspath(model)
     with progress_shown(resources.progress), exhaustion_explained(name, settings.offload_folder):
+        if settings.tasks:
+            check_tasks(settings.tasks)
         path = weights_at(name)
         device = resolve_device(resources.device)
         reset_peak_memory(device)
@@ -123,6 +130,8 @@ def evaluate_texts(model: str | Path, texts: Texts, settings: EvaluationSettings
             if settings.speed:
                 rates = speed(loaded, next(iter(windows.values()))[0])
                 measured["speed"] = {**rates, "peak_memory_bytes": peak_memory(device)}
+            if settings.tasks:
+                measured["tasks"] = task_figures(loaded, tokenizer_of(path), settings.tasks, settings.task_limit)
         report = saved_report(Path(path))
         if report:  # without its removed neurons a model no longer shows how large it was
             dense = report["linear_numbers_before"]
@@ -140,6 +149,17 @@ def evaluate_texts(model: str | Path, texts: Texts, settings: EvaluationSettings
             "perplexity": ppl,
             **measured,
         }
+
+
+def check_tasks(tasks: tuple[str, ...]) -> None:
+    """Load the tasks before the model, so that nothing is computed in vain.
+
+    Raises:
+        HiSVDError: lm_eval is not installed, a task cannot be loaded, or there are several processes.
+    """
+    if distributed.count() > 1:
+        raise HiSVDError("--tasks runs in one process; start evaluate.py without torchrun, or drop --tasks.")
+    load_tasks(tasks)
 
 
 @dataclass(frozen=True)
