@@ -105,7 +105,7 @@ def support_lora() -> None:
     if importlib.util.find_spec("peft"):
         try:
             importlib.import_module("hisvd.component.lora")
-        except (ImportError, AttributeError) as error:  # the model is complete without it
+        except Exception as error:  # whatever a broken installation raises; the model is complete without it
             logging.getLogger("hisvd").warning("LoRA on factored modules is unavailable, since peft fails: %s", error)
 
 
