@@ -1,5 +1,8 @@
 """Registers the quantization method `hisvd` with transformers, so that `from_pretrained` loads compressed folders."""
 
+import importlib
+import importlib.util
+import logging
 from typing import Any
 
 import torch
@@ -84,6 +87,13 @@ class HiSVDQuantizer(HfQuantizer):
         release_files(model)
         check_int6_modules(model)
         fold_permutations(model)
+        support_lora()
+        if not any(isinstance(module, INT6SparseLinear) for module in model.modules()):
+            # Trainer, .half() and .float() ask for it, but factors are ordinary parameters.
+            model.is_quantized = False  # type: ignore[assignment] # not declared, so taken for a module
+            for part in model.modules():
+                if isinstance(part, PreTrainedModel):
+                    vars(part.config).pop("_is_quantized", None)
 
     def is_serializable(self) -> bool:
         """`save_pretrained` of a loaded model writes the same format again."""
@@ -113,6 +123,15 @@ def release_files(model: nn.Module) -> None:
             for name, buffer in module.named_buffers(recurse=False):
                 if in_file(buffer):
                     setattr(module, name, buffer.clone())
+
+
+def support_lora() -> None:
+    """Teach peft, where it is installed, to put LoRA adapters beside the modules of compressed models."""
+    if importlib.util.find_spec("peft"):
+        try:
+            importlib.import_module("hisvd.component.lora")
+        except Exception as error:  # whatever a broken installation raises; the model is complete without it
+            logging.getLogger("hisvd").warning("LoRA on factored modules is unavailable, since peft fails: %s", error)
 
 
 _to_diff_dict = PreTrainedConfig.to_diff_dict

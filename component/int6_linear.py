@@ -1,6 +1,7 @@
 """A linear whose weight is stored in the INT6 2:4 pairwise sparse format, see hisvd.sparse_int6."""
 
 import functools
+import itertools
 import logging
 from collections.abc import Callable
 
@@ -26,6 +27,11 @@ FEW_TOKENS = 4  # up to this many, the fused product is faster than dequantizing
 EMPTY_METADATA = 0x44444444
 
 
+def first_tensor(module: nn.Module) -> torch.Tensor:
+    """A tensor with the device of `module` and, if it has parameters, their dtype."""
+    return next(itertools.chain(module.parameters(), module.buffers()))
+
+
 class INT6SparseLinear(nn.Module):
     """y = W x + bias, with W (m, n) unpacked whenever it is used, a block of rows at a time."""
 
@@ -34,6 +40,7 @@ class INT6SparseLinear(nn.Module):
     packed_weight: torch.Tensor
     metadata: torch.Tensor
     scales: torch.Tensor
+    qweight = property(first_tensor)  # where peft looks for the device of a module that has no `weight`
 
     def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
         super().__init__()

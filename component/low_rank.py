@@ -4,12 +4,14 @@ import torch
 from torch import nn
 
 from hisvd.component.conv1d import linear_shape, narrow_like
-from hisvd.component.int6_linear import INT6SparseLinear
+from hisvd.component.int6_linear import INT6SparseLinear, first_tensor
 from hisvd.errors import HiSVDError
 
 
 class LowRankLinear(nn.Module):
     """y = left (right x) + bias, with left (m, r) and right (r, n)."""
+
+    qweight = property(first_tensor)  # as in INT6SparseLinear
 
     def __init__(self, in_features: int, out_features: int, rank: int, bias: bool) -> None:
         super().__init__()
@@ -41,6 +43,7 @@ class PivotedLinear(nn.Module):
 
     permutation: torch.Tensor
     in_order = False
+    qweight = property(first_tensor)
 
     def __init__(self, in_features: int, out_features: int, rank: int, bias: bool) -> None:
         super().__init__()

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from hisvd.errors import HiSVDError
 from hisvd.settings import EvaluationSettings, Resources
+from hisvd.utils import distributed
 from hisvd.utils.data_utils import (
     EVALUATION_SPLIT,
     default_batch_size,
@@ -46,6 +47,7 @@ from hisvd.utils.speed_utils import (
     timed_in_turns,
 )
 from hisvd.utils.streaming import StreamedModel
+from hisvd.utils.task_utils import load_tasks, task_figures
 
 Texts = dict[str, list[str]]  # data set → its documents
 
@@ -56,14 +58,15 @@ def evaluate(
     settings: EvaluationSettings = EvaluationSettings(),
     resources: Resources = Resources(),
 ) -> dict:
-    """Measure a model's perplexity on each data set, its size, and on request its speed.
+    """Measure a model's perplexity on each data set, its size, and on request its speed and scores on tasks.
 
     The text is tokenized at once and cut into windows that do not overlap; the perplexity is the exponential of the
     mean next-token cross-entropy, in float32. Under torchrun the processes share the windows.
 
     Args:
         model: A folder or .pt file of `hisvd.compress`, another Hugging Face model folder, or a Hub id.
-        datasets: Names ("wikitext2", "ptb", "c4", "python-docs") or paths of .txt, .json or .jsonl files.
+        datasets: Names ("wikitext2", "ptb", "c4", "python-docs") or paths of .txt, .json or .jsonl files; may be empty
+            with settings.tasks.
         settings: Windows, protocol, compute dtype, and what else is measured; `hisvd.EvaluationSettings` lists them.
         resources: The device, and whether progress bars are shown.
 
@@ -78,9 +81,11 @@ def evaluate(
         "perplexity": by data set, a dict with "perplexity", "nll" (mean cross-entropy, in nats per token) and
             "tokens_scored".
         "speed", with settings.speed: what `compared_speeds` says of the model.
+        "tasks", with settings.tasks: by task, a dict with its metrics ("acc", "acc_stderr" …), "samples" and "shots";
+            the members of a group also have "subtask_of".
 
     Raises:
-        HiSVDError: a model or text cannot be read; weights are missing or left over; windows are longer than the
+        HiSVDError: a model, text or task cannot be read; weights are missing or left over; windows are longer than the
             model's positions or the text; the memory is too small; or a perplexity is not finite.
 
     Example:
@@ -89,28 +94,30 @@ def evaluate(
         >>> figures["perplexity"]["wikitext2"]["perplexity"] > 1
         True
     """
-    texts = load_texts(datasets, settings.data_dir)
+    texts = load_texts(datasets, settings)
     result = evaluate_texts(model, texts, settings, resources)
     if settings.speed:
         (result["speed"],) = compared_speeds([model], texts, settings, resources)
     return result
 
 
-def load_texts(datasets: Sequence[str], data_dir: str | None = None) -> Texts:
+def load_texts(datasets: Sequence[str], settings: EvaluationSettings) -> Texts:
     """The documents of each data set's evaluation split, or of each file.
 
     Raises:
-        HiSVDError: no data set is given, or one cannot be read.
+        HiSVDError: no data set is given where one is needed, or one cannot be read.
     """
-    if not datasets:
+    if not datasets and (settings.speed or not settings.tasks):
         raise HiSVDError(f"--datasets is empty; give text files, or some of {', '.join(EVALUATION_SPLIT)}.")
-    return {name: load_documents(name, EVALUATION_SPLIT, data_dir) for name in datasets}
+    return {name: load_documents(name, EVALUATION_SPLIT, settings.data_dir) for name in datasets}
 
 
 def evaluate_texts(model: str | Path, texts: Texts, settings: EvaluationSettings, resources: Resources) -> dict:
     """`evaluate` on texts that are already loaded, once for several models; without speed."""
     name = os.fspath(model)
     with progress_shown(resources.progress), exhaustion_explained(name, settings.offload_folder):
+        if settings.tasks:
+            check_tasks(settings.tasks)
         path = weights_at(name)
         device = resolve_device(resources.device)
         tokens = tokens_for(path, texts, settings, DEFAULT_SEQLEN)
@@ -118,6 +125,7 @@ def evaluate_texts(model: str | Path, texts: Texts, settings: EvaluationSettings
             name: evaluation_windows(ids, tokens.seqlen, settings.nsamples, name, tokens.bos)
             for name, ids in tokens.ids.items()
         }
+        measured: dict[str, dict] = {}
         loaded: PreTrainedModel | StreamedModel
         if settings.offload_folder:
             loaded = streamed_model(path, device, settings.dtype, tokens.seqlen)
@@ -129,6 +137,8 @@ def evaluate_texts(model: str | Path, texts: Texts, settings: EvaluationSettings
             loaded = whole_model(path, device, settings.dtype)
             stored, dense = linear_parameters(loaded)
             ppl = {name: perplexity(loaded, w, name) for name, w in windows.items()}
+            if settings.tasks:
+                measured["tasks"] = task_figures(loaded, tokenizer_of(path), settings.tasks, settings.task_limit)
         report = saved_report(Path(path))
         if report:  # without its removed neurons a model no longer shows how large it was
             dense = report["linear_numbers_before"]
@@ -144,6 +154,7 @@ def evaluate_texts(model: str | Path, texts: Texts, settings: EvaluationSettings
             "protocol": settings.protocol,
             "documents": {name: len(documents) for name, documents in texts.items()},
             "perplexity": ppl,
+            **measured,
         }
 
 
@@ -221,6 +232,17 @@ def prompt_for(model: str, texts: Texts, settings: EvaluationSettings) -> torch.
     name, documents = next(iter(texts.items()))
     tokens = tokens_for(model, {name: documents}, settings, PROMPT_TOKENS)
     return evaluation_windows(tokens.ids[name], tokens.seqlen, 1, name, tokens.bos)
+
+
+def check_tasks(tasks: tuple[str, ...]) -> None:
+    """Load the tasks before the model, so that nothing is computed in vain.
+
+    Raises:
+        HiSVDError: lm_eval is not installed, a task cannot be loaded, or there are several processes.
+    """
+    if distributed.count() > 1:
+        raise HiSVDError("--tasks runs in one process; start evaluate.py without torchrun, or drop --tasks.")
+    load_tasks(tasks)
 
 
 @dataclass(frozen=True)

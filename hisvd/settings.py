@@ -260,11 +260,14 @@ class EvaluationSettings:
             None (the default): evaluate.py takes one of its rows; `hisvd.evaluate` gives no ratios.
         dtype: Compute dtype, "float32", "bfloat16" or "float16"; "auto" is float32 on the CPU, else the checkpoint's.
             Default: "auto".
+        tasks: Tasks of lm-evaluation-harness to score too, by name or as .yaml files; needs the package lm_eval, and
+            excludes `offload_folder`. Default: none.
+        task_limit: Documents per task, from its start. None (the default): all.
 
     Raises:
-        HiSVDError: a name is not one of its choices, a number is too small, `speed` and `offload_folder` are both
-            set, or `reference` without `speed`. The message calls a field by the option of evaluate.py, such as
-            --seqlen.
+        HiSVDError: a name is not one of its choices, a number is too small, `offload_folder` is combined with `speed`
+            or `tasks`, or `reference` is set without `speed`. The message calls a field by the option of evaluate.py,
+            such as --seqlen.
     """
 
     data_dir: str | None = None
@@ -275,6 +278,8 @@ class EvaluationSettings:
     speed: bool = False
     dtype: str = "auto"
     reference: str | Path | None = None
+    tasks: tuple[str, ...] = ()
+    task_limit: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse what no run could use."""
@@ -282,10 +287,13 @@ class EvaluationSettings:
         check_choice("protocol", self.protocol, PROTOCOLS)
         check_at_least("seqlen", self.seqlen, 2)
         check_at_least("nsamples", self.nsamples, 1)
-        if self.offload_folder and self.speed:
-            raise HiSVDError(
-                "--speed needs the whole model in memory, so it cannot be combined with --offload_folder; drop one."
-            )
+        check_at_least("task_limit", self.task_limit, 1)
+        for option, value in (("speed", self.speed), ("tasks", self.tasks)):
+            if self.offload_folder and value:
+                raise HiSVDError(
+                    f"--{option} needs the whole model in memory, so it cannot be combined with --offload_folder; drop "
+                    "one."
+                )
         if self.reference and not self.speed:
             raise HiSVDError("--reference needs --speed, which measures the models beside it; add it.")
 

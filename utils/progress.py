@@ -27,6 +27,11 @@ def progress_shown(shown: bool) -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+def is_progress_shown() -> bool:
+    """Whether this process shows progress bars."""
+    return _shown.get() and distributed.is_first()
+
+
 def progress_bar(iterable: Iterable | None, title: str, **options: Any) -> tqdm:
     """A tqdm bar on standard error with tqdm's own `options`, over `iterable` (None: to be updated by hand)."""
-    return tqdm(iterable, title, disable=not (_shown.get() and distributed.is_first()), **options)
+    return tqdm(iterable, title, disable=not is_progress_shown(), **options)

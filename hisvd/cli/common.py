@@ -40,7 +40,8 @@ def program(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> None:
-        logging.getLogger("transformers").setLevel(logging.ERROR)
+        for library in ("transformers", "lm_eval"):
+            logging.getLogger(library).setLevel(logging.ERROR)
         logging.getLogger("hisvd").addHandler(beside_bars)
         try:
             distributed.join()

@@ -24,9 +24,10 @@ from hisvd.tables import table
 from hisvd.utils import distributed
 from hisvd.utils.data_utils import PROTOCOLS
 from hisvd.utils.files import check_writable_file, write_json
+from hisvd.utils.task_utils import main_metric
 
 STUDY_OPTIONS = ("layers", "d_r", "n_blocks", "calib_blocks", "plot")
-PERPLEXITY_OPTIONS = ("nsamples", "speed", "reference", "offload_folder")
+PERPLEXITY_OPTIONS = ("nsamples", "speed", "reference", "offload_folder", "tasks", "task_limit")
 
 
 @click.command()
@@ -56,6 +57,13 @@ PERPLEXITY_OPTIONS = ("nsamples", "speed", "reference", "offload_folder")
 @click.option("--speed", is_flag=True, help="Also measure prefill, decoding, time to first token and peak memory.")
 @click.option("--reference", help="Model beside which --speed measures  [default: the first original row]")
 @click.option(
+    "--tasks",
+    default="",
+    callback=lambda context, option, value: tuple(comma_separated(value)),
+    help="Also score these tasks of lm-evaluation-harness: comma-separated names or .yaml files.",
+)
+@click.option("--task_limit", type=click.IntRange(1), help="Only the first N documents of each task.")
+@click.option(
     "--attention_residual",
     is_flag=True,
     help="Instead, study whether attention on --layers is one value vector plus a small correction.",
@@ -75,14 +83,14 @@ PERPLEXITY_OPTIONS = ("nsamples", "speed", "reference", "offload_folder")
 @click.pass_context
 @program
 def main(context: click.Context, **options: Any) -> None:
-    """Print one table of perplexities (and speeds) of one or more models, or study their attention."""
+    """Print one table of perplexities (and speeds and task scores) of one or more models, or study their attention."""
     check_combination(context, options["attention_residual"])
     settings, json_path, plot = settings_from(options, EvaluationSettings), options["json_path"], options["plot"]
     if json_path:
         check_writable_file(json_path)
     if plot:
         check_plot(plot)
-    texts = load_texts(comma_separated(options["datasets"]), settings.data_dir)
+    texts = load_texts(comma_separated(options["datasets"]), settings)
     results = []
     for result in (study_models if options["attention_residual"] else evaluate_models)(texts, options):
         results.append(result)
@@ -131,13 +139,13 @@ def study_models(texts: Texts, options: dict[str, Any]) -> Iterator[dict]:
 
 def result_table(results: list[dict]) -> str:
     """The figures as a table, one row per model, and which text they were measured on."""
-    names = list(results[0]["perplexity"])
+    names, tasks = list(results[0]["perplexity"]), task_columns(results[0].get("tasks", {}))
     header = [
         "model",
         "linear kept",
         "file MB",
         *(f"ppl {Path(name).stem}" for name in names),
-        "tokens scored",
+        *(["tokens scored"] if names else []),
     ]
     rows = []
     for result in results:
@@ -147,9 +155,13 @@ def result_table(results: list[dict]) -> str:
             f"{result['linear_kept']:.2%}",
             f"{result['weight_file_bytes'] / 1e6:.1f}",
             *(f"{f['perplexity']:.2f}" if f["perplexity"] < 1e5 else f"{f['perplexity']:.2e}" for f in figures),
-            "/".join(str(f["tokens_scored"]) for f in figures),
+            *(["/".join(str(f["tokens_scored"]) for f in figures)] if names else []),
         ]
+        row += [f"{result['tasks'][name][metric]:.4f}" for name, metric in tasks]
         rows.append(row)
+    header += [f"{name} {metric}" for name, metric in tasks]
+    if not names:
+        return table(header, rows)
     documents = "/".join(map(str, results[0]["documents"].values()))
     return f"{table(header, rows)}\nProtocol {results[0]['protocol']}; documents read: {documents}"
 
@@ -194,6 +206,16 @@ def speed_row(name: str, figures: dict) -> list[str]:
         ratio = f" ({figures['ratios'][key]:.2f}x)" if key in figures.get("ratios", {}) else ""
         row.append(f"{figures[key] / unit:.{decimals}f}{ratio}" if key in figures else "-")
     return row
+
+
+def task_columns(tasks: dict[str, dict]) -> list[tuple[str, str]]:
+    """(task, metric) of the table's columns: every task or group, without the members of groups that have a score."""
+    metrics = {name: main_metric(figures) for name, figures in tasks.items()}
+    return [
+        (name, metric)
+        for name, metric in metrics.items()
+        if metric is not None and metrics.get(tasks[name].get("subtask_of", "")) is None
+    ]
 
 
 if __name__ == "__main__":
