@@ -125,7 +125,8 @@ def test_the_reference_is_the_first_original(chain, model_folders, monkeypatch):
     monkeypatch.setattr(evaluation, "peaks_on_cpu", lambda *_: {})
     monkeypatch.setattr(speed_utils, "TIMED", dict.fromkeys(speed_utils.TIMED, lambda *_: 1.0))
     folders = [chain("llama", "0.5", "a"), model_folders["llama"], chain("llama", "0.8", "b")]
-    settings, texts = hisvd.EvaluationSettings(seqlen=32, speed=True), evaluation.load_texts(["python-docs"])
+    settings = hisvd.EvaluationSettings(seqlen=32, speed=True)
+    texts = evaluation.load_texts(["python-docs"], settings)
 
     def references(paths):
         speeds = evaluation.compared_speeds(paths, texts, settings, hisvd.Resources())
