@@ -1,8 +1,6 @@
 """Tiny models with real tokenizers, built once per session; the programs run in this process or as a user would."""
 
 import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,12 +52,6 @@ def run(program: str, *arguments: object) -> Result:
     if result.exception and not isinstance(result.exception, SystemExit):
         raise result.exception
     return Result(result.exit_code, result.stdout, result.stderr)
-
-
-def start(program: str, *arguments: object) -> subprocess.Popen:
-    """Start one of the programs as a user would."""
-    command = [sys.executable, str(ROOT / f"{program}.py"), *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def expect_sentence(result: Result, *fragments: str) -> None:

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import build_model, calibrate_arguments, run, start
+from conftest import ROOT, build_model, calibrate_arguments, run
+from processes import Started
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
@@ -175,14 +176,14 @@ def whole_run(tmp_path_factory, tokenizer):
     )
     root = tmp_path_factory.mktemp("whole")
     model = build_model(config, root / "model", tokenizer, torch.bfloat16)
-    assert start("calibrate", *calibrate_arguments(model, root)).wait(120) == 0
+    assert Started(ROOT / "calibrate.py", *calibrate_arguments(model, root)).wait(120) == 0
     return model, root / "tiny_n6_s32_with_hessian"
 
 
 @pytest.mark.parametrize("kill_after", ["layer_002.safetensors", "gradients_005.safetensors"])
 def test_killed_run_resumes_to_the_same_bits_and_redoes_no_layer(whole_run, tmp_path, kill_after):
     model, whole = whole_run
-    process = start("calibrate", *calibrate_arguments(model, tmp_path))
+    process = Started(ROOT / "calibrate.py", *calibrate_arguments(model, tmp_path))
     folder = tmp_path / whole.name
     while not (folder / kill_after).exists():
         assert process.poll() is None, process.stderr.read()
@@ -194,7 +195,7 @@ def test_killed_run_resumes_to_the_same_bits_and_redoes_no_layer(whole_run, tmp_
     assert 0 < len(done) < 16
     kept = {file: (folder / file).stat().st_mtime_ns for file in done}
 
-    assert start("calibrate", *calibrate_arguments(model, tmp_path)).wait(120) == 0
+    assert Started(ROOT / "calibrate.py", *calibrate_arguments(model, tmp_path)).wait(120) == 0
     assert all((folder / file).stat().st_mtime_ns == stamp for file, stamp in kept.items())
     names = sorted(f.name for f in whole.iterdir())
     assert names == sorted(f.name for f in folder.iterdir() if not f.name.endswith(".tmp"))

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 from conftest import calibrate_arguments, expect_sentence, run
-from test_distributed import torchrun
+from test_distributed import in_processes
 
 from hisvd.calibration_cache import CalibrationCache, read_cache
 from hisvd.errors import HiSVDError
@@ -110,8 +110,7 @@ def test_files_of_another_number_of_processes_are_not_taken_for_own_ones(interru
 def test_another_number_of_processes_finishes_the_run(interrupted):
     arguments, folder = interrupted(4, 1)
     before = finished_files(folder)
-    finished = torchrun(2, "calibrate", *arguments)
-    assert finished.returncode == 0, finished.stderr
+    in_processes(2, "calibrate", *arguments)
     assert before.items() <= finished_files(folder).items()
     assert read_cache(folder).complete and not list(folder.glob("*.bin"))
 

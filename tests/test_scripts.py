@@ -10,15 +10,16 @@ import pytest
 from conftest import ROOT, build_model
 from transformers import OPTConfig
 
-LLAMAS = ("llama7b", "llama2_7b", "llama3_8b", "llama13b", "llama_30b")
-NAMES = (*LLAMAS, "mistral_7b", "opt6.7b")
-SOME = ("mistral_7b", "opt6.7b")
+# Run with the programs; the other scripts differ from the first in names alone.
+RUN = ("llama7b", "mistral_7b", "opt6.7b")
+OTHERS = ("llama2_7b", "llama3_8b", "llama13b", "llama_30b")
+SOME = RUN[1:]
 SIZES = {"NSAMPLES": "6", "GRAD_NSAMPLES": "2", "SEQLEN": "32", "DATASET": "python-docs", "DATASETS": "short.txt"}
 
 
-def script(folder, name, *arguments):
+def script(folder, name, *arguments, python=sys.executable):
     (folder / "short.txt").write_text("def f(x):\n    return x\n" * 100)
-    environment = os.environ | SIZES | {"PYTHON": sys.executable, "TARGETS": "0.8 0.6", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | SIZES | {"PYTHON": str(python), "TARGETS": "0.8 0.6", "OMP_NUM_THREADS": "1"}
     command = ["bash", ROOT / "scripts" / f"{name}.sh", *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
@@ -29,7 +30,7 @@ def models(tmp_path_factory, model_folders, tokenizer):
     opt = OPTConfig(
         vocab_size=300, hidden_size=64, ffn_dim=160, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=64
     )
-    folders = {name: model_folders["llama"] for name in LLAMAS} | {"mistral_7b": model_folders["mistral"]}
+    folders = {"llama7b": model_folders["llama"], "mistral_7b": model_folders["mistral"]}
     folders["opt6.7b"] = build_model(opt, tmp_path_factory.mktemp("opt"), tokenizer)
     for name, folder in folders.items():
         (root / name).symlink_to(folder)
@@ -38,9 +39,9 @@ def models(tmp_path_factory, model_folders, tokenizer):
 
 def test_all_families_are_calibrated_compressed_and_evaluated_once(models, tmp_path):
     with ThreadPoolExecutor(2) as pool:  # each script uses its own names
-        runs = list(pool.map(lambda name: script(tmp_path, f"compress_{name}", models / name, "cpu"), NAMES))
-    assert [run.returncode for run in runs] == [0] * len(NAMES), runs
-    for name in NAMES:
+        runs = list(pool.map(lambda name: script(tmp_path, f"compress_{name}", models / name, "cpu"), RUN))
+    assert [run.returncode for run in runs] == [0] * len(RUN), runs
+    for name in RUN:
         for target in ("80p", "60p"):
             assert (tmp_path / "compressed_models" / f"{name}_{target}" / "hisvd.json").is_file()
         reports = json.loads((tmp_path / "results" / f"compress_{name}.json").read_text())
@@ -63,11 +64,26 @@ def test_all_families_are_calibrated_compressed_and_evaluated_once(models, tmp_p
     assert again.returncode == 0 and "all targets exist" in again.stdout
 
 
+def test_the_other_scripts_differ_from_the_first_in_their_names_alone(tmp_path):
+    """In the place of Python stands what prints its arguments."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$@"\n')
+    python.chmod(0o755)
+    printed = {}
+    for name in (RUN[0], *OTHERS):
+        result = script(tmp_path, f"compress_{name}", tmp_path / name, "cpu", python=python)
+        assert result.returncode == 0, result
+        printed[name] = result.stdout
+    assert all(f"{program}.py --model_path" in printed[RUN[0]] for program in ("calibrate", "compress"))
+    for name in OTHERS:
+        assert printed[name] == printed[RUN[0]].replace(RUN[0], name)
+
+
 def test_first_error_stops_a_script(models, tmp_path):
     failed = script(tmp_path, "compress_llama7b", tmp_path / "missing", "cpu")
     assert failed.returncode == 2 and "missing" in failed.stdout and "Traceback" not in failed.stdout
     assert not (tmp_path / "logs" / "compress_llama7b.log").exists()
-    for name in (*(f"compress_{name}" for name in NAMES), "calibrate_all", "evaluate_all"):
+    for name in (*(f"compress_{name}" for name in RUN + OTHERS), "calibrate_all", "evaluate_all"):
         bare = script(tmp_path, name)
         assert bare.returncode == 2 and f"usage: bash scripts/{name}.sh MODEL" in bare.stderr
     none = script(tmp_path, "evaluate_all", tmp_path, "cpu")
