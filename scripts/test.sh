@@ -12,6 +12,6 @@ bash scripts/check_types.sh
 if (($#)); then
     "$PYTHON" -m pytest -q "$@"
 else # the tests of tiny models run in two processes, with one core each
-    OMP_NUM_THREADS=1 "$PYTHON" -m pytest -q -m "not real" -n 2 --dist loadfile
+    OMP_NUM_THREADS=1 "$PYTHON" -m pytest -q -m "not real" -n 2 --dist loadfile --no-loadscope-reorder
     "$PYTHON" -m pytest -q -m real
 fi

@@ -1,8 +1,10 @@
 """Tiny models with real tokenizers, built once per session; the programs run in this process or as a user would."""
 
+import functools
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import NamedTemporaryFile, _TemporaryFileWrapper
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read at import: fail at once instead of trying to reach the Hub
 
@@ -37,6 +39,14 @@ CONFIGS = {
 }
 
 IDS = torch.arange(40).view(2, 20)
+
+
+SLOWEST = {f"test_{name}.py" for name in ("families", "distributed", "scripts", "placement")}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slowest files first, so that xdist's processes end together."""
+    items.sort(key=lambda item: item.path.name not in SLOWEST)
 
 
 @dataclass
@@ -122,9 +132,22 @@ def model_folders(tmp_path_factory, tokenizer) -> dict[str, Path]:
     return {name: build_model(config, root / name, tokenizer) for name, config in CONFIGS.items()}
 
 
+@functools.cache
+def _short_text_file() -> _TemporaryFileWrapper:
+    file = NamedTemporaryFile("w", suffix=".txt", encoding="utf-8")  # noqa: SIM115 (deleted at exit)
+    file.write(load_text("python-docs", CALIBRATION_SPLIT, "data")[:40_000])
+    file.flush()
+    return file
+
+
+def short_text() -> str:
+    """A file with the start of python-docs: to tokenize the whole takes longer than to evaluate a tiny model on it."""
+    return _short_text_file().name
+
+
 def calibrate_arguments(model: Path, output_dir: Path, name: str = "tiny") -> list[object]:
     """calibrate.py on 6 windows of 32 tokens."""
-    where = ["--model_path", model, "--model_name", name, "--output_dir", output_dir, "--dataset", "python-docs"]
+    where = ["--model_path", model, "--model_name", name, "--output_dir", output_dir, "--dataset", short_text()]
     return [*where, "--nsamples", 6, "--seqlen", 32, "--batch_size", 4]
 
 

@@ -8,14 +8,14 @@ from dataclasses import fields
 
 import pytest
 import torch
-from conftest import ROOT, calibrate_arguments, run, saved_tensors
+from conftest import ROOT, calibrate_arguments, run, saved_tensors, short_text
 
 import hisvd
 from hisvd.cli import calibrate, compress, evaluate
 from hisvd.utils.data_utils import EVALUATION_SPLIT, load_text
 
 QUIET = hisvd.Resources(progress=False)
-CALIBRATION = hisvd.CalibrationSettings(nsamples=6, seqlen=32, dataset="python-docs", batch_size=4)
+CALIBRATION = hisvd.CalibrationSettings(nsamples=6, seqlen=32, dataset=short_text(), batch_size=4)
 
 
 @pytest.mark.parametrize("update", ["sequential", "none"])

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT, build_model, calibrate_arguments, run
+from conftest import ROOT, build_model, calibrate_arguments, run, short_text
 from processes import Started
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
@@ -23,9 +23,9 @@ from hisvd.utils.data_utils import CALIBRATION_SPLIT, calibration_windows, load_
 
 def calibration_tokens(folder):
     """What calibrate_arguments makes calibrate.py read."""
-    ids = tokenize(load_text("python-docs", CALIBRATION_SPLIT, "data"), AutoTokenizer.from_pretrained(folder))
+    ids = tokenize(load_text(short_text(), CALIBRATION_SPLIT), AutoTokenizer.from_pretrained(folder))
     ids, _ = split_held_out(ids, 6, 32, "random")
-    return calibration_windows(ids, 6, 32, "random", 3, "python-docs")
+    return calibration_windows(ids, 6, 32, "random", 3, "the short text")
 
 
 def moments_of_whole_model(folder):
@@ -214,7 +214,7 @@ def test_finished_cache_is_left_alone(model_folders, tmp_path):
 
 
 def test_the_function_fills_the_same_cache_and_prints_nothing(model_folders, caches, tmp_path, capfd):
-    settings = hisvd.CalibrationSettings(nsamples=6, seqlen=32, dataset="python-docs", batch_size=4)
+    settings = hisvd.CalibrationSettings(nsamples=6, seqlen=32, dataset=short_text(), batch_size=4)
     quiet = hisvd.Resources(progress=False)
     for _ in range(2):  # the second time it is finished already
         cache = hisvd.calibrate(model_folders["llama"], tmp_path / "any name", settings, quiet)

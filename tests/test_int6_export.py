@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import IDS, build_model, calibrate_arguments, expect_sentence, run, saved_tensors
+from conftest import IDS, build_model, calibrate_arguments, expect_sentence, run, saved_tensors, short_text
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -185,7 +185,7 @@ def test_gate_without_held_out_text_says_so(model_folders, tokenizer, tmp_path):
     text = tmp_path / "short.txt"
     text.write_text(tokenizer.decode(calibration_text(tokenizer)[: 6 * 32 + 10]))
     arguments = [*calibrate_arguments(model_folders["llama"], tmp_path), "--sampling", "first"]
-    arguments[arguments.index("python-docs")] = text
+    arguments[arguments.index(short_text())] = text
     assert run("calibrate", *arguments).code == 0
     where = ["--model_path", model_folders["llama"], "--calib_cache", tmp_path / "tiny_n6_s32_with_hessian"]
     goal = ["--target_compression", "1", "--export", "int6", "--save_model", tmp_path / "o"]

@@ -58,16 +58,19 @@ def compressed(cache, tmp_path_factory):
 @pytest.fixture(scope="module")
 def windows():
     ids = tokenize(load_text("python-docs", EVALUATION_SPLIT, "data"), AutoTokenizer.from_pretrained(MODEL))
-    return evaluation_windows(ids, 256, 24, "python-docs")
+    return evaluation_windows(ids, 256, 32, "python-docs")
 
 
 def test_quality_falls_with_the_budget_and_every_stage_helps(compressed, windows):
     names = ("default", "one_shot_80p", "one_shot_60p", "uniform", "plain")
     paths = {"dense": MODEL} | {name: compressed / name for name in names}
-    ppl = {k: perplexity(hisvd.load(p, torch.float32), windows, k)["perplexity"] for k, p in paths.items()}
+    few, many = windows[:8], windows[:24]  # the update gains less than 1 %, which shows on many windows
+    ppl = {k: perplexity(hisvd.load(p, torch.float32), few, k)["perplexity"] for k, p in paths.items()}
     assert ppl["dense"] < ppl["one_shot_80p"] < ppl["one_shot_60p"], ppl
-    assert ppl["default"] < ppl["one_shot_80p"] < ppl["uniform"] < ppl["plain"] / 100, ppl
+    assert ppl["one_shot_80p"] < ppl["uniform"] < ppl["plain"] / 100, ppl
     assert ppl["dense"] < ppl["default"] < 2.5 * ppl["dense"], ppl
+    pair = [perplexity(hisvd.load(paths[k], torch.float32), many, k)["perplexity"] for k in ("default", "one_shot_80p")]
+    assert pair[0] < pair[1], pair
 
 
 def test_saved_bytes_shrink_by_what_was_promised(compressed):
@@ -126,13 +129,12 @@ def test_calibrated_int6_codes_have_half_the_error_of_the_plain_rule(cache):
         assert errors["calibrated"] < errors["plain"] / 2, (s.name, errors)
 
 
-def test_both_forms_of_the_same_ranks_have_the_same_perplexity_in_bfloat16(cache, compressed):
-    """On all tokens: on a few thousand, rounding in the arithmetic alone scatters results by a thousandth."""
-    ids = tokenize(load_text("python-docs", EVALUATION_SPLIT, "data"), AutoTokenizer.from_pretrained(MODEL))
-    windows = evaluation_windows(ids, 256, None, "python-docs")
+def test_both_forms_of_the_same_ranks_have_the_same_perplexity_in_bfloat16(cache, compressed, windows):
+    """Weights rounded to it: its arithmetic would scatter results too, by a thousandth on a few thousand tokens."""
     checkpoint, statistics = open_checkpoint(str(MODEL)), read_cache(cache)
-    pivoted, svd = hisvd.load(compressed / "uniform"), hisvd.load(MODEL)
-    assert pivoted.dtype == svd.dtype == torch.bfloat16
+    stored = hisvd.load(compressed / "uniform")
+    assert stored.dtype == torch.bfloat16
+    pivoted, svd = hisvd.load(compressed / "uniform", torch.float32), hisvd.load(MODEL, torch.float32)
     ranks = {name: entry["rank"] for name, entry in pivoted.config.quantization_config.modules.items()}
     swap_linears(svd, {name: {"form": "svd", "rank": rank} for name, rank in ranks.items()})
     for index in range(statistics.num_layers):
@@ -145,3 +147,5 @@ def test_both_forms_of_the_same_ranks_have_the_same_perplexity_in_bfloat16(cache
             svd.get_submodule(s.name).load_state_dict(factor_tensors(*factors, "svd", torch.bfloat16, root))
     figures = {name: perplexity(m, windows, name)["perplexity"] for name, m in (("pivoted", pivoted), ("svd", svd))}
     assert figures["pivoted"] == pytest.approx(figures["svd"], rel=1e-3), figures
+    one = [perplexity(model, windows[:1], "one window")["perplexity"] for model in (stored, pivoted)]
+    assert one[0] == pytest.approx(one[1], rel=0.05)
