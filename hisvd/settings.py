@@ -261,7 +261,7 @@ class EvaluationSettings:
         dtype: Compute dtype, "float32", "bfloat16" or "float16"; "auto" is float32 on the CPU, else the checkpoint's.
             Default: "auto".
         tasks: Tasks of lm-evaluation-harness to score too, by name or as .yaml files; needs the package lm_eval, and
-            excludes `offload_folder`. Default: none.
+            excludes `offload_folder`. Default: ().
         task_limit: Documents per task, from its start. None (the default): all.
 
     Raises:
