@@ -15,7 +15,7 @@ from hisvd.whitening_svd import H_DAMPING, cholesky_root
 
 # Scales are tried from this fraction of the one at which the largest weight of the group has the largest code. With
 # 127 codes a side, nothing is to be gained from cutting weights off.
-SMALLEST_CUT, CUTS = {"int8": 1.0, "int4": 0.6}, 17
+SMALLEST_CUT, CUTS = {"int8": 1.0, "int4": 0.6}, 9
 
 
 class Codes(NamedTuple):

@@ -1,17 +1,20 @@
 """--linear_dtype: integer codes of weights, and models that store them."""
 
 import json
+import re
 
 import pytest
 import torch
 from conftest import IDS, expect_sentence, run, saved_tensors
+from safetensors.torch import load_file, save_file
 from test_rounding import correlated_inputs, normal
 from transformers import AutoModelForCausalLM
 
 import hisvd
 from hisvd.component.quantized_linear import QuantizedLinear
+from hisvd.factor_forms import dense_weight, factor_tensors
 from hisvd.integer_codes import INTEGERS, check_codes, dequantize_codes, pack_codes, unpack_codes
-from hisvd.quantization import fit_codes, group_scales, integer_entries
+from hisvd.quantization import fit_codes, integer_entries
 
 QUICK = ("--update", "none")
 
@@ -70,3 +73,124 @@ def test_feedback_costs_nothing_on_weakly_correlated_inputs(name):
         errors["feedback"] += ((weight - fit_codes(weight, root, name).weight) @ root).square().sum().item()
         errors["nearest"] += ((weight - nearest) @ root).square().sum().item()
     assert errors["feedback"] <= errors["nearest"], errors
+
+
+@pytest.mark.parametrize("form", ["pivoted", "svd"])
+@pytest.mark.parametrize("name", INTEGERS)
+def test_factors_lose_less_than_by_rounding_each_to_nearest(name, form):
+    root = torch.linalg.cholesky(correlated_inputs(80) + torch.eye(80))
+    entries = factor_tensors(normal(60, 40), normal(40, 80, seed=1), form, torch.float32)
+    exact = dense_weight(entries, 80)
+    coded = integer_entries(entries, root @ root.T, name)
+    assert all(key.rpartition(".")[2] in (f"weight_{name}", "weight_scale") for key in coded.keys() - {"permutation"})
+    nearest = {k: fit_codes(t, torch.eye(t.shape[1]), name).weight if "weight" in k else t for k, t in entries.items()}
+
+    def error(entries):
+        return ((dense_weight(entries, 80) - exact) @ root).norm() / (exact @ root).norm()
+
+    assert error(coded) < 0.7 * error(nearest)
+
+
+def coded_modules(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+
+
+@pytest.mark.parametrize(
+    ("family", "form", "options"),
+    [
+        ("llama", "int8", ()),
+        ("mistral", "int4", ("--factors", "svd", "--moves", "low_rank")),
+        ("qwen2", "int4", ("--factors", "svd", *QUICK)),
+    ],
+)
+def test_folder_and_pt_load_to_the_same_logits_and_generate(chain, tmp_path, family, form, options):
+    """Narrow, factored and dense linears; by our loader and transformers', again after save_pretrained."""
+    dtype = ("--linear_dtype", form, *options)
+    folder, file = chain(family, "0.6", "folder", *dtype), chain(family, "0.6", "file.pt", *dtype)
+    models = [hisvd.load(folder), hisvd.load(file), AutoModelForCausalLM.from_pretrained(folder).eval()]
+    models[0].save_pretrained(tmp_path / "again")
+    models.append(hisvd.load(tmp_path / "again"))
+    assert len(coded_modules(models[0])) >= 4 * 7
+    assert not any(type(m) is torch.nn.Linear for m in models[0].model.layers.modules())
+    with torch.no_grad():
+        logits = [model(IDS).logits for model in models]
+    assert all(torch.equal(logits[0], other) for other in logits[1:])
+    saved, again = saved_tensors(folder), saved_tensors(tmp_path / "again")
+    assert all(torch.equal(again[name], tensor) and again[name].dtype == tensor.dtype for name, tensor in saved.items())
+    half = hisvd.load(folder, dtype=torch.bfloat16)
+    scales = {module.weight_scale.dtype for module in coded_modules(half).values()}
+    assert scales == {INTEGERS[form].scale} and half.dtype == torch.bfloat16
+    settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    cached, plain = (models[1].generate(IDS, **settings, use_cache=use) for use in (True, False))
+    assert torch.equal(cached, plain)
+    for path in (folder, tmp_path / "again"):
+        table = json.loads((path / "config.json").read_text())["quantization_config"]
+        assert table["format_version"] == 3
+
+
+def test_int8_computes_nearly_what_the_checkpoints_dtype_does(chain):
+    """Also layer by layer, on narrow and pivoted linears."""
+    models = [hisvd.load(chain("llama", "0.6", f"{i}", *QUICK, *o)) for i, o in enumerate(((), INT8))]
+    with torch.no_grad():
+        exact, coded = (model(IDS).logits for model in models)
+    assert (coded - exact).norm() < 0.02 * exact.norm()
+
+
+INT8, INT4 = ("--linear_dtype", "int8"), ("--linear_dtype", "int4", "--factors", "svd")
+
+
+def test_sizes_are_those_of_the_files(chain, tmp_path):
+    reports = {}
+    for name, options in {"plain": ("--factors", "svd"), "int8": (*INT8, "--factors", "svd"), "int4": INT4}.items():
+        folder = chain("llama", "0.8", name, *QUICK, *options)
+        reports[name] = json.loads((folder / "hisvd.json").read_text())
+        where = ["--datasets", "python-docs", "--seqlen", 32, "--nsamples", 2, "--json", tmp_path / f"{name}.json"]
+        for extra in ([], ["--offload_folder", tmp_path / "offload"]):
+            assert run("evaluate", "--model_path", folder, *where, *extra).code == 0
+            figures = json.loads((tmp_path / f"{name}.json").read_text())[0]
+            assert figures["linear_kept"] == pytest.approx(reports[name]["linear_kept"])
+            assert figures["weight_file_bytes"] == sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+        tensors = saved_tensors(folder)
+        assert reports[name]["weight_bytes_after"] >= sum(t.nbytes for t in tensors.values())
+        if name != "plain":
+            codes = [t for key, t in tensors.items() if key.endswith(f"weight_{name}")]
+            numbers = reports[name]["linear_numbers_after"]
+            assert sum(t.nbytes for t in codes) == pytest.approx(numbers * (1 if name == "int8" else 0.5), rel=0.02)
+    assert reports["int8"]["model_numbers_after"] == reports["plain"]["model_numbers_after"]
+    assert reports["int4"]["model_numbers_after"] == reports["plain"]["model_numbers_after"]
+
+
+def test_bf16_rounds_linears_alone(chain, model_folders):
+    tensors = saved_tensors(chain("qwen2", "0.8", "out", *QUICK, "--linear_dtype", "bf16"))
+    kinds = {("proj" in name and not name.endswith("bias"), t.dtype) for name, t in tensors.items()} - {
+        (True, torch.int32)
+    }
+    assert kinds == {(True, torch.bfloat16), (False, torch.float32)}
+    plain = saved_tensors(chain("qwen2", "0.8", "plain", "--export", "plain", *QUICK, "--linear_dtype", "bf16"))
+    assert plain["model.layers.0.self_attn.q_proj.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("factor", [-1.0, float("nan")])
+def test_damaged_scales_are_refused(chain, tmp_path, factor):
+    folder = chain("llama", "0.8", "out", *QUICK, *INT8)
+    file = next(folder.glob("model-00001*.safetensors"))
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("weight_scale"))
+    save_file(tensors | {name: factor * tensors[name]}, file, metadata={"format": "pt"})
+    with pytest.raises(hisvd.HiSVDError, match=re.escape(name)):
+        hisvd.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "fragment"),
+    [
+        (("--linear_dtype", "int8", "--export", "int6"), "--export int6"),
+        (("--linear_dtype", "bf16", "--export", "int6"), "--export int6"),
+        (("--linear_dtype", "int8", "--export", "plain"), "--export plain"),
+        (("--linear_dtype", "int4", "--export", "dense"), "--export dense"),
+        (("--linear_dtype", "int4"), "--factors svd"),
+    ],
+)
+def test_bad_combinations(caches, model_folders, tmp_path, options, fragment):
+    where = ["--model_path", model_folders["llama"], "--calib_cache", caches["llama"], "--save_model", tmp_path / "o"]
+    expect_sentence(run("compress", *where, "--target_compression", "0.8", *options), fragment)
