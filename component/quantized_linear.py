@@ -8,9 +8,14 @@ from torch import nn
 from hisvd.errors import HiSVDError
 from hisvd.integer_codes import check_codes, dequantize_codes, empty_codes
 
+BLOCK_SIZE = 2**18  # weights that are unpacked at once, so that they stay in a core's cache
+
 
 class QuantizedLinear(nn.Module):
-    """y = W x + bias in the dtype of x, with W (m, n) in the format `name`, a key of integer_codes.INTEGERS."""
+    """y = W x + bias in the dtype of x, with W (m, n) in the format `name`, a key of integer_codes.INTEGERS.
+
+    W is unpacked whenever it is used, a block of rows at a time.
+    """
 
     weight_scale: torch.Tensor
 
@@ -32,7 +37,13 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (..., n) to (..., m)."""
-        return nn.functional.linear(x, self.dequantize_weight(x.dtype), self.bias)
+        y = x.new_empty(*x.shape[:-1], self.out_features)
+        at_once = max(1, BLOCK_SIZE // self.in_features)
+        for first in range(0, self.out_features, at_once):
+            rows = slice(first, first + at_once)
+            weight = dequantize_codes(self.codes[rows], self.weight_scale[rows], self.in_features, x.dtype)
+            y[..., rows] = nn.functional.linear(x, weight)
+        return y if self.bias is None else y + self.bias
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
         """Moves and casts as usual, but the scales keep their dtype: it is part of the format."""

@@ -13,9 +13,9 @@ from hisvd.integer_codes import INTEGERS, SCALE, SMALLEST_SCALE, pack_codes
 from hisvd.rounding import refitted_outer, round_with_feedback
 from hisvd.whitening_svd import H_DAMPING, cholesky_root
 
-# Scales are tried from this fraction of the one at which the largest weight of the group has the largest code. With
-# 127 codes a side, nothing is to be gained from cutting weights off.
-SMALLEST_CUT, CUTS = {"int8": 1.0, "int4": 0.6}, 9
+# Fractions that are tried of the scale at which the largest weight of a group has the largest code. With 127 codes a
+# side, nothing is to be gained from cutting weights off.
+CUTS = {"int8": (1.0,), "int4": (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)}
 
 
 class Codes(NamedTuple):
@@ -35,15 +35,15 @@ def group_scales(weight: torch.Tensor, importance: torch.Tensor, name: str) -> t
     form, columns = INTEGERS[name], weight.shape[1]
     group = form.group or columns
     short = form.groups(columns) * group - columns
-    blocks = torch.nn.functional.pad(weight, (0, short)).unflatten(1, (-1, group))
-    parts = torch.nn.functional.pad(importance, (0, short)).unflatten(0, (-1, group))
+    blocks = torch.nn.functional.pad(weight.float(), (0, short)).unflatten(1, (-1, group))
+    parts = torch.nn.functional.pad(importance / importance.mean(), (0, short)).float().unflatten(0, (-1, group))
     widest = blocks.abs().amax(-1).clamp_min(SMALLEST_SCALE * form.largest) / form.largest
     best, least = widest.to(form.scale), torch.full_like(widest, torch.inf)
-    for cut in torch.linspace(1.0, SMALLEST_CUT[name], CUTS if SMALLEST_CUT[name] < 1 else 1).tolist():
+    for cut in CUTS[name]:
         scales = (cut * widest).to(form.scale)
-        wide = scales.double()[..., None]
-        error = blocks - wide * (blocks / wide).round().clamp(-form.largest, form.largest)
-        total = (error.square() * parts).sum(-1)
+        wide = scales.float()[..., None]
+        error = (blocks / wide).round_().clamp_(-form.largest, form.largest).mul_(wide).sub_(blocks)
+        total = error.square_().mul_(parts).sum(-1)
         best, least = torch.where(total < least, scales, best), torch.minimum(total, least)
     return best
 

