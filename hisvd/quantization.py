@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import torch
 
-from hisvd.factor_forms import FORMS, Entries, form_of
+from hisvd.factor_forms import FORMS, Entries, dense_weight, form_of
 from hisvd.integer_codes import INTEGERS, SCALE, SMALLEST_SCALE, pack_codes
 from hisvd.rounding import refitted_outer, round_with_feedback
-from hisvd.whitening_svd import H_DAMPING, cholesky_root
+from hisvd.whitening_svd import H_DAMPING, PartOfMoment, SecondMoment, cholesky_root, whitened
 
 # Fractions that are tried of the scale at which the largest weight of a group has the largest code. With 127 codes a
 # side, nothing is to be gained from cutting weights off.
@@ -80,6 +80,16 @@ def integer_entries(entries: Entries, moment: torch.Tensor, name: str) -> Entrie
     fitted, metric = refitted_outer(entries[outer].double(), entries[inner].double(), codes.weight, root)
     _replace(coded, outer, fit_codes(fitted, metric, name), name)
     return coded
+
+
+def added_loss(exact: Entries, coded: Entries, root: torch.Tensor, f: SecondMoment | PartOfMoment | None) -> float:
+    """The loss that the codes of a linear add by the second-order estimate, ½ ‖F^{1/2} (W − Ŵ) H^{1/2}‖².
+
+    `exact` and `coded` are its state dict entries before and after, `root` (n, n) is a root of H. Without F, `f`, the
+    sum is that of the squared output errors.
+    """
+    error = dense_weight(coded, len(root)) - dense_weight(exact, len(root))
+    return whitened(error, root, f).square().sum().item() / 2
 
 
 def _replace(entries: Entries, key: str, codes: Codes, name: str) -> None:

@@ -184,6 +184,11 @@ class CompressionSettings:
             raise HiSVDError(
                 f"--linear_dtype {self.linear_dtype} does not go with --export {self.export}; leave one of them out."
             )
+        if self.linear_dtype == "int4" and self.factors == "pivoted" and self.moves != "neurons":
+            raise HiSVDError(
+                "--linear_dtype int4 does not go with --factors pivoted, whose coefficients multiply rounding errors; "
+                "use --factors svd, or --linear_dtype int8."
+            )
         if self.linear_dtype and self.export == "int6":
             raise HiSVDError("--export int6 stores linears in a format of its own; leave --linear_dtype out.")
 
