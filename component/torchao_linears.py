@@ -33,7 +33,7 @@ def to_torchao(model: nn.Module) -> nn.Module:
             with torch.device("meta"):
                 linear = nn.Linear(module.in_features, module.out_features, bias=False)
             linear.weight = nn.Parameter(_torchao_weight(module, dtype), requires_grad=False)
-            linear.bias = module.bias
+            linear.register_parameter("bias", module.bias)
             model.set_submodule(name, linear)
     return model
 
