@@ -17,11 +17,13 @@ from hisvd.component.families import separate_experts
 from hisvd.component.fold import fold_permutations
 from hisvd.component.int6_linear import INT6SparseLinear, check_int6_modules
 from hisvd.component.low_rank import PivotedLinear, swap_linears
+from hisvd.component.quantized_linear import QuantizedLinear, check_quantized_modules
 from hisvd.errors import HiSVDError
+from hisvd.integer_codes import INTEGERS
 
 METHOD = "hisvd"
-# Version 1 lacked the entry below; the tensors are the same.
-FORMAT_VERSION = 2
+# Version 1 lacked the entry below; the tensors are the same. Integer codes came with version 3.
+FORMAT_VERSION, CODES_VERSION = 2, 3
 # transformers reads this entry of config.json as the name of the weights' file, after it has consulted the quantizer.
 # A transformers that does not know the method, and would draw random weights, raises instead, quoting the entry.
 GUARD = {
@@ -30,9 +32,14 @@ GUARD = {
 }
 
 
+def version_of(modules: dict[str, dict]) -> int:
+    """The lowest version of the format that has all that the table of `modules` needs."""
+    return CODES_VERSION if any(entry["form"] in INTEGERS for entry in modules.values()) else FORMAT_VERSION
+
+
 def config_entries(modules: dict[str, dict]) -> dict:
     """The entries of config.json that describe the compressed `modules` (see swap_linears)."""
-    table = {"quant_method": METHOD, "format_version": FORMAT_VERSION, "modules": modules}
+    table = {"quant_method": METHOD, "format_version": version_of(modules), "modules": modules}
     return {"quantization_config": table} | GUARD
 
 
@@ -41,13 +48,13 @@ class HiSVDConfig(QuantizationConfigMixin):
     """The `quantization_config` entry of config.json: which linears are factored, how, at which rank."""
 
     def __init__(self, modules: dict[str, dict], format_version: int = 1, **_: Any) -> None:
-        if format_version > FORMAT_VERSION:
+        if format_version > CODES_VERSION:
             raise HiSVDError(
                 f"The model is stored in version {format_version} of the format, but this version of HiSVD only knows "
-                f"versions up to {FORMAT_VERSION}; install a newer one."
+                f"versions up to {CODES_VERSION}; install a newer one."
             )
         self.quant_method = METHOD  # type: ignore[assignment] # registered methods are strings outside of its enum
-        self.format_version = FORMAT_VERSION  # what save_pretrained writes
+        self.format_version = version_of(modules)  # what save_pretrained writes
         self.modules = modules
 
 
@@ -86,9 +93,10 @@ class HiSVDQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         release_files(model)
         check_int6_modules(model)
+        check_quantized_modules(model)
         fold_permutations(model)
         support_lora()
-        if not any(isinstance(module, INT6SparseLinear) for module in model.modules()):
+        if not any(isinstance(module, (INT6SparseLinear, QuantizedLinear)) for module in model.modules()):
             # Trainer, .half() and .float() ask for it, but factors are ordinary parameters.
             model.is_quantized = False  # type: ignore[assignment] # not declared, so taken for a module
             for part in model.modules():
@@ -101,7 +109,7 @@ class HiSVDQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Factors are ordinary parameters, so they can be fine-tuned; INT6 modules need adapters beside them."""
+        """Factors are ordinary parameters, so they can be fine-tuned; modules of codes need adapters beside them."""
         return True
 
 
@@ -119,7 +127,7 @@ def release_files(model: nn.Module) -> None:
     if any(map(in_file, model.parameters())):
         return
     for module in model.modules():
-        if isinstance(module, (PivotedLinear, INT6SparseLinear)):
+        if isinstance(module, (PivotedLinear, INT6SparseLinear, QuantizedLinear)):
             for name, buffer in module.named_buffers(recurse=False):
                 if in_file(buffer):
                     setattr(module, name, buffer.clone())

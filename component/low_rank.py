@@ -5,7 +5,9 @@ from torch import nn
 
 from hisvd.component.conv1d import linear_shape, narrow_like
 from hisvd.component.int6_linear import INT6SparseLinear, first_tensor
+from hisvd.component.quantized_linear import QuantizedLinear
 from hisvd.errors import HiSVDError
+from hisvd.integer_codes import INTEGERS
 
 
 class LowRankLinear(nn.Module):
@@ -70,12 +72,12 @@ MODULE_OF_FORM: dict[str, type[nn.Module]] = {"pivoted": PivotedLinear, "svd": L
 
 
 def swap_linears(model: nn.Module, table: dict[str, dict]) -> None:
-    """Replace the nn.Linear (or Conv1D) modules named in `table` by empty factored or INT6 ones, in place.
+    """Replace the nn.Linear (or Conv1D) modules named in `table` by empty factored or coded ones, in place.
 
-    `table` maps a module's full name to {"form": a name in MODULE_OF_FORM, "rank": r}, {"form": "int6"}, or
-    {"form": "narrow"} for a module of the same class; "in" and "out" beside them are the numbers of its inputs and
-    outputs where these have changed. The factors of a factored module are linears too and may be listed as INT6
-    themselves. New modules have the device and dtype of the weight they replace, and a bias if there was one.
+    `table` maps a module's full name to {"form": a name in MODULE_OF_FORM, "rank": r}, {"form": "int6", "int8" or
+    "int4"}, or {"form": "narrow"} for a module of the same class; "in" and "out" beside them are the numbers of its
+    inputs and outputs where these have changed. The factors of a factored module are linears too and may be listed as
+    codes themselves. New modules have the device and dtype of the weight they replace, and a bias if there was one.
 
     Raises:
         KeyError: the model has no linear of that name.
@@ -93,12 +95,14 @@ def swap_linears(model: nn.Module, table: dict[str, dict]) -> None:
         with torch.device("meta"):  # weights are loaded later, so none are initialized
             if entry["form"] == "int6":
                 module: nn.Module = INT6SparseLinear(*size, bias=False)
+            elif entry["form"] in INTEGERS:
+                module = QuantizedLinear(*size, entry["form"], bias=False)
             elif entry["form"] == "narrow":
                 module = narrow_like(linear, *size)
             elif entry["form"] not in MODULE_OF_FORM:
                 raise HiSVDError(
                     f"{name} is stored in the form '{entry['form']}', but this version of HiSVD only knows int6, "
-                    f"narrow, {', '.join(MODULE_OF_FORM)}; install a newer version."
+                    f"narrow, {', '.join((*INTEGERS, *MODULE_OF_FORM))}; install a newer version."
                 )
             else:
                 module = MODULE_OF_FORM[entry["form"]](*size, entry["rank"], bias=False).to(linear.weight.dtype)

@@ -8,9 +8,10 @@ from transformers.pytorch_utils import Conv1D
 
 from hisvd.component.adapter import Adapter
 from hisvd.component.int6_linear import INT6SparseLinear
+from hisvd.component.quantized_linear import QuantizedLinear
 from hisvd.errors import HiSVDError
 
-LINEARS = (nn.Linear, Conv1D, INT6SparseLinear)  # factored modules contain one of them too
+LINEARS = (nn.Linear, Conv1D, INT6SparseLinear, QuantizedLinear)  # factored modules contain one of them too
 
 
 def generic_adapter(model: PreTrainedModel, num_layers: int, mixtures: Sequence[str]) -> Adapter:

@@ -7,6 +7,7 @@ Importing this package registers the quantization method `hisvd` with transforme
 from hisvd.attention_residual import attention_residual_study
 from hisvd.calibration import calibrate
 from hisvd.component import hf_quantizer as _registration  # noqa: F401 (imported for its effect)
+from hisvd.component.torchao_linears import to_torchao
 from hisvd.compression import CompressedModel, compress
 from hisvd.errors import HiSVDError
 from hisvd.estimates import estimate
@@ -33,4 +34,5 @@ __all__ = [
     "export_sparse_int6_model",
     "load",
     "plan",
+    "to_torchao",
 ]

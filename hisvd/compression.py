@@ -162,7 +162,7 @@ def factor_layers(job: CompressionJob) -> None:
     checkpoint, cache, writers = job.checkpoint, job.cache, list(job.writers.values())
     start = min(writer.shards_done() for writer in writers)
     distributed.wait()  # until all have checked
-    changes = job.export.encode is not None or job.changes(cache.sublayers)
+    changes = job.encode is not None or job.changes(cache.sublayers)
     layer_names = [layer_tensor_names(checkpoint, cache.sublayers_of(index)[0]) for index in range(cache.num_layers)]
     if start < cache.num_layers:
         # An unchanged model needs no tokens.
@@ -191,7 +191,7 @@ def _finish(job: CompressionJob, target: float, writer: ModelWriter) -> dict:
         stock = job.export.multiply or job.export.stock
         modules = {} if stock else job.plans[target].modules(job.cache.sublayers)
         report, codes = finished_report(writer, gate)
-        for name in writer.module_names(job.checkpoint, codes):
-            modules[name] = modules.get(name, {}) | {"form": "int6"}
+        for name, form in writer.coded_modules(job.checkpoint, codes).items():
+            modules[name] = modules.get(name, {}) | {"form": form}
         writer.complete(job.checkpoint, job.config_changes(target, modules), report, model_card(report))
     return writer.finish()

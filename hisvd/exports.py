@@ -1,4 +1,4 @@
-"""What is done to a linear's factors before they are written: the choices of --export."""
+"""What is done to a linear's factors before they are written: the choices of --export and of --linear_dtype."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -7,6 +7,7 @@ import torch
 
 from hisvd.factor_forms import Entries
 from hisvd.int6_fit import int6_entries
+from hisvd.integer_codes import INTEGERS
 
 
 class Export(NamedTuple):
@@ -24,3 +25,5 @@ EXPORTS = {
     "dense": Export(multiply=True),
     "plain": Export(stock=True),
 }
+
+LINEAR_DTYPES = ("bf16", *INTEGERS)

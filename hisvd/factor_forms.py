@@ -4,18 +4,21 @@ FORMS is their registry. A new form is an entry here and a module in `hisvd.comp
 computes with the state dict entries which `pack` makes; nothing else knows a form by its name.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 
 from hisvd.errors import HiSVDError
+from hisvd.integer_codes import CODES, SCALE, dequantize_codes
 from hisvd.pivoting import pack_pivoted, unpack_pivoted
 from hisvd.rounding import round_product
 from hisvd.sparse_int6 import dequantize
 
 Shape = tuple[int, int]  # of a weight: (m, n) = (out_features, in_features)
 Entries = dict[str, torch.Tensor]  # state dict entries of a linear, without its bias
+# The last part of a tensor's name that tells a coded weight, and the form of its module.
+CODED = {"packed_weight": "int6", **CODES}
 DENSE = "dense"  # instead of a form's name: multiply the factors back into the weight of a plain linear
 
 
@@ -93,17 +96,20 @@ def factor_tensors(
 
 
 def form_of(entries: Entries) -> str | None:
-    """The form of a linear with these state dict entries, its factors in INT6 or not; None: it is not factored."""
+    """The form of a linear with these state dict entries, its factors in codes or not; None: it is not factored."""
     names = {key.partition(".")[0] for key in entries} - {"bias"}
     return next((name for name, f in FORMS.items() if names == {f.inner, f.outer, *f.others}), None)
 
 
 def dense_weight(entries: Entries, in_features: int) -> torch.Tensor:
-    """The weight (m, n) in float64 that the state dict entries of a plain, factored or INT6 linear stand for."""
+    """The weight (m, n) in float64 that the state dict entries of a plain, factored or coded linear stand for."""
 
     def matrix(prefix: str, columns: int) -> torch.Tensor:
         if f"{prefix}weight" in entries:
             return entries[f"{prefix}weight"].double()
+        for key in CODES:
+            if prefix + key in entries:
+                return dequantize_codes(entries[prefix + key], entries[prefix + SCALE], columns, torch.float64)
         packed, metadata, scales = (entries[prefix + key] for key in ("packed_weight", "metadata", "scales"))
         return dequantize(packed, metadata, scales, columns, torch.float64)
 
@@ -112,6 +118,12 @@ def dense_weight(entries: Entries, in_features: int) -> torch.Tensor:
         return matrix("", in_features)
     inner = matrix(f"{FORMS[name].inner}.", in_features)
     return FORMS[name].product(inner, matrix(f"{FORMS[name].outer}.", len(inner)), entries)
+
+
+def coded_modules(names: Iterable[str]) -> dict[str, str]:
+    """The forms of the linears whose weights are codes, by their names, from the names of all tensors."""
+    split = (name.rpartition(".") for name in names)
+    return {linear: CODED[key] for linear, _, key in split if key in CODED}
 
 
 def narrow_entry(shape: Shape, stored: Shape) -> dict:
@@ -125,12 +137,11 @@ def modules_of(path: str, entries: Entries, shape: Shape, stored: Shape) -> dict
 
     `shape` is that of the weight in the original model, `stored` that of the one which the entries stand for.
     """
-    codes = [f"{path}.{key}".removesuffix(".packed_weight") for key in entries if key.endswith("packed_weight")]
     table: dict[str, dict] = {path: narrow_entry(shape, stored)}
     name = form_of(entries)
     if name is not None:
         rank = next(len(t) for key, t in entries.items() if key.startswith(f"{FORMS[name].inner}."))
         table[path] |= {"form": name, "rank": rank}
-    for code in codes:
-        table[code] = table.get(code, {}) | {"form": "int6"}
+    for code, form in coded_modules(f"{path}.{key}" for key in entries).items():
+        table[code] = table.get(code, {}) | {"form": form}
     return {name: entry for name, entry in table.items() if entry}

@@ -4,8 +4,9 @@ An update (hisvd.updates) says which weights are factored and what their inputs 
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -16,8 +17,10 @@ from hisvd.component.hf_quantizer import config_entries
 from hisvd.errors import naming
 from hisvd.exports import EXPORTS, Export
 from hisvd.factor_forms import DENSE, Entries, Shape, factor_tensors
+from hisvd.integer_codes import INTEGERS
 from hisvd.layer_tensors import replace_entries, stored_prefix
 from hisvd.narrowing import Kept, refitted_output, with_zeros
+from hisvd.quantization import integer_entries
 from hisvd.shape_utils import Sublayer
 from hisvd.utils.model_utils import Checkpoint, empty_model
 from hisvd.utils.save_utils import ModelWriter
@@ -61,9 +64,21 @@ class CompressionJob:
         return EXPORTS["none" if self.settings.gated else self.settings.export]
 
     @property
+    def encode(self) -> Callable[[Entries, torch.Tensor | None], Entries] | None:
+        """What makes codes of entries at once, given E[x xᵀ]; None: nothing does."""
+        name = self.settings.linear_dtype
+        return partial(integer_entries, name=name) if name in INTEGERS else self.export.encode
+
+    @property
     def fits_codes(self) -> bool:
         """Whether entries are encoded at once, fitted to the inputs."""
-        return self.export.encode is not None and self.settings.int6_mode == "calibrated"
+        plain = self.settings.export == "int6" and self.settings.int6_mode != "calibrated"
+        return self.encode is not None and not plain
+
+    def weight_dtype(self, stored: torch.dtype) -> torch.dtype:
+        """The dtype of weights before they are encoded, if they are, where the checkpoint has `stored`."""
+        name = self.settings.linear_dtype
+        return stored if name is None else torch.bfloat16 if name == "bf16" else torch.float32
 
     def changes(self, sublayers: list[Sublayer]) -> bool:
         """Whether any of the sublayers is factored, or has another shape, for any target."""
@@ -197,18 +212,18 @@ def _results(
     job: CompressionJob, case: Case, s: Sublayer, statistics: Tensors, root: torch.Tensor | None
 ) -> Iterator[tuple[float, Entries]]:
     """The entries of sublayer `s` for every target of `case`; one decomposition serves them all."""
-    weight, f, basis = case.weights.pop(s.path), None, None
+    weight, f, basis, dtype = case.weights.pop(s.path), None, None, job.weight_dtype(case.dtype)
     for target in case.targets:
-        plan, entries = job.plans[target], {"weight": weight.to(case.dtype)}
+        plan, entries = job.plans[target], {"weight": weight.to(dtype)}
         with naming(s.name):
             if not plan.is_dense(s):
                 if basis is None:
                     f = output_moment(s, statistics, job.whitening, job.device, case.rows)
                     basis = left_singular_vectors(whitened(weight, root, f))
                 left, right = low_rank_factors(weight, basis, plan.ranks[s.name], f)
-                entries = factor_tensors(left, right, DENSE if job.export.multiply else plan.form, case.dtype, root)
-            if job.export.encode:
-                entries = job.export.encode(entries, case.moment if job.fits_codes else None)
+                entries = factor_tensors(left, right, DENSE if job.export.multiply else plan.form, dtype, root)
+            if job.encode:
+                entries = job.encode(entries, case.moment if job.fits_codes else None)
             if case.biases and s.path in case.biases:
                 entries["bias"] = case.biases[s.path].to(case.dtype)
         yield target, entries

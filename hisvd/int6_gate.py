@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from hisvd.calibration_cache import input_moment, output_moment
-from hisvd.factor_forms import Entries, dense_weight
+from hisvd.factor_forms import Entries
 from hisvd.factoring import CompressionJob
 from hisvd.int6_fit import SWEEPS, int6_entries
 from hisvd.layer_tensors import compressed_layer, entries_of, replace_entries
 from hisvd.narrowing import Kept
+from hisvd.quantization import added_loss
 from hisvd.shape_utils import Sublayer
 from hisvd.sparse_int6 import COLUMNS
 from hisvd.utils.data_utils import default_batch_size
@@ -27,7 +28,7 @@ from hisvd.utils.files import write_json, write_tensors
 from hisvd.utils.progress import progress_bar
 from hisvd.utils.save_utils import ModelWriter
 from hisvd.utils.streaming import StreamedModel
-from hisvd.whitening_svd import H_DAMPING, cholesky_root, whitened
+from hisvd.whitening_svd import H_DAMPING, cholesky_root
 
 
 def export_within(job: CompressionJob, target: float, writer: ModelWriter) -> dict:
@@ -106,11 +107,10 @@ class Int6Codes:
                 root = cholesky_root(moment, H_DAMPING)
                 for s in members:
                     stored = self._stored(s, shard)
-                    error = dense_weight(self._coded(stored, moment, sweeps=0), len(moment))
-                    error -= dense_weight(stored, len(moment))
+                    coded = self._coded(stored, moment, sweeps=0)
                     rows = kept.rows if kept and not kept.at_output else None
                     f = output_moment(s, statistics, whitening, self.job.device, rows)
-                    losses[s.name] = whitened(error, root, f).square().sum().item() / 2
+                    losses[s.name] = added_loss(stored, coded, root, f)
         return losses
 
     def shard(self, index: int, exported: set[str]) -> Entries:

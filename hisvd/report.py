@@ -8,6 +8,8 @@ from typing import Any
 from hisvd.calibration_cache import CalibrationCache
 from hisvd.component.experts import kind_of
 from hisvd.exports import EXPORTS
+from hisvd.factor_forms import coded_modules
+from hisvd.integer_codes import CODES, SCALE
 from hisvd.plan import Plan
 from hisvd.settings import CompressionSettings
 from hisvd.shape_utils import Sublayer
@@ -17,6 +19,7 @@ from hisvd.utils.save_utils import REPORT, ModelWriter
 
 # Parameters per element of these dtypes: permutations and metadata hold none, a byte of INT6 holds 4/3 values.
 PARAMETERS_PER_ENTRY = {"I32": 0, "U8": 4 / 3}
+INTEGER_KEYS = (*CODES, SCALE)  # the last parts of names of tensors that the plan's parameters are stored in
 
 
 def plan_report(cache: CalibrationCache, plan: Plan, settings: CompressionSettings) -> dict:
@@ -65,8 +68,8 @@ def parameters_by_type(plan: Plan, sublayers: list[Sublayer]) -> dict[str, dict[
     return found
 
 
-def finished_report(writer: ModelWriter, gate: dict | None) -> tuple[dict, set[str]]:
-    """The plan's report with what the shards actually hold, and the stored names of the weights in INT6.
+def finished_report(writer: ModelWriter, gate: dict | None) -> tuple[dict, dict[str, str]]:
+    """The plan's report with what the shards actually hold, and the forms of the weights in codes by stored names.
 
     `gate` is what the quality gate says about its choice.
     """
@@ -74,15 +77,19 @@ def finished_report(writer: ModelWriter, gate: dict | None) -> tuple[dict, set[s
     report = dict(writer.plan)
     if gate:
         report["quality_gate"] = gate
+    codes = coded_modules(stored)
+    counted = {name: entry for name, entry in stored.items() if name.rpartition(".")[2] not in INTEGER_KEYS}
     report["model_numbers_after"] = sum(
-        round(math.prod(shape) * PARAMETERS_PER_ENTRY.get(dtype, 1)) for dtype, shape in stored.values()
+        round(math.prod(shape) * PARAMETERS_PER_ENTRY.get(dtype, 1)) for dtype, shape in counted.values()
     )
+    if len(counted) < len(stored):  # then all linears are in integers, and only the plan says what padding there is
+        report["model_numbers_after"] += report["linear_numbers_after"]
     report["model_kept"] = report["model_numbers_after"] / report["model_numbers_before"]
     report["weight_bytes_after"] = sum(path.stat().st_size for path in writer.shard_files())
     report["bits_per_number"] = 8 * report["weight_bytes_after"] / report["model_numbers_before"]
-    codes = {name.removesuffix(".packed_weight") for name in stored if name.endswith(".packed_weight")}
-    if codes:
-        report["int6"] = int6_figures(codes, {name: math.prod(shape) for name, (_, shape) in stored.items()})
+    sparse = {name for name, form in codes.items() if form == "int6"}
+    if sparse:
+        report["int6"] = int6_figures(sparse, {name: math.prod(shape) for name, (_, shape) in stored.items()})
     return report, codes
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from hisvd.allocations import ALLOCATIONS, CLUSTERINGS
 from hisvd.calibration_cache import CalibrationCache
 from hisvd.errors import HiSVDError
-from hisvd.exports import EXPORTS
+from hisvd.exports import EXPORTS, LINEAR_DTYPES
 from hisvd.factor_forms import FORMS
+from hisvd.integer_codes import INTEGERS
 from hisvd.moves import MOVES
 from hisvd.rank_allocation import Allowed
 from hisvd.rank_metrics import RANK_METRICS
@@ -126,6 +127,8 @@ class CompressionSettings:
         min_saving: A linear is factored only where that saves at least this share of its parameters, since the second
             product and the permutation take time too; with allocation "loss". Default: 0.
         width_multiple: "plain" export: the common width of the MLPs is a multiple of this. Default: 64.
+        linear_dtype: What linear weights, factors or not, are stored in: "bf16", "int8" (a scale per row) or "int4" (a
+            scale per 32 columns); "int8" and "int4" with export "none" alone. None (the default): the checkpoint's.
         export: "none" stores factors, "dense" multiplies them back into plain weights, "int6" stores factors and other
             linear weights in the INT6 2:4 pairwise sparse format, "plain" takes as many neurons out of every MLP and
             changes nothing else, which gives a stock checkpoint (EXPORTS). Default: "none".
@@ -153,6 +156,7 @@ class CompressionSettings:
     rank_multiple: int = 1
     min_saving: float = 0.0
     width_multiple: int = 64
+    linear_dtype: str | None = None
     export: str = "none"
     int6_mode: str = "calibrated"
     quality_gate_delta: float | None = 0.025
@@ -168,6 +172,7 @@ class CompressionSettings:
             "factors": FORMS,
             "moves": (None, *MOVES),
             "update": UPDATES,
+            "linear_dtype": (None, *LINEAR_DTYPES),
             "export": EXPORTS,
             "int6_mode": INT6_MODES,
         }
@@ -180,6 +185,17 @@ class CompressionSettings:
         check_at_least("min_saving", self.min_saving, 0)
         check_at_least("width_multiple", self.width_multiple, 1)
         check_at_least("quality_gate_delta", self.quality_gate_delta, 0)
+        if self.linear_dtype in INTEGERS and self.export != "none":
+            raise HiSVDError(
+                f"--linear_dtype {self.linear_dtype} does not go with --export {self.export}; leave one of them out."
+            )
+        if self.linear_dtype == "int4" and self.factors == "pivoted" and self.moves != "neurons":
+            raise HiSVDError(
+                "--linear_dtype int4 does not go with --factors pivoted, whose coefficients multiply rounding errors; "
+                "use --factors svd, or --linear_dtype int8."
+            )
+        if self.linear_dtype and self.export == "int6":
+            raise HiSVDError("--export int6 stores linears in a format of its own; leave --linear_dtype out.")
 
     @property
     def allowed_ranks(self) -> Allowed:

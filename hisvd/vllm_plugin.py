@@ -19,6 +19,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from hisvd.component.hf_quantizer import METHOD
 from hisvd.component.low_rank import MODULE_OF_FORM
 from hisvd.factor_forms import DENSE, FORMS, Entries, Shape, form_of
+from hisvd.integer_codes import INTEGERS
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 Shard = str | int | None  # what vLLM's loader calls a part of a merged layer; None: the layer has one part
@@ -56,6 +57,11 @@ class HiSVDConfig(QuantizationConfig):
                 raise ValueError(
                     f"hisvd: vLLM cannot run linears stored in INT6, such as {name}; compress the model again without "
                     "--export int6."
+                )
+            if entry["form"] in INTEGERS:
+                raise ValueError(
+                    f"hisvd: vLLM cannot run linears stored in {entry['form']} yet, such as {name}; compress the model "
+                    "again without --linear_dtype."
                 )
             if entry["form"] not in (DENSE, "narrow", *MODULE_OF_FORM):
                 raise ValueError(f"hisvd: {name} has the unknown form '{entry['form']}'; install a newer hisvd.")

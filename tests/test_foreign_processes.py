@@ -11,7 +11,7 @@ from conftest import IDS, build_model, calibrate_arguments, run
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
 import hisvd
-from hisvd.component.hf_quantizer import FORMAT_VERSION, GUARD
+from hisvd.component.hf_quantizer import CODES_VERSION, FORMAT_VERSION, GUARD
 
 NO_HOOK = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
 
@@ -78,7 +78,7 @@ for folder in sys.argv[2:]:
 
 @pytest.fixture
 def folders(chain, tokenizer, tmp_path):
-    """Factored, svd, INT6, tied and Conv1D models, as compress.py and as save_pretrained write them."""
+    """Factored, svd, INT6, int8, tied and Conv1D models, as compress.py and as save_pretrained write them."""
     gpt2 = build_model(GPT2Config(vocab_size=300, n_embd=64, n_layer=2, n_head=4), tmp_path / "gpt2", tokenizer)
     assert run("calibrate", *calibrate_arguments(gpt2, tmp_path, "gpt2")).code == 0
     where = ["--model_path", gpt2, "--calib_cache", tmp_path / "gpt2_n6_s32_with_hessian", "--update", "none"]
@@ -91,6 +91,7 @@ def folders(chain, tokenizer, tmp_path):
         chain("qwen2", "0.6", "svd", *once, "--factors", "svd", "--moves", "low_rank"),
         chain("mistral", "0.95", "narrow", *once, "--moves", "neurons"),
         chain("llama", "1", "int6", *once, "--export", "int6", "--quality_gate_delta", "none"),
+        chain("qwen2", "0.6", "int8", *once, "--linear_dtype", "int8"),
     ]
     for folder in written[:2]:
         again = folder.with_name(f"{folder.name}_again")
@@ -105,7 +106,8 @@ def test_refused_where_hisvd_is_missing(folders):
     foreign(REFUSES, "missing", *folders)
     for folder in folders:
         config = json.loads((folder / "config.json").read_text())
-        assert config["quantization_config"]["format_version"] == FORMAT_VERSION == 2
+        version = config["quantization_config"]["format_version"]
+        assert (version, CODES_VERSION) == (3, 3) if folder.name == "int8" else (version, FORMAT_VERSION) == (2, 2)
 
 
 def test_version_1_loads_and_is_saved_as_version_2(chain, tmp_path):
@@ -126,9 +128,9 @@ def test_version_1_loads_and_is_saved_as_version_2(chain, tmp_path):
 def test_a_later_version_is_refused(chain):
     folder = chain("llama", "0.6", "out", "--update", "none")
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"]["format_version"] = 3
+    config["quantization_config"]["format_version"] = 4
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(hisvd.HiSVDError, match=r"version 3 .* newer"):
+    with pytest.raises(hisvd.HiSVDError, match=r"version 4 .* newer"):
         hisvd.load(folder)
 
 

@@ -18,6 +18,7 @@ from hisvd.component.low_rank import MODULE_OF_FORM, swap_linears
 from hisvd.errors import HiSVDError, naming
 from hisvd.factor_forms import FORMS, FactorForm, dense_weight, factor_tensors, form_of, modules_of
 from hisvd.int6_fit import int6_entries
+from hisvd.quantization import integer_entries
 from hisvd.rank_allocation import budget_of
 from hisvd.shape_utils import Sublayer, is_dense, largest_rank, stored_parameters
 from hisvd.utils.streaming import decoder_layers
@@ -148,8 +149,8 @@ def test_full_rank_factors_reproduce_the_logits(model_folders, family, form):
 
 
 def test_what_a_loaded_model_needs_imports_no_fitting_code():
-    allowed = {"torch", "transformers", "peft", *sys.stdlib_module_names}
-    ours = ("hisvd.component", "hisvd.errors", "hisvd.sparse_int6")
+    allowed = {"torch", "torchao", "transformers", "peft", *sys.stdlib_module_names}
+    ours = ("hisvd.component", "hisvd.errors", "hisvd.integer_codes", "hisvd.sparse_int6")
     for file in sorted((ROOT / "component").glob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             modules = []
@@ -222,10 +223,10 @@ def test_experts_take_the_place_of_the_inputs_their_adapter_names():
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
-@pytest.mark.parametrize("coded", [False, True])
+@pytest.mark.parametrize("coded", [None, "int6", "int8", "int4"])
 @pytest.mark.parametrize("form", [None, "pivoted", "svd"])
 def test_a_narrow_linear_is_rebuilt_from_its_entries(kind, form, coded):
-    """Fewer inputs and outputs, in one piece or factored, with or without INT6 codes; a bias of the new size."""
+    """Fewer inputs and outputs, in one piece or factored, with or without codes; a bias of the new size."""
     torch.manual_seed(0)
     original = nn.Linear(200, 96) if kind == "linear" else Conv1D(96, 200)
     weight = torch.randn(80, 20).double() @ torch.randn(20, 144).double()
@@ -233,8 +234,10 @@ def test_a_narrow_linear_is_rebuilt_from_its_entries(kind, form, coded):
     if form:
         u, sigma, vh = torch.linalg.svd(weight, full_matrices=False)
         entries = factor_tensors((u * sigma)[:, :70], vh[:70], form, torch.float32)
-    if coded:
+    if coded == "int6":
         entries = int6_entries(entries, torch.eye(144))
+    elif coded:
+        entries = integer_entries(entries, torch.eye(144), coded)
     expected, x = dense_weight(entries, 144).float(), torch.randn(3, 144)
     state = entries | {"bias": torch.randn(80)}
     if kind == "conv1d" and "weight" in state:

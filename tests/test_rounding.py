@@ -19,6 +19,10 @@ def correlated_inputs(n, seed=0):
     return inputs @ inputs.T
 
 
+def bfloat16(column, _):
+    return column.bfloat16()
+
+
 def on_grid(values, dtype):
     return torch.equal(values, values.to(dtype).double())
 
@@ -37,7 +41,7 @@ def test_cholesky_root_is_a_root_also_where_rounding_left_eigenvalues_below_zero
 
 def test_independent_inputs_round_to_nearest():
     weight = normal(7, 300)
-    rounded = round_with_feedback(weight, torch.diag(normal(300).abs() + 0.1), torch.bfloat16)
+    rounded = round_with_feedback(weight, torch.diag(normal(300).abs() + 0.1), bfloat16)
     assert torch.equal(rounded, weight.bfloat16().double())
 
 
@@ -49,7 +53,7 @@ def test_feedback_comes_near_the_best_point_of_the_grid_and_far_below_nearest():
         weight = 1.5 + 0.1 * normal(1, 6, seed=seed)  # one binade: the grid of bfloat16 has steps of 1/128
         nearest = weight.bfloat16().double()
         steps = torch.tensor(list(itertools.product((-1, 0, 1), repeat=6)), dtype=torch.float64) / 128
-        rounded = round_with_feedback(weight, root, torch.bfloat16)
+        rounded = round_with_feedback(weight, root, bfloat16)
         assert on_grid(rounded, torch.bfloat16)
         errors["feedback"] += ((weight - rounded) @ root).square().sum().item()
         errors["nearest"] += ((weight - nearest) @ root).square().sum().item()

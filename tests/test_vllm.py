@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, MistralConfig, MixtralConfig, Qwen2Config, Qwen3Config
 
 import hisvd
+from hisvd.integer_codes import INTEGERS
 
 vllm = pytest.importorskip("vllm")
 plugin = pytest.importorskip("hisvd.vllm_plugin")
@@ -135,6 +136,14 @@ def test_int6_is_refused(compressed):
     folder = compressed("llama", "0.95", "--export", "int6", "--quality_gate_delta", "none")
     with pytest.raises(ValueError, match=r"hisvd: .*INT6.*--export int6"):
         start_engine(folder)
+
+
+@pytest.mark.parametrize("form", INTEGERS)
+def test_integers_are_refused(form):
+    table = {"model.layers.0.self_attn.q_proj": {"form": "pivoted", "rank": 3}}
+    table |= {f"{name}.base": {"form": form} for name in table}
+    with pytest.raises(ValueError, match=rf"hisvd: .*{form}.*--linear_dtype"):
+        plugin.HiSVDConfig.from_config({"modules": table})
 
 
 def test_mixtures_of_experts_are_refused(compressed, monkeypatch):

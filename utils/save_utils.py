@@ -149,15 +149,15 @@ class ModelWriter:
                     stored[name] = (shard.get_slice(name).get_dtype(), shard.get_slice(name).get_shape())
         return stored
 
-    def module_names(self, checkpoint: Checkpoint, codes: set[str]) -> list[str]:
-        """The names inside the model of the linears, or their factors, that the files store as `codes`."""
+    def coded_modules(self, checkpoint: Checkpoint, codes: dict[str, str]) -> dict[str, str]:
+        """`codes`, the forms of linears or factors by their names in the files, by their names inside the model."""
         linears = [row["name"] for row in self.plan["sublayers"]]
         by_stored = {checkpoint.stored_name(f"{name}.weight").removesuffix(".weight"): name for name in linears}
-        names = []
-        for code in codes:
+        forms = {}
+        for code, form in codes.items():
             parent, _, factor = code.rpartition(".")
-            names.append(by_stored[code] if code in by_stored else f"{by_stored[parent]}.{factor}")
-        return names
+            forms[by_stored[code] if code in by_stored else f"{by_stored[parent]}.{factor}"] = form
+        return forms
 
     def complete(self, checkpoint: Checkpoint, changes: dict, report: dict, card: str) -> None:
         """Add configuration, tokenizer, index, model card, and last the report.

@@ -10,7 +10,7 @@ from hisvd.calibration_cache import CalibrationCache, open_finished_cache
 from hisvd.cli.common import activation_budget_option, device_option, program, say, settings_from
 from hisvd.compression import CompressedModel, compress
 from hisvd.errors import HiSVDError
-from hisvd.exports import EXPORTS
+from hisvd.exports import EXPORTS, LINEAR_DTYPES
 from hisvd.factor_forms import FORMS
 from hisvd.moves import MOVES
 from hisvd.plan import checked_targets, plan
@@ -100,6 +100,12 @@ def parse_targets(text: str) -> list[float]:
     show_default=True,
     help="sequential: fit every layer to the outputs of the compressed layers below it (runs the text again); "
     "none: decompose each matrix once for all targets, which is quicker.",
+)
+@click.option(
+    "--linear_dtype",
+    type=click.Choice(LINEAR_DTYPES),
+    help="What linear weights, factors or not, are stored in: int8 with a scale per row, int4 with one per 32 columns, "
+    "both fitted to the calibration inputs.  [default: the checkpoint's]",
 )
 @click.option(
     "--export",
