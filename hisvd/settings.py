@@ -125,7 +125,7 @@ class CompressionSettings:
         rank_multiple: Ranks, and widths of MLPs that lose neurons, are multiples of this, as kernels and quantizers
             like them; with allocation "loss". Default: 1.
         min_saving: A linear is factored only where that saves at least this share of its parameters, since the second
-            product and the permutation take time too; with allocation "loss". Default: 0.
+            product and the permutation take time too; with allocation "loss". Default: 0.0.
         width_multiple: "plain" export: the common width of the MLPs is a multiple of this. Default: 64.
         linear_dtype: What linear weights, factors or not, are stored in: "bf16", "int8" (a scale per row) or "int4" (a
             scale per 32 columns); "int8" and "int4" with export "none" alone. None (the default): the checkpoint's.
@@ -272,10 +272,10 @@ class EvaluationSettings:
         offload_folder: Perplexity with one decoder layer in memory at a time; hidden states lie in this folder
             meanwhile. None (the default): the whole model is loaded.
         speed: Whether speed and peak memory are measured too; not with `offload_folder`. Default: False.
-        reference: Model, folder, .pt file or Hub id, beside which speed and memory are measured; only with `speed`.
-            None (the default): evaluate.py takes one of its rows; `hisvd.evaluate` gives no ratios.
         dtype: Compute dtype, "float32", "bfloat16" or "float16"; "auto" is float32 on the CPU, else the checkpoint's.
             Default: "auto".
+        reference: Model, folder, .pt file or Hub id, beside which speed and memory are measured; only with `speed`.
+            None (the default): evaluate.py takes one of its rows; `hisvd.evaluate` gives no ratios.
         tasks: Tasks of lm-evaluation-harness to score too, by name or as .yaml files; needs the package lm_eval, and
             excludes `offload_folder`. Default: ().
         task_limit: Documents per task, from its start. None (the default): all.

@@ -41,7 +41,7 @@ from hisvd.utils.streaming import decoder_layers
 
 SHARED = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2}
 ROPE = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-OPT = {"vocab_size": 300, "hidden_size": 64, "ffn_dim": 160, "num_hidden_layers": 2, "num_attention_heads": 4}
+OPT = {"vocab_size": 300, "hidden_size": 64, "ffn_dim": 160, "num_hidden_layers": 4, "num_attention_heads": 4}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 TINY = {"initializer_range": 0.1}
 FALCON = {
@@ -251,7 +251,7 @@ def test_neurons_alone(chain, tmp_path):
     assert {row["form"] for row in report["sublayers"]} == {"dense"}
     # What is left holds no neuron more, wherever there is one to give back.
     price = max(sum(row["shape"]) for row in report["sublayers"]) * 3
-    assert 0.7 * before - price <= after <= 0.7 * before
+    assert 0.7 * before - price <= after <= 0.7 * before + 1e-6
     names = {s.name for s in read_cache(cache).sublayers}
     stored = open_checkpoint(str(folder))
     weights = {stored.stored_name(f"{name}.weight") for name in names}

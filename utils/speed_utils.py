@@ -173,7 +173,8 @@ def memory_peaks(
 def print_peaks(path: str, dtype: str) -> None:
     """Print as JSON the peaks of the model at `path` on the CPU, for the prompt on standard input; see peaks_on_cpu."""
     device, prompt = torch.device("cpu"), torch.tensor([json.load(sys.stdin)])
-    print(json.dumps(memory_peaks(lambda: load(path, resolve_dtype(dtype, device, None)), prompt, device)[1]))
+    peaks = memory_peaks(lambda: load(path, resolve_dtype(dtype, device, None)), prompt, device)[1]
+    sys.stdout.write(f"{json.dumps(peaks)}\n")
 
 
 def peaks_on_cpu(path: str, dtype: str, prompt: torch.Tensor) -> dict[str, int]:
