@@ -34,6 +34,7 @@ class FactorForm:
     `pack(left, right, root, dtype)` makes the entries, weights in `dtype`, from factors in float64. `root` is the lower
     Cholesky root (n, n) of the inputs' second moment, which weights rounding errors; None: all inputs count equally.
     `product(inner, outer, entries)` is the weight (m, n) that the two linears' weights and the other entries stand for.
+    `mixable`: outer M and M⁻¹ inner stand for the same weight, whatever M.
     """
 
     inner: str
@@ -42,6 +43,7 @@ class FactorForm:
     pack: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.dtype], Entries]
     product: Callable[[torch.Tensor, torch.Tensor, Entries], torch.Tensor]
     others: tuple[str, ...] = ()
+    mixable: bool = False
 
 
 def _pack_svd(left: torch.Tensor, right: torch.Tensor, root: torch.Tensor | None, dtype: torch.dtype) -> Entries:
@@ -72,6 +74,7 @@ FORMS: dict[str, FactorForm] = {
         parameters=lambda rank, shape: rank * sum(shape),
         pack=_pack_svd,
         product=lambda inner, outer, entries: outer @ inner,
+        mixable=True,
     ),
 }
 

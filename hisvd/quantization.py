@@ -74,12 +74,30 @@ def integer_entries(entries: Entries, moment: torch.Tensor, name: str) -> Entrie
     if form is None:
         _replace(coded, "weight", fit_codes(entries["weight"], root, name), name)
         return coded
-    inner, outer = f"{FORMS[form].inner}.weight", f"{FORMS[form].outer}.weight"
-    codes = fit_codes(entries[inner], root, name)
-    _replace(coded, inner, codes, name)
-    fitted, metric = refitted_outer(entries[outer].double(), entries[inner].double(), codes.weight, root)
-    _replace(coded, outer, fit_codes(fitted, metric, name), name)
+    inner_key, outer_key = f"{FORMS[form].inner}.weight", f"{FORMS[form].outer}.weight"
+    outer, inner = entries[outer_key].double(), entries[inner_key].double()
+    if FORMS[form].mixable:
+        outer, inner = mixed(outer, inner)
+    codes = fit_codes(inner, root, name)
+    _replace(coded, inner_key, codes, name)
+    fitted, metric = refitted_outer(outer, inner, codes.weight, root)
+    _replace(coded, outer_key, fit_codes(fitted, metric, name), name)
     return coded
+
+
+def mixed(outer: torch.Tensor, inner: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors of the same product outer (m, r) @ inner (r, n), float64, that lose less when they are rounded.
+
+    The columns of `outer` are brought to one norm, so that no scale is too coarse for what it has in common with them,
+    and then turned by a fixed random rotation: the few strong directions among the r activations between the factors
+    then run through all columns, and the feedback keeps the rounding errors out of them.
+    """
+    norms = outer.norm(dim=0)
+    norms = norms.clamp_min(1e-9 * norms.max()).clamp_min(SMALLEST_SCALE)
+    generator = torch.Generator().manual_seed(0)
+    rotation = torch.linalg.qr(torch.randn(len(norms), len(norms), generator=generator, dtype=torch.float64)).Q
+    rotation = rotation.to(outer.device)
+    return outer / norms @ rotation, rotation.T @ (norms[:, None] * inner)
 
 
 def added_loss(exact: Entries, coded: Entries, root: torch.Tensor, f: SecondMoment | PartOfMoment | None) -> float:

@@ -16,7 +16,7 @@ from hisvd.component.quantized_linear import QuantizedLinear
 from hisvd.component.torchao_linears import tinygemm_operands
 from hisvd.factor_forms import dense_weight, factor_tensors
 from hisvd.integer_codes import INTEGERS, check_codes, dequantize_codes, pack_codes, unpack_codes
-from hisvd.quantization import fit_codes, integer_entries
+from hisvd.quantization import fit_codes, integer_entries, mixed
 
 QUICK = ("--update", "none")
 
@@ -245,3 +245,20 @@ def test_module_multiplies_by_its_weight(name, dtype):
     x.requires_grad_()
     module(x).sum().backward()
     torch.testing.assert_close(x.grad[0, 0], module.dequantize_weight(dtype).sum(0), rtol=0.02, atol=tolerance)
+
+
+def test_mixing_keeps_the_product_and_lets_feedback_save_more():
+    """Factors like those of a weight: strong directions first, with columns of the outer factor that grow."""
+    strength = torch.logspace(0, -3, 48, dtype=torch.float64)
+    outer = torch.linalg.qr(normal(64, 48)).Q / strength.sqrt()
+    inner = strength[:, None] ** 1.5 * torch.linalg.qr(normal(80, 48, seed=1)).Q.T
+    outer[:, 3] = 0
+    new_outer, new_inner = mixed(outer, inner)
+    assert (new_outer.shape, new_inner.shape) == (outer.shape, inner.shape)
+    torch.testing.assert_close(new_outer @ new_inner, outer @ inner)
+    entries = {"left.weight": outer.float(), "right.weight": inner.float()}
+    fixed = {"base.weight": inner.float(), "coefficients.weight": outer.float(), "permutation": torch.arange(112)}
+    root = torch.eye(80, dtype=torch.float64)
+    error = (dense_weight(integer_entries(entries, root, "int8"), 80) - outer @ inner).norm()
+    unmixed = dense_weight(integer_entries(fixed, root, "int8"), 80)[48:]
+    assert error < 0.5 * (unmixed - outer @ inner).norm()
