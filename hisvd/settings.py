@@ -264,8 +264,8 @@ class EvaluationSettings:
     protocol: str = "default"
     offload_folder: str | Path | None = None
     speed: bool = False
-    dtype: str = "auto"
     reference: str | Path | None = None
+    dtype: str = "auto"
 
     def __post_init__(self) -> None:
         """Refuse what no run could use."""
