@@ -272,10 +272,10 @@ class EvaluationSettings:
         offload_folder: Perplexity with one decoder layer in memory at a time; hidden states lie in this folder
             meanwhile. None (the default): the whole model is loaded.
         speed: Whether speed and peak memory are measured too; not with `offload_folder`. Default: False.
-        dtype: Compute dtype, "float32", "bfloat16" or "float16"; "auto" is float32 on the CPU, else the checkpoint's.
-            Default: "auto".
         reference: Model, folder, .pt file or Hub id, beside which speed and memory are measured; only with `speed`.
             None (the default): evaluate.py takes one of its rows; `hisvd.evaluate` gives no ratios.
+        dtype: Compute dtype, "float32", "bfloat16" or "float16"; "auto" is float32 on the CPU, else the checkpoint's.
+            Default: "auto".
         tasks: Tasks of lm-evaluation-harness to score too, by name or as .yaml files; needs the package lm_eval, and
             excludes `offload_folder`. Default: ().
         task_limit: Documents per task, from its start. None (the default): all.
@@ -292,8 +292,8 @@ class EvaluationSettings:
     protocol: str = "default"
     offload_folder: str | Path | None = None
     speed: bool = False
-    dtype: str = "auto"
     reference: str | Path | None = None
+    dtype: str = "auto"
     tasks: tuple[str, ...] = ()
     task_limit: int | None = None
 

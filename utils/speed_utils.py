@@ -24,7 +24,9 @@ PROMPT_TOKENS = 512  # unless --seqlen says otherwise
 BATCH = 8
 DECODED_TOKENS = 32
 ROUNDS = 3
-MEASURE_PEAKS = "import sys; from hisvd.utils.speed_utils import print_peaks; print_peaks(*sys.argv[1:])"
+MEASURE_PEAKS = (
+    "import json, sys; from hisvd.utils.speed_utils import own_peaks; print(json.dumps(own_peaks(*sys.argv[1:])))"
+)
 
 
 def seconds(function: Callable[[], object], device: torch.device) -> float:
@@ -170,11 +172,10 @@ def memory_peaks(
     return model, {"loading_peak_bytes": loading, "running_peak_bytes": peak()}
 
 
-def print_peaks(path: str, dtype: str) -> None:
-    """Print as JSON the peaks of the model at `path` on the CPU, for the prompt on standard input; see peaks_on_cpu."""
+def own_peaks(path: str, dtype: str) -> dict[str, int]:
+    """`memory_peaks` of the model at `path` on the CPU, for the ids on standard input; see peaks_on_cpu."""
     device, prompt = torch.device("cpu"), torch.tensor([json.load(sys.stdin)])
-    peaks = memory_peaks(lambda: load(path, resolve_dtype(dtype, device, None)), prompt, device)[1]
-    sys.stdout.write(f"{json.dumps(peaks)}\n")
+    return memory_peaks(lambda: load(path, resolve_dtype(dtype, device, None)), prompt, device)[1]
 
 
 def peaks_on_cpu(path: str, dtype: str, prompt: torch.Tensor) -> dict[str, int]:
