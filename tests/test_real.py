@@ -10,6 +10,7 @@ from conftest import ROOT, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hisvd
+from hisvd import neurons
 from hisvd.calibration_cache import input_moment, output_moment, read_cache
 from hisvd.component.low_rank import swap_linears
 from hisvd.factor_forms import factor_tensors
@@ -27,6 +28,14 @@ pytestmark = [
     pytest.mark.real,
     pytest.mark.skipif(not MODEL.is_dir(), reason="run scripts/fetch_smollm2.sh to fetch the model"),
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_spectra():
+    """Spectra at three widths of an MLP in place of fifteen, which take longer than all else in calibration."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(neurons, "SPECTRUM_STEPS", 4)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +60,6 @@ def compressed(cache, tmp_path_factory):
     make("default", "0.8")
     make("one_shot", "0.8,0.6", "--update", "none")
     make("uniform", "0.8", "--update", "none", "--allocation", "uniform")
-    make("plain", "0.8", "--update", "none", "--allocation", "uniform", "--whitening", "none")
     return root
 
 
@@ -62,12 +70,12 @@ def windows():
 
 
 def test_quality_falls_with_the_budget_and_every_stage_helps(compressed, windows):
-    names = ("default", "one_shot_80p", "one_shot_60p", "uniform", "plain")
+    names = ("default", "one_shot_80p", "one_shot_60p", "uniform")
     paths = {"dense": MODEL} | {name: compressed / name for name in names}
     few, many = windows[:8], windows[:24]  # the update gains less than 1 %, which shows on many windows
     ppl = {k: perplexity(hisvd.load(p, torch.float32), few, k)["perplexity"] for k, p in paths.items()}
     assert ppl["dense"] < ppl["one_shot_80p"] < ppl["one_shot_60p"], ppl
-    assert ppl["one_shot_80p"] < ppl["uniform"] < ppl["plain"] / 100, ppl
+    assert ppl["one_shot_80p"] < ppl["uniform"], ppl
     assert ppl["dense"] < ppl["default"] < 2.5 * ppl["dense"], ppl
     pair = [perplexity(hisvd.load(paths[k], torch.float32), many, k)["perplexity"] for k in ("default", "one_shot_80p")]
     assert pair[0] < pair[1], pair
