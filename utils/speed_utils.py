@@ -22,7 +22,7 @@ from hisvd.utils.progress import progress_bar
 
 PROMPT_TOKENS = 512  # unless --seqlen says otherwise
 BATCH = 8
-DECODED_TOKENS = 32
+DECODED_TOKENS = {1: 32, BATCH: 8}  # by batch size: how far each prompt is continued while that is timed
 ROUNDS = 3
 MEASURE_PEAKS = (
     "import json, sys; from hisvd.utils.speed_utils import own_peaks; print(json.dumps(own_peaks(*sys.argv[1:])))"
@@ -68,11 +68,11 @@ def prefill_rate(model: PreTrainedModel, prompt: torch.Tensor, batch: int) -> fl
 
 
 def decode_rate(model: PreTrainedModel, prompt: torch.Tensor, batch: int) -> float:
-    """New tokens per second of a batch, after its first ones: generating DECODED_TOKENS more takes so much longer."""
-    ids = rows_of(prompt, batch)
+    """New tokens per second of a batch, after its first ones: what generating DECODED_TOKENS more adds."""
+    ids, count = rows_of(prompt, batch), DECODED_TOKENS[batch]
     first = seconds(lambda: generate(model, ids, 1), model.device)
-    all_of_them = seconds(lambda: generate(model, ids, 1 + DECODED_TOKENS), model.device)
-    return batch * DECODED_TOKENS / (all_of_them - first)
+    all_of_them = seconds(lambda: generate(model, ids, 1 + count), model.device)
+    return batch * count / (all_of_them - first)
 
 
 def first_token_seconds(model: PreTrainedModel, prompt: torch.Tensor) -> float:
