@@ -12,12 +12,11 @@ from transformers.core_model_loading import WeightConverter
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from hisvd.component.coded_linears import CODED_LINEARS, check_coded_linears
 from hisvd.component.experts import SeparateExperts
 from hisvd.component.families import separate_experts
 from hisvd.component.fold import fold_permutations
-from hisvd.component.int6_linear import INT6SparseLinear, check_int6_modules
 from hisvd.component.low_rank import PivotedLinear, swap_linears
-from hisvd.component.quantized_linear import QuantizedLinear, check_quantized_modules
 from hisvd.errors import HiSVDError
 from hisvd.integer_codes import INTEGERS
 
@@ -92,11 +91,10 @@ class HiSVDQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         release_files(model)
-        check_int6_modules(model)
-        check_quantized_modules(model)
+        check_coded_linears(model)
         fold_permutations(model)
         support_lora()
-        if not any(isinstance(module, (INT6SparseLinear, QuantizedLinear)) for module in model.modules()):
+        if not any(isinstance(module, CODED_LINEARS) for module in model.modules()):
             # Trainer, .half() and .float() ask for it, but factors are ordinary parameters.
             model.is_quantized = False  # type: ignore[assignment] # not declared, so taken for a module
             for part in model.modules():
@@ -127,7 +125,7 @@ def release_files(model: nn.Module) -> None:
     if any(map(in_file, model.parameters())):
         return
     for module in model.modules():
-        if isinstance(module, (PivotedLinear, INT6SparseLinear, QuantizedLinear)):
+        if isinstance(module, (PivotedLinear, *CODED_LINEARS)):
             for name, buffer in module.named_buffers(recurse=False):
                 if in_file(buffer):
                     setattr(module, name, buffer.clone())

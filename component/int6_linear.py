@@ -8,7 +8,6 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from hisvd.errors import HiSVDError
 from hisvd.sparse_int6 import (
     CHUNK,
     COLUMNS,
@@ -30,6 +29,15 @@ EMPTY_METADATA = 0x44444444
 def first_tensor(module: nn.Module) -> torch.Tensor:
     """A tensor with the device of `module` and, if it has parameters, their dtype."""
     return next(itertools.chain(module.parameters(), module.buffers()))
+
+
+def apply_except(module: nn.Module, kept: str, fn: Callable, recurse: bool) -> nn.Module:
+    """`nn.Module._apply`, after which the buffer `kept` has its dtype again: it is part of a format."""
+    before = module.get_buffer(kept)
+    nn.Module._apply(module, fn, recurse)
+    if module.get_buffer(kept).dtype != before.dtype:
+        setattr(module, kept, before.to(module.get_buffer(kept).device))
+    return module
 
 
 class INT6SparseLinear(nn.Module):
@@ -89,31 +97,20 @@ class INT6SparseLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
-        """Moves and casts as usual, but the scales stay float32: they are part of the format."""
-        scales = self.scales
-        super()._apply(fn, recurse)
-        if self.scales.dtype != torch.float32:
-            self.scales = scales.to(self.scales.device)
-        return self
+        """Moves and casts as usual, but the scales stay float32."""
+        return apply_except(self, "scales", fn, recurse)
+
+    def check(self) -> None:
+        """Refuse a damaged weight.
+
+        Raises:
+            HiSVDError: a wrong size or dtype, or values that the format does not allow; it begins with the tensor.
+        """
+        check_packed(self.packed_weight, self.metadata, self.scales, (self.out_features, self.in_features))
 
     def extra_repr(self) -> str:
         """Shapes for print(model)."""
         return f"in_features={self.in_features}, out_features={self.out_features}, format={self.user_alias}"
-
-
-def check_int6_modules(model: nn.Module, prefix: str = "") -> None:
-    """Refuse a model, or a part of one whose modules' names start with `prefix`, with a damaged INT6 weight.
-
-    Raises:
-        HiSVDError: a wrong size or dtype, or values that the format does not allow; the module is named.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, INT6SparseLinear):
-            shape = (module.out_features, module.in_features)
-            try:
-                check_packed(module.packed_weight, module.metadata, module.scales, shape)
-            except HiSVDError as error:
-                raise HiSVDError(f"{prefix}{name}.{error}") from None
 
 
 def few_token_product(

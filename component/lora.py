@@ -4,9 +4,8 @@ from typing import Any
 
 from peft.tuners.lora import Linear, LoraModel
 
-from hisvd.component.int6_linear import INT6SparseLinear
+from hisvd.component.coded_linears import CODED_LINEARS
 from hisvd.component.low_rank import MODULE_OF_FORM
-from hisvd.component.quantized_linear import QuantizedLinear
 from hisvd.errors import HiSVDError
 
 
@@ -60,7 +59,7 @@ def _inject_beside(self: Any, model: Any, adapter_name: str, *args: Any, **kwarg
     """`inject_adapter` after our modules are registered in the adapter's configuration, by peft's own means."""
     register = getattr(self.peft_config[adapter_name], "_register_custom_module", None)
     if register is not None:  # AdaLoRA and others then say themselves what they do not support
-        register(dict.fromkeys((INT6SparseLinear, QuantizedLinear, *MODULE_OF_FORM.values()), LoraBeside))
+        register(dict.fromkeys((*CODED_LINEARS, *MODULE_OF_FORM.values()), LoraBeside))
     _inject_adapter(self, model, adapter_name, *args, **kwargs)
 
 

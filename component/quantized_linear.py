@@ -5,8 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from hisvd.component.int6_linear import first_tensor
-from hisvd.errors import HiSVDError
+from hisvd.component.int6_linear import apply_except, first_tensor
 from hisvd.integer_codes import check_codes, dequantize_codes, empty_codes
 
 BLOCK_SIZE = 2**18  # weights that are unpacked at once, so that they stay in a core's cache
@@ -48,27 +47,17 @@ class QuantizedLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
-        """Moves and casts as usual, but the scales keep their dtype: it is part of the format."""
-        scales = self.weight_scale
-        super()._apply(fn, recurse)
-        if self.weight_scale.dtype != scales.dtype:
-            self.weight_scale = scales.to(self.weight_scale.device)
-        return self
+        """Moves and casts as usual, but the scales keep their dtype."""
+        return apply_except(self, "weight_scale", fn, recurse)
+
+    def check(self) -> None:
+        """Refuse damaged codes or scales.
+
+        Raises:
+            HiSVDError: values that the format does not allow; it begins with the tensor.
+        """
+        check_codes(self.codes, self.weight_scale, self.format_name)
 
     def extra_repr(self) -> str:
         """Shapes for print(model)."""
         return f"in_features={self.in_features}, out_features={self.out_features}, format={self.format_name}"
-
-
-def check_quantized_modules(model: nn.Module, prefix: str = "") -> None:
-    """Refuse a model, or a part of one whose modules' names start with `prefix`, with damaged codes or scales.
-
-    Raises:
-        HiSVDError: values that the format does not allow; the module is named.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, QuantizedLinear):
-            try:
-                check_codes(module.codes, module.weight_scale, module.format_name)
-            except HiSVDError as error:
-                raise HiSVDError(f"{prefix}{name}.{error}") from None

@@ -7,11 +7,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hisvd.component.adapter import Adapter
-from hisvd.component.int6_linear import INT6SparseLinear
-from hisvd.component.quantized_linear import QuantizedLinear
+from hisvd.component.coded_linears import CODED_LINEARS
 from hisvd.errors import HiSVDError
 
-LINEARS = (nn.Linear, Conv1D, INT6SparseLinear, QuantizedLinear)  # factored modules contain one of them too
+LINEARS = (nn.Linear, Conv1D, *CODED_LINEARS)  # factored modules contain one of them too
 
 
 def generic_adapter(model: PreTrainedModel, num_layers: int, mixtures: Sequence[str]) -> Adapter:

@@ -12,11 +12,11 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from hisvd.component.coded_linears import check_coded_linears
 from hisvd.component.conv1d import linear_shape
 from hisvd.component.families import adapter_for
-from hisvd.component.int6_linear import INT6SparseLinear, check_int6_modules
+from hisvd.component.int6_linear import INT6SparseLinear
 from hisvd.component.low_rank import MODULE_OF_FORM
-from hisvd.component.quantized_linear import check_quantized_modules
 from hisvd.component.svd_generic import LINEARS
 from hisvd.errors import HiSVDError
 from hisvd.utils import distributed
@@ -107,8 +107,7 @@ def streamed_perplexity(streamed: StreamedModel, windows: torch.Tensor, name: st
 
     def layer_of(index: int) -> nn.Module:
         layer = streamed.layer(index)
-        check_int6_modules(layer, f"{streamed.layer_name(index)}.")
-        check_quantized_modules(layer, f"{streamed.layer_name(index)}.")
+        check_coded_linears(layer, f"{streamed.layer_name(index)}.")
         bar.update()
         return layer
 

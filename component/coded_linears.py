@@ -1,0 +1,23 @@
+"""The linears whose weights are stored in codes."""
+
+from torch import nn
+
+from hisvd.component.int6_linear import INT6SparseLinear
+from hisvd.component.quantized_linear import QuantizedLinear
+from hisvd.errors import HiSVDError
+
+CODED_LINEARS = (INT6SparseLinear, QuantizedLinear)
+
+
+def check_coded_linears(model: nn.Module, prefix: str = "") -> None:
+    """Refuse a model, or a part of one whose modules' names start with `prefix`, with a damaged weight in codes.
+
+    Raises:
+        HiSVDError: a wrong size or dtype, or values that the format does not allow; the module is named.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, CODED_LINEARS):
+            try:
+                module.check()
+            except HiSVDError as error:
+                raise HiSVDError(f"{prefix}{name}.{error}") from None
