@@ -8,7 +8,7 @@ machine's load reaches all of them. The limit is how many times fewer parameters
 linears, in decoding those of the head too.
 """
 
-import time
+import math
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -20,11 +20,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import hisvd
+from hisvd.component.conv1d import linear_shape
 from hisvd.component.low_rank import swap_linears
 from hisvd.shape_utils import largest_rank, stored_parameters
 from hisvd.tables import table
 from hisvd.utils.eval_utils import linear_parameters
 from hisvd.utils.files import write_json
+from hisvd.utils.speed_utils import seconds
 
 PROMPT_TOKENS = 512
 ROUNDS = {"prefill": 5, "decode": 31}
@@ -53,23 +55,21 @@ def ratios(models: dict[str, PreTrainedModel], whole: bool) -> list[dict]:
     read = {name: linear_parameters(model)[0] for name, model in models.items()}
     rows = []
     for step, rounds in ROUNDS.items():
-        seconds: dict[str, list[float]] = {name: [] for name in models}
+        taken_by: dict[str, list[float]] = {name: [] for name in models}
         for _ in range(rounds + 1):
             for name in models:
-                start = time.perf_counter()
-                steps[name][step]()
-                seconds[name].append(time.perf_counter() - start)
-        for name, taken in seconds.items():
-            faster = median(dense / own for dense, own in zip(seconds[first][1:], taken[1:], strict=True))
+                taken_by[name].append(seconds(steps[name][step], models[name].device))
+        for name, taken in taken_by.items():
+            faster = median(dense / own for dense, own in zip(taken_by[first][1:], taken[1:], strict=True))
             besides = head if step == "decode" else 0
             limit = (read[first] + besides) / (read[name] + besides)
             rows.append({"model": name, "step": step, "ms": 1e3 * median(taken[1:]), "ratio": faster, "limit": limit})
     return rows
 
 
-def scaled_table(modules: dict[str, dict], source: LlamaConfig, model: PreTrainedModel) -> dict[str, dict]:
-    """The table for swap_linears that gives `model` the widths and parameter shares of `source`'s `modules`."""
-    scaled = {}
+def scaled_table(modules: dict[str, dict], original: PreTrainedModel, model: PreTrainedModel) -> dict[str, dict]:
+    """The table for swap_linears that gives `model` the widths and parameter shares which `modules` give `original`."""
+    scaled, source = {}, original.config
     kept = model.config.intermediate_size / source.intermediate_size
     for name, linear in model.named_modules():
         if not isinstance(linear, nn.Linear) or ".layers." not in name:
@@ -77,40 +77,26 @@ def scaled_table(modules: dict[str, dict], source: LlamaConfig, model: PreTraine
         prefix, _, rest = name.partition(".layers.")
         index, _, path = rest.partition(".")
         depth = int(index) * source.num_hidden_layers // model.config.num_hidden_layers
-        entry = modules.get(f"{prefix}.layers.{depth}.{path}", {})
-        shape = (linear.out_features, linear.in_features)
+        source_name = f"{prefix}.layers.{depth}.{path}"
+        entry = modules.get(source_name, {})
         new = {side: round(entry[side] * kept) for side in ("in", "out") if side in entry}
         if "rank" in entry:
-            old = source_shape(source, path)
-            old = (entry.get("out", old[0]), entry.get("in", old[1]))
+            (m, n), shape = (linear_shape(part) for part in (original.get_submodule(source_name), linear))
+            old = (entry.get("out", m), entry.get("in", n))
             shape = (new.get("out", shape[0]), new.get("in", shape[1]))
-            share = stored_parameters(entry["rank"], old, entry["form"]) / (old[0] * old[1])
-            new["rank"] = largest_rank(share * shape[0] * shape[1], shape, entry["form"])
+            share = stored_parameters(entry["rank"], old, entry["form"]) / math.prod(old)
+            new["rank"] = largest_rank(share * math.prod(shape), shape, entry["form"])
         if new:
             scaled[name] = {"form": entry["form"]} | new
     return scaled
 
 
-def source_shape(config: LlamaConfig, path: str) -> tuple[int, int]:
-    """The shape of a linear of a Llama, by its path inside the decoder layer."""
-    hidden, head = config.hidden_size, config.hidden_size // config.num_attention_heads
-    outputs = {
-        "q_proj": config.num_attention_heads * head,
-        "k_proj": config.num_key_value_heads * head,
-        "v_proj": config.num_key_value_heads * head,
-        "gate_proj": config.intermediate_size,
-        "up_proj": config.intermediate_size,
-    }
-    kind = path.rpartition(".")[2]
-    return outputs.get(kind, hidden), config.intermediate_size if kind == "down_proj" else hidden
-
-
-def random_model(config: LlamaConfig, dtype: torch.dtype, source: PreTrainedModel | None = None) -> PreTrainedModel:
-    """A random-weight Llama; with the shares of the compressed model `source` if given."""
+def random_model(config: LlamaConfig, original: PreTrainedModel, source: PreTrainedModel) -> PreTrainedModel:
+    """A random-weight Llama with the shares of `source`, which is `original` or what it has been compressed to."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    if source is not None:
-        swap_linears(model, scaled_table(source.config.quantization_config.modules, source.config, model))
+    model = AutoModelForCausalLM.from_config(config, dtype=original.dtype)
+    if source is not original:
+        swap_linears(model, scaled_table(source.config.quantization_config.modules, original, model))
         for parameter in model.parameters():
             nn.init.normal_(parameter, std=0.02)
         for name, buffer in model.named_buffers():
@@ -134,9 +120,7 @@ def main(paths: tuple[str, ...], shape: str, layers: int, dtypes: tuple[str, ...
         found = [{"what": "whole", **row} for row in ratios(loaded, whole=True)]
         if layers:
             config = LlamaConfig(**SHAPES[shape] | {"num_hidden_layers": layers})
-            dense, *others = paths
-            models = {dense: random_model(config, dtype)}
-            models |= {path: random_model(config, dtype, loaded[path]) for path in others}
+            models = {path: random_model(config, loaded[paths[0]], model) for path, model in loaded.items()}
             found += [{"what": f"{layers} layers of {shape}", **row} for row in ratios(models, whole=False)]
         rows += [{"dtype": name, **row} for row in found]
     write_json(json_path, rows)
