@@ -60,9 +60,8 @@ def mlp_curves(problem: RankProblem, ranked: bool) -> list[MlpCurves]:
         spectra = (problem.spectra_by_width(first.layer, path) for path in (*mlp.inputs, mlp.output))
         removal = problem.elimination(first.layer)[f"{mlp.output}.removal_losses"]
         widths = (*spectrum_widths(shapes[-1][1]), shapes[-1][1])
-        form, multiple = problem.settings.factors, problem.settings.rank_multiple
-        allowed = problem.settings.allowed_ranks if ranked else None
-        found.append(MlpCurves(members, shapes, mlp.fused, removal, widths, tuple(spectra), form, allowed, multiple))
+        form, allowed = problem.settings.factors, problem.settings.allowed_ranks
+        found.append(MlpCurves(members, shapes, mlp.fused, removal, widths, tuple(spectra), form, ranked, allowed))
     return found
 
 

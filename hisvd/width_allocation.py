@@ -59,8 +59,8 @@ class MlpCurves:
     `members` are the places of its linears among all sublayers and `shapes` their shapes, the output linear last;
     `fused` is as in component.adapter.Mlp. `removal` (n + 1,) is the loss after removing 0 … n neurons. `spectra` holds
     for each member the two-sided singular values (len(widths), min(m, n)) at `widths`, ascending, the last being n.
-    Its linears may be factored in the form `form`, to the ranks that are `allowed` (None: they stay in one piece).
-    Widths that are not full are multiples of `multiple`.
+    With `ranked` its linears may be factored, in the form `form` and to the ranks that are `allowed`; else they stay in
+    one piece. Widths that are not full are multiples of what ranks are.
     """
 
     members: tuple[int, ...]
@@ -70,8 +70,8 @@ class MlpCurves:
     widths: tuple[int, ...]
     spectra: tuple[torch.Tensor, ...]
     form: str
-    allowed: Allowed | None = Allowed()
-    multiple: int = 1
+    ranked: bool = True
+    allowed: Allowed = Allowed()
     _known: dict[tuple[int, ...], Options] = field(default_factory=dict, repr=False)
 
     @property
@@ -81,7 +81,7 @@ class MlpCurves:
 
     def next_width(self, width: float) -> int:
         """The smallest width that may be chosen and is not below `width`."""
-        return min(self.neurons, math.ceil(width / self.multiple) * self.multiple)
+        return min(self.neurons, math.ceil(width / self.allowed.multiple) * self.allowed.multiple)
 
     @cached_property
     def coarse(self) -> tuple[int, ...]:
@@ -106,7 +106,7 @@ class MlpCurves:
         for known, shape in zip(self.tails, self.shapes_at(width), strict=True):
             tails = torch.lerp(known[lower], known[upper], part)[: min(shape)].clone()
             tails[-1] = 0
-            parameters = parameters_by_rank(shape, self.form, self.allowed or Allowed(min(shape)))
+            parameters = parameters_by_rank(shape, self.form, self.allowed if self.ranked else Allowed(min(shape)))
             curves.append(RankCurve(tails, parameters))
         return curves
 
@@ -142,7 +142,7 @@ class MlpCurves:
         place = _least(self.options(self.coarse), multiplier)[0]
         first, last = self.coarse[max(0, place - 1)], self.coarse[min(place + 1, len(self.coarse) - 1)]
         step = max(1, min(WIDTH_STEP, self.neurons // WIDTH_STEP))
-        step = math.ceil(step / self.multiple) * self.multiple
+        step = math.ceil(step / self.allowed.multiple) * self.allowed.multiple
         fine = self.options(tuple(sorted({*range(first, last, step), self.coarse[place], last})))
         place, ranks = _least(fine, multiplier)
         stored = fine.parameters[place].gather(1, torch.tensor(ranks)[:, None] - 1).sum()
@@ -235,7 +235,7 @@ def _spread(
 
     def raised(part: float) -> Solution:
         wider = [
-            min(mlp.neurons, width + int(part * (mlp.neurons - width) / mlp.multiple) * mlp.multiple)
+            min(mlp.neurons, width + int(part * (mlp.neurons - width) / mlp.allowed.multiple) * mlp.allowed.multiple)
             for width, mlp in zip(widths, mlps, strict=True)
         ]
         higher = [0 if c is None else raised_rank(rank, c, part) for rank, c in zip(ranks, curves, strict=True)]

@@ -30,7 +30,7 @@ def mlp_curves(first, n, hidden, seed, fused=1, form="pivoted", ranked=True):
         spectra.append(torch.stack(rows))
     removal = torch.cat([costs.new_zeros(1), costs.cumsum(0)])
     members = tuple(range(first, first + inputs + 1))
-    return MlpCurves(members, shapes, fused, removal, widths, tuple(spectra), form, Allowed() if ranked else None)
+    return MlpCurves(members, shapes, fused, removal, widths, tuple(spectra), form, ranked)
 
 
 def attention_curve(shape, seed, form="pivoted", ranked=True):
@@ -149,8 +149,7 @@ def test_widths_and_ranks_are_multiples_or_full(multiple, ranked, share):
     curves, mlps = model(layers=4, n=150, hidden=48, ranked=ranked)  # the full width is not a multiple
     if ranked:
         curves = [c and RankCurve(c.tails, parameters_by_rank((48, 48), "pivoted", Allowed(multiple))) for c in curves]
-    allowed = Allowed(multiple) if ranked else None
-    mlps = [dataclasses.replace(mlp, multiple=multiple, allowed=allowed, _known={}) for mlp in mlps]
+    mlps = [dataclasses.replace(mlp, allowed=Allowed(multiple), _known={}) for mlp in mlps]
     budget = int(share * whole(curves, mlps))
     widths, ranks = loss_widths_and_ranks(curves, mlps, budget)
     loss, spent = outcome(curves, mlps, widths, ranks)
@@ -193,9 +192,7 @@ def test_where_nothing_adds_loss_the_budget_is_spread_evenly(ranked, share):
     curves, mlps = model(layers=2, n=64, hidden=16, ranked=ranked)
     curves = [c and RankCurve(c.tails.where(c.tails.isinf(), 0), c.parameters) for c in curves]
     silent = [torch.zeros_like(spectra) for spectra in mlps[0].spectra]
-    mlps = [
-        MlpCurves(m.members, m.shapes, 1, 0 * m.removal, m.widths, tuple(silent), "pivoted", m.allowed) for m in mlps
-    ]
+    mlps = [MlpCurves(m.members, m.shapes, 1, 0 * m.removal, m.widths, tuple(silent), "pivoted", ranked) for m in mlps]
     budget = int(share * whole(curves, mlps))
     widths, ranks = loss_widths_and_ranks(curves, mlps, budget)
     assert 0.96 * budget <= outcome(curves, mlps, widths, ranks)[1] <= budget
