@@ -74,6 +74,11 @@ def expect_sentence(result: Result, *fragments: str) -> None:
         assert fragment in lines[0], (fragment, lines[0])
 
 
+def logits_of(model):
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
 def saved_tensors(path):
     if path.is_file():
         return read_pt(path)[1]

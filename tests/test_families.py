@@ -7,7 +7,17 @@ import sys
 
 import pytest
 import torch
-from conftest import HEADS, IDS, build_model, calibrate_arguments, expect_sentence, run, saved_tensors, short_text
+from conftest import (
+    HEADS,
+    IDS,
+    SHARED,
+    build_model,
+    calibrate_arguments,
+    expect_sentence,
+    run,
+    saved_tensors,
+    short_text,
+)
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -39,7 +49,7 @@ from hisvd.utils.load_utils import read_pt
 from hisvd.utils.model_utils import open_checkpoint
 from hisvd.utils.streaming import decoder_layers
 
-SHARED = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2}
+SHARED = SHARED | {"num_hidden_layers": 2}
 ROPE = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 OPT = {"vocab_size": 300, "hidden_size": 64, "ffn_dim": 160, "num_hidden_layers": 4, "num_attention_heads": 4}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import IDS, ROOT, run
+from conftest import IDS, ROOT, logits_of, run
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import hisvd
@@ -45,11 +45,6 @@ def compressed(model_folders, caches, tmp_path_factory):
         return root / form
 
     return call
-
-
-def logits_of(model):
-    with torch.no_grad():
-        return model.eval()(IDS).logits
 
 
 def trainer_of(model, folder):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import HEADS, IDS, SHARED
+from conftest import HEADS, SHARED, logits_of
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, OPTConfig, Phi3Config
 
 import hisvd
@@ -38,11 +38,6 @@ def factored(family, forms):
         elif tensor.is_floating_point() and "inv_freq" not in name and "norm" not in name:
             torch.nn.init.normal_(tensor, std=0.1)
     return model
-
-
-def logits_of(model):
-    with torch.no_grad():
-        return model(IDS).logits
 
 
 FORMS = [

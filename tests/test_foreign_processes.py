@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import IDS, build_model, calibrate_arguments, run
+from conftest import build_model, calibrate_arguments, logits_of, run
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
 import hisvd
@@ -22,11 +22,6 @@ def foreign(script, *arguments, **environment):
     result = subprocess.run(command, env=os.environ | environment, cwd="/", capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result.stdout
-
-
-def logits_of(model):
-    with torch.no_grad():
-        return model.eval()(IDS).logits
 
 
 LOADS = """
