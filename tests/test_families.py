@@ -181,7 +181,7 @@ def test_compressed_model_is_close_and_generates_with_cache(chain):
     model, dense = hisvd.load(out), hisvd.load(folder)
     with torch.no_grad():
         difference = (model(IDS).logits - dense(IDS).logits).norm() / dense(IDS).logits.norm()
-    assert 1e-4 < difference < 1  # unrelated logits: 1.4
+    assert 1e-5 < difference < 1  # rounding: 1e-7; unrelated logits: 1.4
     settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     cached, plain = (model.generate(IDS, **settings, use_cache=use) for use in (True, False))
     assert torch.equal(cached, plain)
