@@ -7,7 +7,7 @@ from hisvd.calibration_cache import CalibrationCache, input_mean, input_moment, 
 from hisvd.component.adapter import Mlp
 from hisvd.gradient_pass import OutputGradientMoments
 from hisvd.input_moments import InputMoments
-from hisvd.neurons import eliminate, fitting_moment, refitted, spectrum_widths, stacked
+from hisvd.neurons import eliminate, fitting_moment, narrow_input_spectra, narrow_output_spectra
 from hisvd.shape_utils import Sublayer
 from hisvd.whitening_svd import (
     F_DAMPING,
@@ -82,35 +82,22 @@ def neuron_statistics(
 
     `statistics` are those of both passes, `sublayers` is by path. For the output linear, of n inputs:
     `{path}.removal_order` (n,), int32, and `{path}.removal_losses` (n + 1,), float64, see neurons.Elimination. For it,
-    re-fitted, and for the inputs: `{path}.narrow_singular_values` (widths, min(m, n)), a row of the two-sided spectrum,
-    padded by zeros, for each of the widths of neurons.spectrum_widths.
+    re-fitted, and for the inputs: `{path}.narrow_singular_values` (widths, min(m, n)), a row of the two-sided spectrum
+    for each of the widths of neurons.spectrum_widths; what the rank there does not reach is 0, up to rounding.
     """
     device = next(layer.parameters()).device
     output, weight = sublayers[mlp.output], layer.get_parameter(f"{mlp.output}.weight")
-    n, moment = output.in_features, input_moment(output, statistics, device)
-    f = output_gradient_moment(output, statistics, device)
-    fitting = fitting_moment(moment, input_mean(output, statistics, device))
+    f, mean = output_gradient_moment(output, statistics, device), input_mean(output, statistics, device)
+    fitting = fitting_moment(input_moment(output, statistics, device), mean)
     order, losses = eliminate(weight, fitting, f)
-    kept = {width: order[n - width :].sort().values for width in spectrum_widths(n)}
-    found = {
-        mlp.output: [
-            singular_values(whitened(refitted(weight, fitting, s), cholesky_root(moment[s][:, s], H_DAMPING), f))
-            for s in kept.values()
-        ]
-    }
-    del moment, fitting
+    kept = order.flip(0)
+    found = {mlp.output: narrow_output_spectra(weight, fitting, mean, f, kept)}
+    del fitting
     root = cholesky_root(input_moment(sublayers[mlp.inputs[0]], statistics, device), H_DAMPING)  # all read the same
-    rows = [stacked(s, n, mlp.fused) for s in kept.values()]
     for path in mlp.inputs:
-        seen = layer.get_parameter(f"{path}.weight").double() @ root
-        metric = output_gradient_moment(sublayers[path], statistics, device).matrix()
-        found[path] = [singular_values(cholesky_root(metric[r][:, r], 0.0).T @ seen[r]) for r in rows]
-    tensors = {
-        f"{path}.narrow_singular_values": _stored(
-            torch.stack([torch.nn.functional.pad(v, (0, sublayers[path].full_rank - len(v))) for v in values])
-        )
-        for path, values in found.items()
-    }
+        metric = output_gradient_moment(sublayers[path], statistics, device)
+        found[path] = narrow_input_spectra(layer.get_parameter(f"{path}.weight"), root, metric, kept, mlp.fused)
+    tensors = {f"{p}.narrow_singular_values": _stored(v[:, : sublayers[p].full_rank]) for p, v in found.items()}
     tensors[f"{mlp.output}.removal_order"] = order.int().cpu()
     tensors[f"{mlp.output}.removal_losses"] = losses.cpu()
     return tensors

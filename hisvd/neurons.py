@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from hisvd.whitening_svd import SMALLEST, SecondMoment, cholesky_root, whitened
+from hisvd.whitening_svd import SMALLEST, SecondMoment, cholesky_root, values_of_gram, whitened
 
 DAMPING = 1e-4  # added to C as a fraction of its mean diagonal entry
 BLOCK = 16  # neurons that are removed between two updates of the whole inverse
@@ -97,6 +97,48 @@ def fitting_moment(moment: torch.Tensor, mean: torch.Tensor | None, damping: flo
         fitting -= torch.outer(mean, mean)
     fitting.diagonal().add_(shift)
     return fitting
+
+
+def narrow_output_spectra(
+    weight: torch.Tensor, moment: torch.Tensor, mean: torch.Tensor | None, f: SecondMoment, kept: torch.Tensor
+) -> torch.Tensor:
+    """The two-sided singular values (widths, m) of re-fitted W (m, n), largest first, float64; arguments as above.
+
+    `kept` (n,) lists the neurons, those first that stay longest; widths are those of `spectrum_widths`. With C = L Lᵀ
+    in this order, C_{S,S} = L_{S,S} L_{S,S}ᵀ for every width, and the re-fit times L_{S,S} is the first columns of
+    W C L⁻ᵀ, so one decomposition serves all widths. A `mean` that C lacks is added to E[h hᵀ] again.
+    """
+    root = cholesky_root(moment[kept][:, kept], 0.0)
+    seen = whitened(weight, moment[:, kept], f)
+    seen = torch.linalg.solve_triangular(root.T, seen, upper=True, left=False)
+    shift = None if mean is None else torch.linalg.solve_triangular(root, mean[kept][:, None], upper=False)
+    gram, spectra, before = seen.new_zeros(len(seen), len(seen)), [], 0
+    for width in spectrum_widths(len(kept)):
+        new = seen[:, before:width]
+        gram.addmm_(new, new.T)
+        outputs = None if shift is None else seen[:, :width] @ shift[:width]
+        spectra.append(values_of_gram(gram if outputs is None else gram + outputs @ outputs.T))
+        before = width
+    return torch.stack(spectra) if spectra else seen.new_zeros(0, len(seen))
+
+
+def narrow_input_spectra(
+    weight: torch.Tensor, root: torch.Tensor, f: SecondMoment, kept: torch.Tensor, fused: int
+) -> torch.Tensor:
+    """The two-sided singular values (widths, n) of the rows that stay of W (fused · neurons, n), as above.
+
+    `root` (n, n) is one of the inputs' second moment. The Gram matrix rootᵀ W_Sᵀ F_{S,S} W_S root grows with S.
+    """
+    rows = torch.stack([kept + part * len(kept) for part in range(fused)], dim=1).flatten()
+    seen, metric = weight.double()[rows] @ root, f.matrix()[rows][:, rows]
+    gram, spectra, before = seen.new_zeros(len(root), len(root)), [], 0
+    for width in spectrum_widths(len(kept)):
+        new, old = slice(fused * before, fused * width), slice(0, fused * before)
+        half = seen[new].T @ (metric[new, old] @ seen[old] + metric[new, new] @ seen[new] / 2)
+        gram += half + half.T
+        spectra.append(values_of_gram(gram))
+        before = width
+    return torch.stack(spectra) if spectra else seen.new_zeros(0, len(root))
 
 
 def stacked(kept: torch.Tensor, n: int, fused: int) -> torch.Tensor:

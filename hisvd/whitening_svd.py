@@ -116,6 +116,11 @@ def singular_values(matrix: torch.Tensor) -> torch.Tensor:
     """
     matrix = matrix.double()
     gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
+    return values_of_gram(gram)
+
+
+def values_of_gram(gram: torch.Tensor) -> torch.Tensor:
+    """The singular values (n,) of a matrix whose Gram matrix, from either side, is `gram` (n, n) in float64."""
     return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0).sqrt()
 
 

@@ -7,7 +7,15 @@ import torch
 
 from hisvd import neurons
 from hisvd.layer_statistics import neuron_statistics
-from hisvd.neurons import eliminate, fitting_moment, refitted, spectrum_widths, stacked
+from hisvd.neurons import (
+    eliminate,
+    fitting_moment,
+    narrow_input_spectra,
+    narrow_output_spectra,
+    refitted,
+    spectrum_widths,
+    stacked,
+)
 from hisvd.whitening_svd import SecondMoment, cholesky_root, damped, left_singular_vectors, low_rank_factors, whitened
 
 TOKENS = 400
@@ -226,6 +234,36 @@ def test_spectra_are_kept_at_ascending_widths_below_the_full_one(n):
     widths = spectrum_widths(n)
     assert widths == sorted(set(widths)) and all(1 <= width < n for width in widths) and len(widths) < 16
     assert n < 16 or len(widths) == 15
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("n", "m"), [(1, 3), (7, 5), (40, 12)])
+def test_spectra_of_the_output_linear_are_those_of_its_refits(n, m, biased):
+    h = activations(n, seed=n) + 2
+    moment, mean = h.T @ h / TOKENS, h.mean(0) if biased else None
+    weight, f, kept = gaussian(m, n, seed=3), second_moment(m, n), torch.randperm(n)
+    fitting = fitting_moment(moment, mean)
+    found = narrow_output_spectra(weight, fitting, mean, f, kept)
+    assert found.shape == (len(spectrum_widths(n)), m)
+    inputs = fitting if mean is None else fitting + torch.outer(mean, mean)
+    for values, width in zip(found, spectrum_widths(n), strict=True):
+        s = kept[:width]
+        narrow = whitened(refitted(weight, fitting, s), cholesky_root(inputs[s][:, s], 0.0), f)
+        expected = torch.nn.functional.pad(torch.linalg.svdvals(narrow), (0, m - min(m, width)))
+        torch.testing.assert_close(values, expected, rtol=1e-6, atol=1e-6 * values[0].item())
+
+
+@pytest.mark.parametrize(("n", "inputs", "fused"), [(1, 3, 1), (7, 5, 2), (40, 12, 1), (24, 30, 2)])
+def test_spectra_of_an_input_linear_are_those_of_its_rows(n, inputs, fused):
+    weight, kept = gaussian(fused * n, inputs, seed=3), torch.randperm(n)
+    root, f = cholesky_root(second_moment(inputs, 1).matrix(), 0.0), second_moment(fused * n, 2)
+    found = narrow_input_spectra(weight, root, f, kept, fused)
+    assert found.shape == (len(spectrum_widths(n)), inputs)
+    for values, width in zip(found, spectrum_widths(n), strict=True):
+        rows = stacked(kept[:width], n, fused)
+        expected = torch.linalg.svdvals(whitened(weight[rows], root, f.part(rows)))
+        expected = torch.nn.functional.pad(expected, (0, inputs - len(expected)))
+        torch.testing.assert_close(values, expected, rtol=1e-6, atol=1e-6 * values[0].item())
 
 
 def test_one_order_whether_gate_and_up_are_fused():
