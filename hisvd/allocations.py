@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hisvd.calibration_cache import ELIMINATION, LEADING_VECTORS, SPECTRA, CalibrationCache
+from hisvd.calibration_cache import ELIMINATION, LEADING_VECTORS, ROUNDING, SPECTRA, CalibrationCache
 from hisvd.clustering import layer_clusters
 from hisvd.component.adapter import Mlp
 from hisvd.component.experts import kind_of
+from hisvd.integer_codes import INTEGERS
 from hisvd.rank_allocation import project_shares, ranks_from_shares, stage1_shares, uniform_shares
 from hisvd.rank_metrics import rank_of
 from hisvd.refinement import stage2_factors
-from hisvd.shape_utils import Sublayer
+from hisvd.shape_utils import Storage, Sublayer
 from hisvd.width_allocation import loss_ranks
 
 if TYPE_CHECKING:  # the settings take their choices from the rules, so they import this module
@@ -69,6 +70,19 @@ class RankProblem:
     def elimination(self, layer: int) -> dict[str, torch.Tensor]:
         """`{path}.removal_order` and `{path}.removal_losses` of the MLPs of a layer, by their output linears."""
         return self._eliminations[layer]
+
+    @cached_property
+    def _rounding(self) -> list[dict[str, torch.Tensor]]:
+        return [self.cache.read_small(index, ROUNDING) for index in range(self.cache.num_layers)]
+
+    def noise(self, sublayer: Sublayer, storage: Storage) -> float:
+        """Energy of the rounding errors of its plain weight, as a fraction of that of F^{1/2} W H^{1/2}."""
+        if storage.dtype is None:
+            return 0.0
+        values = self._spectra[sublayer.layer][f"{sublayer.path}.two_sided_singular_values"]
+        energy = float(values.double().square().sum())
+        errors = self._rounding[sublayer.layer][f"{sublayer.path}.{ROUNDING}"]
+        return float(errors[list(INTEGERS).index(storage.dtype)]) / energy if energy else 0.0
 
     @cached_property
     def weight_ranks(self) -> list[float]:

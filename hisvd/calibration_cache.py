@@ -26,6 +26,7 @@ TOKENS = "tokens.safetensors"
 # Name endings of the small tensors, which are all that a rank plan needs.
 SPECTRA = "singular_values"
 ELIMINATION = ("removal_order", "removal_losses")  # of hidden neurons
+ROUNDING = "rounding_errors"
 LEADING_VECTORS = "Vh"
 
 
@@ -82,6 +83,13 @@ class CalibrationCache:
         """Whether the cache knows what removing hidden neurons would cost."""
         return self.has_gradients and any(self.mlps_of(index) for index in range(len(self.layers)))
 
+    @property
+    def has_rounding(self) -> bool:
+        """Whether the cache knows what rounding to integers would cost."""
+        return self.has_gradients and all(
+            any(name.endswith(ROUNDING) for name in entry["small_tensors_sha256"]) for entry in self.gradients
+        )
+
     def add_layer(self, tensors: dict[str, torch.Tensor], sublayers: list[Sublayer], mlps: list[Mlp]) -> None:
         """Write the forward pass's next layer, then the manifest that lists it."""
         entry = self._write(f"layer_{len(self.layers):03d}.safetensors", tensors)
@@ -98,9 +106,8 @@ class CalibrationCache:
 
     def _write(self, file: str, tensors: dict[str, torch.Tensor]) -> dict:
         write_tensors(self.folder / file, tensors)
-        small = {
-            n: sha256_of_tensor(t) for n, t in tensors.items() if n.endswith((SPECTRA, LEADING_VECTORS, *ELIMINATION))
-        }
+        endings = (SPECTRA, LEADING_VECTORS, *ELIMINATION, ROUNDING)
+        small = {n: sha256_of_tensor(t) for n, t in tensors.items() if n.endswith(endings)}
         return {"file": file, "sha256": sha256_of_file(self.folder / file), "small_tensors_sha256": small}
 
     def write_manifest(self) -> None:
@@ -189,9 +196,9 @@ class CalibrationCache:
         return tensors
 
     def read_small(self, index: int, *endings: str) -> dict[str, torch.Tensor]:
-        """The tensors of one layer with these `endings`, of SPECTRA, LEADING_VECTORS and ELIMINATION, each checked.
+        """The tensors of one layer with these `endings`, each checked; only a small part of the files is read.
 
-        Only a small part of the files is read.
+        Endings are of SPECTRA, LEADING_VECTORS, ELIMINATION and ROUNDING.
 
         Raises:
             HiSVDError: a file is missing, truncated or these tensors were edited.

@@ -60,9 +60,11 @@ def compress(
     Args:
         model: The folder or Hub id that was calibrated.
         cache: Its calibration cache, as `hisvd.calibrate` returns it, or the cache's folder.
-        output: A folder to create, or one file `X.pt`. With several targets each name gets the percentage: `OUT_80p`.
+        output: A folder to create, or one file `X.pt`. With several targets each name gets the percentage: `OUT_80p`,
+            or `OUT_40b` of bytes.
         targets: The shares of the decoder's linear parameters to keep, each in (0, 1]: one number or several. 0.8
-            stores at most 80 % of them, and as close to it as whole ranks allow.
+            stores at most 80 % of them, and as close to it as whole ranks allow. With the budget "bytes" they are
+            shares of the bytes that these parameters take in 16 bits.
         settings: Allocation, whitening, factors, update and export; `hisvd.CompressionSettings` lists them.
         resources: Device, memory for hidden states, progress bars.
 
@@ -120,7 +122,7 @@ def prepared(
     sizes = {"model_numbers_before": checkpoint.count_parameters(), "weight_bytes_before": checkpoint.count_bytes()}
     for p in plans:
         record = plan_report(cache, p, settings) | sizes
-        path = output_path(str(output), p.target, several=len(plans) > 1)
+        path = output_path(str(output), p.target, settings.budget if len(plans) > 1 else None)
         with distributed.first_alone():
             writers[p.target] = ModelWriter(path, record, cache.num_layers + 1, checkpoint.transposed)
     budget = 1e9 * resources.activation_budget_gb
@@ -162,7 +164,7 @@ def factor_layers(job: CompressionJob) -> None:
     checkpoint, cache, writers = job.checkpoint, job.cache, list(job.writers.values())
     start = min(writer.shards_done() for writer in writers)
     distributed.wait()  # until all have checked
-    changes = job.encode is not None or job.changes(cache.sublayers)
+    changes = job.encodes or job.changes(cache.sublayers)
     layer_names = [layer_tensor_names(checkpoint, cache.sublayers_of(index)[0]) for index in range(cache.num_layers)]
     if start < cache.num_layers:
         # An unchanged model needs no tokens.

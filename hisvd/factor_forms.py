@@ -30,11 +30,13 @@ class FactorForm:
     that of the linear which reads the outputs of `inner`. `others` names the entries besides their weights. The three
     together tell the forms apart, so no two forms have the same ones.
 
-    `parameters(r, (m, n))` counts the stored parameters for r < min(m, n) and grows with r.
+    `parameters(r, (m, n))` counts the stored parameters for r < min(m, n) and grows with r. The weight of `inner` is
+    (r, n), that of `outer` (`outer_rows(r, m)`, r); `indices(m)` counts int32 entries, which are not parameters.
     `pack(left, right, root, dtype)` makes the entries, weights in `dtype`, from factors in float64. `root` is the lower
     Cholesky root (n, n) of the inputs' second moment, which weights rounding errors; None: all inputs count equally.
     `product(inner, outer, entries)` is the weight (m, n) that the two linears' weights and the other entries stand for.
-    `mixable`: outer M and M⁻¹ inner stand for the same weight, whatever M.
+    `mixable`: outer M and M⁻¹ inner stand for the same weight, whatever M. `noise`: how many times the energy of
+    rounding errors that a plain weight would have the product has, by experience (docs/ablations.md).
     """
 
     inner: str
@@ -44,6 +46,9 @@ class FactorForm:
     product: Callable[[torch.Tensor, torch.Tensor, Entries], torch.Tensor]
     others: tuple[str, ...] = ()
     mixable: bool = False
+    noise: float = 1.5
+    outer_rows: Callable[[int, int], int] = lambda rank, rows: rows
+    indices: Callable[[int], int] = lambda rows: 0
 
 
 def _pack_svd(left: torch.Tensor, right: torch.Tensor, root: torch.Tensor | None, dtype: torch.dtype) -> Entries:
@@ -66,6 +71,9 @@ FORMS: dict[str, FactorForm] = {
         parameters=lambda rank, shape: rank * (sum(shape) - rank),
         pack=_pack_pivoted,
         product=lambda inner, outer, entries: unpack_pivoted(inner, outer, entries["permutation"]),
+        noise=10.0,
+        outer_rows=lambda rank, rows: rows - rank,
+        indices=lambda rows: rows,
     ),
     # The two factors as they are.
     "svd": FactorForm(
@@ -77,6 +85,16 @@ FORMS: dict[str, FactorForm] = {
         mixable=True,
     ),
 }
+
+
+def form_in(form: str, dtype: str | None) -> str:
+    """The form of factors where `form` is wanted and weights are in the integers `dtype` (None: plain).
+
+    In 4 bits only mixable forms: the coefficients of others multiply rounding errors.
+    """
+    if dtype == "int4" and not FORMS[form].mixable:
+        return next(name for name, f in FORMS.items() if f.mixable)
+    return form
 
 
 def factor_tensors(

@@ -17,11 +17,10 @@ from hisvd.component.hf_quantizer import config_entries
 from hisvd.errors import naming
 from hisvd.exports import EXPORTS, Export
 from hisvd.factor_forms import DENSE, Entries, Shape, factor_tensors
-from hisvd.integer_codes import INTEGERS
 from hisvd.layer_tensors import replace_entries, stored_prefix
 from hisvd.narrowing import Kept, refitted_output, with_zeros
 from hisvd.quantization import integer_entries
-from hisvd.shape_utils import Sublayer
+from hisvd.shape_utils import PLAIN_BYTES, Sublayer
 from hisvd.utils.model_utils import Checkpoint, empty_model
 from hisvd.utils.save_utils import ModelWriter
 from hisvd.whitening_svd import (
@@ -63,22 +62,28 @@ class CompressionJob:
         """What is done to the factors at once; the quality gate encodes linears later."""
         return EXPORTS["none" if self.settings.gated else self.settings.export]
 
+    def encode(self, target: float, sublayer: Sublayer) -> Callable[[Entries, torch.Tensor | None], Entries] | None:
+        """What makes codes of the sublayer's entries at once, given E[x xᵀ]; None: nothing does."""
+        name = self.plans[target].dtypes.get(sublayer.name)
+        return partial(integer_entries, name=name) if name else self.export.encode
+
     @property
-    def encode(self) -> Callable[[Entries, torch.Tensor | None], Entries] | None:
-        """What makes codes of entries at once, given E[x xᵀ]; None: nothing does."""
-        name = self.settings.linear_dtype
-        return partial(integer_entries, name=name) if name in INTEGERS else self.export.encode
+    def encodes(self) -> bool:
+        """Whether any entries are encoded at once."""
+        return self.export.encode is not None or any(plan.dtypes for plan in self.plans.values())
 
     @property
     def fits_codes(self) -> bool:
         """Whether entries are encoded at once, fitted to the inputs."""
         plain = self.settings.export == "int6" and self.settings.int6_mode != "calibrated"
-        return self.encode is not None and not plain
+        return self.encodes and not plain
 
-    def weight_dtype(self, stored: torch.dtype) -> torch.dtype:
-        """The dtype of weights before they are encoded, if they are, where the checkpoint has `stored`."""
-        name = self.settings.linear_dtype
-        return stored if name is None else torch.bfloat16 if name == "bf16" else torch.float32
+    def weight_dtype(self, target: float, sublayer: Sublayer, stored: torch.dtype) -> torch.dtype:
+        """The dtype of a weight before it is encoded, if it is, where the checkpoint has `stored`."""
+        if sublayer.name in self.plans[target].dtypes:
+            return torch.float32
+        halved = self.settings.budget == "bytes" and stored.itemsize > PLAIN_BYTES
+        return torch.bfloat16 if halved or self.settings.linear_dtype == "bf16" else stored
 
     def changes(self, sublayers: list[Sublayer]) -> bool:
         """Whether any of the sublayers is factored, or has another shape, for any target."""
@@ -212,18 +217,19 @@ def _results(
     job: CompressionJob, case: Case, s: Sublayer, statistics: Tensors, root: torch.Tensor | None
 ) -> Iterator[tuple[float, Entries]]:
     """The entries of sublayer `s` for every target of `case`; one decomposition serves them all."""
-    weight, f, basis, dtype = case.weights.pop(s.path), None, None, job.weight_dtype(case.dtype)
+    weight, f, basis = case.weights.pop(s.path), None, None
     for target in case.targets:
-        plan, entries = job.plans[target], {"weight": weight.to(dtype)}
+        plan, encode, dtype = job.plans[target], job.encode(target, s), job.weight_dtype(target, s, case.dtype)
+        entries = {"weight": weight.to(dtype)}
         with naming(s.name):
             if not plan.is_dense(s):
                 if basis is None:
                     f = output_moment(s, statistics, job.whitening, job.device, case.rows)
                     basis = left_singular_vectors(whitened(weight, root, f))
                 left, right = low_rank_factors(weight, basis, plan.ranks[s.name], f)
-                entries = factor_tensors(left, right, DENSE if job.export.multiply else plan.form, dtype, root)
-            if job.encode:
-                entries = job.encode(entries, case.moment if job.fits_codes else None)
+                entries = factor_tensors(left, right, DENSE if job.export.multiply else plan.form_of(s), dtype, root)
+            if encode:
+                entries = encode(entries, case.moment if job.fits_codes else None)
             if case.biases and s.path in case.biases:
                 entries["bias"] = case.biases[s.path].to(case.dtype)
         yield target, entries

@@ -15,11 +15,19 @@ SMALLEST_SCALE = 1e-12  # of a group that is zero
 
 
 class IntegerFormat(NamedTuple):
-    """Codes are in [−`largest`, `largest`]; `group` columns of a row share a scale (None: all), stored in `scale`."""
+    """Codes are in [−`largest`, `largest`], `per_byte` of them in a byte.
+
+    `group` columns of a row share a scale (None: all), stored in `scale`.
+    """
 
     largest: int
+    per_byte: int
     group: int | None
     scale: torch.dtype
+
+    def bytes(self, rows: int, columns: int) -> int:
+        """What codes and scales of a weight take."""
+        return rows * (-(-columns // self.per_byte) + self.groups(columns) * self.scale.itemsize)
 
     def groups(self, columns: int) -> int:
         """Scales per row of that many columns."""
@@ -30,7 +38,7 @@ class IntegerFormat(NamedTuple):
         return scales.repeat_interleave(self.group or columns, dim=1)[:, :columns]
 
 
-INTEGERS = {"int8": IntegerFormat(127, None, torch.float32), "int4": IntegerFormat(7, 32, torch.bfloat16)}
+INTEGERS = {"int8": IntegerFormat(127, 1, None, torch.float32), "int4": IntegerFormat(7, 2, 32, torch.bfloat16)}
 SCALE = "weight_scale"
 CODES = {f"weight_{name}": name for name in INTEGERS}  # by the last part of a tensor's name
 

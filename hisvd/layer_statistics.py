@@ -3,11 +3,13 @@
 import torch
 from torch import nn
 
-from hisvd.calibration_cache import CalibrationCache, input_mean, input_moment, output_gradient_moment
+from hisvd.calibration_cache import ROUNDING, CalibrationCache, input_mean, input_moment, output_gradient_moment
 from hisvd.component.adapter import Mlp
 from hisvd.gradient_pass import OutputGradientMoments
 from hisvd.input_moments import InputMoments
+from hisvd.integer_codes import INTEGERS
 from hisvd.neurons import eliminate, fitting_moment, narrow_input_spectra, narrow_output_spectra
+from hisvd.quantization import rounding_energy
 from hisvd.shape_utils import Sublayer
 from hisvd.whitening_svd import (
     F_DAMPING,
@@ -57,8 +59,9 @@ def gradient_statistics(
     """The gradient pass's cache tensors of one layer (float32, CPU).
 
     Per sublayer: `{path}.F_eigenvalues` (m,) and `{path}.F_eigenvectors` (m, m) of F = E[g gᵀ], undamped (a mean over
-    all tokens, so that F of an expert is small where few tokens reach it), and
-    `{path}.two_sided_singular_values` of F^{1/2} W H^{1/2}. And what neuron_statistics adds.
+    all tokens, so that F of an expert is small where few tokens reach it), `{path}.two_sided_singular_values` of
+    F^{1/2} W H^{1/2}, and `{path}.rounding_errors` (formats,), float64, see quantization.rounding_energy. And what
+    neuron_statistics adds.
     """
     tensors: dict[str, torch.Tensor] = {}
     forward = cache.read_forward(index)
@@ -68,8 +71,10 @@ def gradient_statistics(
             eigenvalues, eigenvectors = torch.linalg.eigh(moments.moments.pop(path).div_(moments.tokens))
             tensors |= {f"{path}.F_eigenvalues": _stored(eigenvalues), f"{path}.F_eigenvectors": _stored(eigenvectors)}
             f = damped(eigenvalues, eigenvectors, F_DAMPING)
-            a = whitened(layer.get_parameter(f"{path}.weight"), root, f)
-            tensors[f"{path}.two_sided_singular_values"] = _stored(singular_values(a))
+            weight = layer.get_parameter(f"{path}.weight")
+            tensors[f"{path}.two_sided_singular_values"] = _stored(singular_values(whitened(weight, root, f)))
+            errors = [rounding_energy(weight, root, f, name) for name in INTEGERS]
+            tensors[f"{path}.{ROUNDING}"] = torch.stack(errors).cpu()
     for mlp in cache.mlps_of(index):
         tensors |= neuron_statistics(layer, mlp, {s.path: s for s in cache.sublayers_of(index)}, forward | tensors)
     return tensors

@@ -1,67 +1,118 @@
 """The choices of --moves: from the spectra in the cache to the width of every MLP and the rank of every linear."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple
 
 from hisvd.allocations import ALLOCATIONS, RankProblem
+from hisvd.byte_budget import SMALLEST, Curves, least_loss_storages, storages_at
 from hisvd.errors import HiSVDError
+from hisvd.factor_forms import form_in
+from hisvd.integer_codes import INTEGERS
 from hisvd.neurons import spectrum_widths
 from hisvd.rank_allocation import Allowed, budget_of, rank_curve, refuse_below
+from hisvd.shape_utils import PLAIN_BYTES, Storage
 from hisvd.width_allocation import MlpCurves, least_parameters, loss_widths_and_ranks
+
+if TYPE_CHECKING:  # the settings take their choices from this module
+    from hisvd.settings import CompressionSettings
 
 
 class Choice(NamedTuple):
-    """`ranks` of all sublayers in order; `widths`, by the name of the output linear, of the MLPs that lose neurons."""
+    """`ranks` of all sublayers in order; `widths`, by the name of the output linear, of the MLPs that lose neurons.
+
+    `dtypes`, by name, of the linears for which a budget in bytes chooses integers.
+    """
 
     ranks: list[int]
     widths: dict[str, int]
+    dtypes: Mapping[str, str] = MappingProxyType({})
 
 
 def low_rank_alone(problem: RankProblem, target: float) -> Choice:
     """Ranks by the rule of --allocation; every MLP keeps its neurons."""
+    if problem.settings.budget == "bytes":
+        return _least_loss(problem, target, ranked=True, narrow=False)
     assert problem.settings.allocation is not None  # resolved
     return Choice(ALLOCATIONS[problem.settings.allocation](problem, target), {})
 
 
 def both_moves(problem: RankProblem, target: float) -> Choice:
     """The widths and ranks that add the least loss."""
-    return _least_loss(problem, target, ranked=True)
+    return _least_loss(problem, target, ranked=True, narrow=True)
 
 
 def neurons_alone(problem: RankProblem, target: float) -> Choice:
     """The widths that add the least loss; every linear stays in one piece."""
-    return _least_loss(problem, target, ranked=False)
+    return _least_loss(problem, target, ranked=False, narrow=True)
 
 
-def _least_loss(problem: RankProblem, target: float, ranked: bool) -> Choice:
-    form, allowed = problem.settings.factors, problem.settings.allowed_ranks
-    curves = [
-        rank_curve(sigma, s.shape, form, allowed if ranked else Allowed(s.full_rank))
-        for s, sigma in zip(problem.sublayers, problem.singular_values("two_sided_singular_values"), strict=True)
-    ]
-    mlps = mlp_curves(problem, ranked)
+def _least_loss(problem: RankProblem, target: float, ranked: bool, narrow: bool) -> Choice:
+    """With `ranked` linears may be factored, with `narrow` neurons removed; bytes are saved by integers too."""
+    sublayers, settings = problem.sublayers, problem.settings
+    what = f"--moves {settings.moves}: the least that it can leave"
+    if settings.budget == "bytes":
+        menu = storages(settings)
+        several = [curves_of(problem, [storage] * len(sublayers), ranked, narrow) for storage in menu]
+        refuse_below(storages_at(several, SMALLEST).size, sublayers, target, what, PLAIN_BYTES)
+        budget = budget_of(sublayers, target, PLAIN_BYTES)
+        chosen = [menu[place] for place in least_loss_storages(several, budget)]
+    else:
+        budget = budget_of(sublayers, target)
+        chosen = [Storage(settings.factors)] * len(sublayers)
+    curves = curves_of(problem, chosen, ranked, narrow)
+    refuse_below(least_parameters(*curves), sublayers, target, what, chosen[0].per_weight)
+    widths, ranks = loss_widths_and_ranks(*curves, budget)
+    outputs = [sublayers[mlp.members[-1]].name for mlp in curves.mlps]
+    return Choice(
+        ranks,
+        {o: w for o, w, mlp in zip(outputs, widths, curves.mlps, strict=True) if w < mlp.neurons},
+        {s.name: storage.dtype for s, storage in zip(sublayers, chosen, strict=True) if storage.dtype},
+    )
+
+
+def storages(settings: "CompressionSettings") -> list[Storage]:
+    """The storages of a linear among which a budget in bytes chooses, those of the most bits first."""
+    return [Storage(form_in(settings.factors, dtype), dtype, in_bytes=True) for dtype in (None, *INTEGERS)]
+
+
+def curves_of(problem: RankProblem, chosen: Sequence[Storage], ranked: bool, narrow: bool) -> Curves:
+    """The choices of all linears, each in the storage `chosen` for it; see _least_loss."""
+    allowed, mlps = problem.settings.allowed_ranks, mlp_curves(problem, ranked, chosen) if narrow else []
     members = {member for mlp in mlps for member in mlp.members}
-    others = [None if k in members else curve for k, curve in enumerate(curves)]
-    what = f"--moves {problem.settings.moves}: the least that it can leave"
-    refuse_below(least_parameters(others, mlps), problem.sublayers, target, what)
-    widths, ranks = loss_widths_and_ranks(others, mlps, budget_of(problem.sublayers, target))
-    outputs = [problem.sublayers[mlp.members[-1]].name for mlp in mlps]
-    return Choice(ranks, {o: w for o, w, mlp in zip(outputs, widths, mlps, strict=True) if w < mlp.neurons})
+    spectra = problem.singular_values("two_sided_singular_values")
+    others = [
+        None
+        if k in members
+        else rank_curve(sigma, s.shape, storage, allowed if ranked else Allowed(s.full_rank), problem.noise(s, storage))
+        for k, (s, sigma, storage) in enumerate(zip(problem.sublayers, spectra, chosen, strict=True))
+    ]
+    return Curves(others, mlps)
 
 
-def mlp_curves(problem: RankProblem, ranked: bool) -> list[MlpCurves]:
-    """What every MLP loses by width and rank, from the cache; with `ranked` its linears may be factored."""
+def mlp_curves(problem: RankProblem, ranked: bool, chosen: Sequence[Storage]) -> list[MlpCurves]:
+    """What every MLP loses by width and rank, from the cache; see curves_of."""
     places = {s.name: k for k, s in enumerate(problem.sublayers)}
     found = []
     for first, mlp in problem.mlps:
         prefix = first.name.removesuffix(first.path)
         members = tuple(places[prefix + path] for path in (*mlp.inputs, mlp.output))
-        shapes = tuple(problem.sublayers[k].shape for k in members)
-        spectra = (problem.spectra_by_width(first.layer, path) for path in (*mlp.inputs, mlp.output))
-        removal = problem.elimination(first.layer)[f"{mlp.output}.removal_losses"]
-        widths = (*spectrum_widths(shapes[-1][1]), shapes[-1][1])
-        form, allowed = problem.settings.factors, problem.settings.allowed_ranks
-        found.append(MlpCurves(members, shapes, mlp.fused, removal, widths, tuple(spectra), form, ranked, allowed))
+        sublayers, own = [problem.sublayers[k] for k in members], tuple(chosen[k] for k in members)
+        neurons = sublayers[-1].in_features
+        found.append(
+            MlpCurves(
+                members,
+                shapes=tuple(s.shape for s in sublayers),
+                fused=mlp.fused,
+                removal=problem.elimination(first.layer)[f"{mlp.output}.removal_losses"],
+                widths=(*spectrum_widths(neurons), neurons),
+                spectra=tuple(problem.spectra_by_width(first.layer, path) for path in (*mlp.inputs, mlp.output)),
+                storages=own,
+                ranked=ranked,
+                allowed=problem.settings.allowed_ranks,
+                noises=tuple(problem.noise(s, storage) for s, storage in zip(sublayers, own, strict=True)),
+            )
+        )
     return found
 
 
@@ -71,7 +122,8 @@ def one_width(problem: RankProblem, target: float) -> Choice:
     Raises:
         HiSVDError: MLPs of several widths, or a budget that does not hold one multiple.
     """
-    mlps, sublayers, multiple = mlp_curves(problem, ranked=False), problem.sublayers, problem.settings.width_multiple
+    sublayers, multiple = problem.sublayers, problem.settings.width_multiple
+    mlps = mlp_curves(problem, ranked=False, chosen=[Storage(problem.settings.factors)] * len(sublayers))
     layers = {first.layer for first, _ in problem.mlps}
     if len({mlp.neurons for mlp in mlps}) != 1 or len(layers) != problem.cache.num_layers:
         raise HiSVDError(

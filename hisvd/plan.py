@@ -8,10 +8,11 @@ from hisvd.allocations import RankProblem
 from hisvd.calibration_cache import CalibrationCache, open_finished_cache
 from hisvd.errors import HiSVDError
 from hisvd.exports import EXPORTS
-from hisvd.factor_forms import Shape, narrow_entry
+from hisvd.factor_forms import Shape, form_in, narrow_entry
+from hisvd.integer_codes import INTEGERS
 from hisvd.moves import MOVES, one_width
 from hisvd.settings import CompressionSettings
-from hisvd.shape_utils import Sublayer, is_dense, stored_parameters
+from hisvd.shape_utils import Sublayer, is_dense, stored_bytes, stored_parameters
 
 
 @dataclass(frozen=True)
@@ -19,33 +20,44 @@ class Plan:
     """The ranks, and the neurons of MLPs, that keep a share of the linear parameters.
 
     Attributes:
-        target: The share of the decoder's linear parameters to keep, in (0, 1].
-        form: How factors are stored, a key of FORMS.
+        target: The share of the decoder's linear parameters to keep, or of their bytes in 16 bits, in (0, 1].
+        form: How factors are stored, a key of FORMS; for weights in int4 see `form_of`.
         ranks: The rank of every linear by its name in the model; a rank at which factors save nothing leaves it as it
             is (`is_dense`).
         shapes: The shape of the weight, by the linear's name, where neurons are removed.
+        dtypes: "int8" or "int4", by the linear's name, where weights are stored in integers.
     """
 
     target: float
     form: str
     ranks: dict[str, int]
     shapes: dict[str, Shape] = field(default_factory=dict)
+    dtypes: dict[str, str] = field(default_factory=dict)
 
     def shape(self, sublayer: Sublayer) -> Shape:
         """The shape of the sublayer's weight after the removal of neurons."""
         return self.shapes.get(sublayer.name, sublayer.shape)
 
+    def form_of(self, sublayer: Sublayer) -> str:
+        """How factors of the sublayer are stored."""
+        return form_in(self.form, self.dtypes.get(sublayer.name))
+
     def changes(self, sublayer: Sublayer) -> bool:
-        """Whether the sublayer does not stay as it is."""
+        """Whether the sublayer's weight does not stay as it is, rounding aside."""
         return sublayer.name in self.shapes or not self.is_dense(sublayer)
 
     def is_dense(self, sublayer: Sublayer) -> bool:
         """Whether the sublayer stays a plain linear, because factors of its rank would save nothing."""
-        return is_dense(self.ranks[sublayer.name], self.shape(sublayer), self.form)
+        return is_dense(self.ranks[sublayer.name], self.shape(sublayer), self.form_of(sublayer))
 
     def parameters_of(self, sublayer: Sublayer) -> int:
         """Parameters stored for the sublayer's weight."""
-        return stored_parameters(self.ranks[sublayer.name], self.shape(sublayer), self.form)
+        return stored_parameters(self.ranks[sublayer.name], self.shape(sublayer), self.form_of(sublayer))
+
+    def bytes_of(self, sublayer: Sublayer) -> int:
+        """Bytes stored for the sublayer's weight, where what is not in integers is in 16 bits."""
+        name, shape = sublayer.name, self.shape(sublayer)
+        return stored_bytes(self.ranks[name], shape, self.form_of(sublayer), self.dtypes.get(name))
 
     def modules(self, sublayers: Sequence[Sublayer]) -> dict[str, dict]:
         """The table of changed modules for config.json: how to rebuild each from its name."""
@@ -53,7 +65,7 @@ class Plan:
         for s in filter(self.changes, sublayers):
             table[s.name] = narrow_entry(s.shape, self.shape(s))
             if not self.is_dense(s):
-                table[s.name] |= {"form": self.form, "rank": self.ranks[s.name]}
+                table[s.name] |= {"form": self.form_of(s), "rank": self.ranks[s.name]}
         return table
 
 
@@ -62,13 +74,14 @@ def plan(
     targets: float | Sequence[float],
     settings: CompressionSettings = CompressionSettings(),
 ) -> list[Plan]:
-    """Choose the rank of every linear for each target, in seconds, from the calibration cache alone.
+    """Choose what becomes of every linear for each target, in seconds, from the calibration cache alone.
 
     `hisvd.compress` with the same arguments follows the same plan.
 
     Args:
         cache: A finished cache, as `hisvd.calibrate` returns it, or its folder.
-        targets: The shares of the decoder's linear parameters to keep, each in (0, 1]: one number or several.
+        targets: The shares of the decoder's linear parameters to keep (with the budget "bytes", of their bytes in 16
+            bits), each in (0, 1]: one number or several.
         settings: The allocation and its parameters, and the form of the factors.
 
     Returns:
@@ -94,7 +107,8 @@ def plan(
     for target in checked_targets(targets):
         choice = choose(problem, target)
         ranks = dict(zip(names, choice.ranks, strict=True))
-        plans.append(Plan(target, settings.factors, ranks, narrow_shapes(problem, choice.widths)))
+        dtypes = dict.fromkeys(names, settings.linear_dtype) if settings.linear_dtype in INTEGERS else choice.dtypes
+        plans.append(Plan(target, settings.factors, ranks, narrow_shapes(problem, choice.widths), dict(dtypes)))
     return plans
 
 
@@ -119,7 +133,7 @@ def opened_cache(cache: str | Path | CalibrationCache) -> CalibrationCache:
     return cache if isinstance(cache, CalibrationCache) else open_finished_cache(str(cache))
 
 
-def checked_targets(targets: float | Sequence[float]) -> list[float]:
+def checked_targets(targets: float | Sequence[float], option: str = "target_compression") -> list[float]:
     """The targets without repetitions, each in (0, 1].
 
     Raises:
@@ -129,6 +143,6 @@ def checked_targets(targets: float | Sequence[float]) -> list[float]:
     for target in several:
         if not 0 < target <= 1:
             raise HiSVDError(
-                f"--target_compression {target:g} is outside (0, 1]; 0.8 keeps 80 % of the decoder's linear weights."
+                f"--{option} {target:g} is outside (0, 1]; 0.8 keeps 80 % of what the decoder's linear weights take."
             )
     return list(dict.fromkeys(several))

@@ -65,6 +65,19 @@ def fit_codes(weight: torch.Tensor, root: torch.Tensor, name: str) -> Codes:
     return Codes((rounded / steps).round().to(torch.int8), scales, rounded)
 
 
+def rounding_energy(weight: torch.Tensor, root: torch.Tensor, f: SecondMoment, name: str) -> torch.Tensor:
+    """What ‖F^{1/2} (W − Ŵ) H^{1/2}‖² is about, in float64, for codes of the format `name` and `root` as in fit_codes.
+
+    Feedback leaves of every column's error what its neighbours cannot undo, the diagonal entry of the root; errors of
+    different rows are independent, so only the diagonal of F counts.
+    """
+    form, importance = INTEGERS[name], root.diagonal().square()
+    steps = form.of_columns(group_scales(weight, importance, name).double(), weight.shape[1])
+    error = (weight / steps).round().clamp(-form.largest, form.largest) * steps - weight
+    rows = f.eigenvectors.square() @ f.eigenvalues
+    return rows @ (error.double().square() @ importance)
+
+
 def integer_entries(entries: Entries, moment: torch.Tensor, name: str) -> Entries:
     """The state dict entries of a linear, plain or factored, with its weights in the format `name`.
 

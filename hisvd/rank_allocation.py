@@ -11,14 +11,15 @@ from typing import NamedTuple
 import torch
 
 from hisvd.errors import HiSVDError
-from hisvd.shape_utils import Sublayer, largest_rank, next_rank, stored_parameters
+from hisvd.factor_forms import FORMS, Shape
+from hisvd.shape_utils import Storage, Sublayer, largest_rank, next_rank, stored_parameters
 
 SMALLEST_SHARE = 1e-12  # of a sublayer's size: one that asks for nothing gets what others cannot use
 
 
-def budget_of(sublayers: Sequence[Sublayer], target: float) -> int:
-    """Parameters that may be stored in all: floor(target · Σ mn)."""
-    return math.floor(target * sum(s.size for s in sublayers) + 1e-6)
+def budget_of(sublayers: Sequence[Sublayer], target: float, per_weight: int = 1) -> int:
+    """What may be stored in all: floor(target · Σ mn) parameters, or bytes, `per_weight` of which are 1."""
+    return math.floor(target * per_weight * sum(s.size for s in sublayers) + 1e-6)
 
 
 def uniform_shares(sublayers: Sequence[Sublayer], target: float) -> list[float]:
@@ -75,14 +76,14 @@ def _rank_one_parameters(sublayers: Sequence[Sublayer], target: float, form: str
     return floors
 
 
-def refuse_below(least: float, sublayers: Sequence[Sublayer], target: float, what: str) -> None:
-    """Check that the budget holds `least` parameters; `what` names the chosen way and what is the least it can leave.
+def refuse_below(least: float, sublayers: Sequence[Sublayer], target: float, what: str, per_weight: int = 1) -> None:
+    """Check that the budget holds `least`; `what` names the chosen way and what is the least it can leave.
 
     Raises:
         HiSVDError: it does not.
     """
-    if least > budget_of(sublayers, target):
-        smallest = least / sum(s.size for s in sublayers)
+    if least > budget_of(sublayers, target, per_weight):
+        smallest = least / per_weight / sum(s.size for s in sublayers)
         raise HiSVDError(
             f"Target {target:g} is too small for {what} already stores {smallest:.4f} of the linear weights, so choose "
             f"a target of at least {math.ceil(smallest * 1e4) / 1e4:g}."
@@ -117,10 +118,13 @@ def ranks_from_shares(shares: Sequence[float], sublayers: Sequence[Sublayer], ta
 
 
 class RankCurve(NamedTuple):
-    """A linear's choices: by rank 1 … min(m, n), its tail Σ_{i>r} σ_i² and the parameters it stores, float64."""
+    """A linear's choices: by rank 1 … min(m, n), twice the loss and what is stored, in float64.
+
+    Twice the loss is the tail Σ_{i>r} σ_i², and in integers what rounding adds; sizes are parameters or bytes.
+    """
 
     tails: torch.Tensor
-    parameters: torch.Tensor
+    sizes: torch.Tensor
 
 
 class Allowed(NamedTuple):
@@ -130,56 +134,72 @@ class Allowed(NamedTuple):
     saving: float = 0.0
 
 
-def rank_curve(singular_values: torch.Tensor, shape: tuple[int, int], form: str, allowed: Allowed) -> RankCurve:
-    """The choices of a linear (m, n) with these singular values, largest first."""
-    return RankCurve(tails_of(singular_values), parameters_by_rank(shape, form, allowed))
+def rank_curve(
+    singular_values: torch.Tensor, shape: Shape, storage: Storage, allowed: Allowed, noise: float = 0.0
+) -> RankCurve:
+    """The choices of a linear (m, n) with these singular values, largest first; `noise` is as in `with_rounding`."""
+    tails = tails_of(singular_values)
+    energy = singular_values.double().square().sum()
+    return RankCurve(with_rounding(tails, energy, storage, noise), sizes_by_rank(shape, storage, allowed))
+
+
+def with_rounding(tails: torch.Tensor, energy: torch.Tensor, storage: Storage, noise: float) -> torch.Tensor:
+    """The tails (n,) of a weight of `energy` Σ σ_i² with the energy of rounding errors, in every form.
+
+    `noise` is that energy in the plain weight, as a fraction of Σ σ_i². Factors have it in what they keep.
+    """
+    if not noise:
+        return tails
+    rounded = tails + noise * FORMS[storage.form].noise * (energy - tails)
+    rounded[-1] = tails[-1] + noise * energy
+    return rounded
 
 
 def spent_by(ranks: Sequence[int], curves: Sequence[RankCurve]) -> float:
-    """The parameters that these ranks store."""
-    return sum(float(curve.parameters[rank - 1]) for curve, rank in zip(curves, ranks, strict=True))
+    """What these ranks store."""
+    return sum(float(curve.sizes[rank - 1]) for curve, rank in zip(curves, ranks, strict=True))
 
 
 def fill(left: float, ranks: list[int], curves: Sequence[RankCurve]) -> float:
-    """Raise `ranks`, in place, by what lowers the tails most per parameter, while `left` parameters allow it.
+    """Raise `ranks`, in place, by what lowers the tails most for its size, while there is `left` enough.
 
-    Where nothing lowers a tail, the sublayer goes first that keeps the least. Returns the parameters that remain.
+    Where nothing lowers a tail, the sublayer goes first that keeps the least. Returns what remains.
     """
     while True:
         gains = []
         for k, (curve, rank) in enumerate(zip(curves, ranks, strict=True)):
-            prices = curve.parameters[rank:] - curve.parameters[rank - 1]
+            prices = curve.sizes[rank:] - curve.sizes[rank - 1]
             affordable = ((prices > 0) & (prices <= left)).nonzero().flatten()
             if len(affordable):
                 rates = (curve.tails[rank - 1] - curve.tails[rank + affordable]) / prices[affordable]
                 best = int(rates.argmax())
-                lacking = 1 - float(curve.parameters[rank - 1] / curve.parameters[-1])
+                lacking = 1 - float(curve.sizes[rank - 1] / curve.sizes[-1])
                 gains.append((float(rates[best]), lacking, k, rank + int(affordable[best]) + 1))
         if not gains:
             return left
         _, _, k, rank = max(gains)
-        left -= float(curves[k].parameters[rank - 1] - curves[k].parameters[ranks[k] - 1])
+        left -= float(curves[k].sizes[rank - 1] - curves[k].sizes[ranks[k] - 1])
         ranks[k] = rank
 
 
 @lru_cache(maxsize=1024)  # MLPs of all layers try the same shapes
-def parameters_by_rank(shape: tuple[int, int], form: str, allowed: Allowed) -> torch.Tensor:
-    """Parameters stored at the ranks 1 … min(m, n), float64; infinite at those that are not `allowed`.
+def sizes_by_rank(shape: Shape, storage: Storage, allowed: Allowed) -> torch.Tensor:
+    """What is stored at the ranks 1 … min(m, n), float64; infinite at those that are not `allowed`.
 
     The result is shared: do not change it.
     """
-    parameters = torch.tensor([stored_parameters(r, shape, form) for r in range(1, min(shape) + 1)]).double()
-    chosen = torch.zeros(len(parameters), dtype=torch.bool)
+    sizes = torch.tensor([storage.size(r, shape) for r in range(1, min(shape) + 1)]).double()
+    chosen = torch.zeros(len(sizes), dtype=torch.bool)
     chosen[allowed.multiple - 1 :: allowed.multiple] = True
-    chosen &= parameters <= (1 - allowed.saving) * parameters[-1]
+    chosen &= sizes <= (1 - allowed.saving) * sizes[-1]
     chosen[-1] = True
-    return parameters.where(chosen, torch.inf)
+    return sizes.where(chosen, torch.inf)
 
 
 def raised_rank(rank: int, curve: RankCurve, part: float) -> int:
     """The largest rank that stores what `rank` does and at most the fraction `part` of what it lacks."""
-    stored = curve.parameters[rank - 1]
-    return int((curve.parameters <= stored + part * (curve.parameters[-1] - stored)).nonzero()[-1]) + 1
+    stored = curve.sizes[rank - 1]
+    return int((curve.sizes <= stored + part * (curve.sizes[-1] - stored)).nonzero()[-1]) + 1
 
 
 def tails_of(singular_values: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """The only author of hisvd.json: how a plan and its result are recorded, printed and described on the model card."""
 
 import math
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from hisvd.factor_forms import coded_modules
 from hisvd.integer_codes import CODES, SCALE
 from hisvd.plan import Plan
 from hisvd.settings import CompressionSettings
-from hisvd.shape_utils import Sublayer
+from hisvd.shape_utils import PLAIN_BYTES, Sublayer
 from hisvd.sparse_int6 import COLUMNS, FORMAT_NAME, USER_ALIAS
 from hisvd.tables import table
 from hisvd.utils.save_utils import REPORT, ModelWriter
@@ -29,9 +30,10 @@ def plan_report(cache: CalibrationCache, plan: Plan, settings: CompressionSettin
             "name": s.name,
             "shape": list(s.shape),
             **({"stored_shape": list(plan.shape(s))} if plan.shape(s) != s.shape else {}),
-            "form": "dense" if plan.is_dense(s) else plan.form,
+            "form": "dense" if plan.is_dense(s) else plan.form_of(s),
             "rank": plan.ranks[s.name],
             "numbers": plan.parameters_of(s),
+            **({"dtype": plan.dtypes[s.name]} if s.name in plan.dtypes else {}),
         }
         for s in cache.sublayers
     ]
@@ -50,9 +52,17 @@ def plan_report(cache: CalibrationCache, plan: Plan, settings: CompressionSettin
         "linear_numbers_planned": planned,
         "linear_numbers_after": after,
         "linear_kept": after / before,
+        **(bytes_of(plan, cache.sublayers) if settings.budget == "bytes" else {}),
         "by_type": parameters_by_type(plan, cache.sublayers),
         "sublayers": rows,
     }
+
+
+def bytes_of(plan: Plan, sublayers: list[Sublayer]) -> dict[str, Any]:
+    """The bytes of the linear weights in 16 bits and as they are stored, and how many linears are in which dtype."""
+    before, after = sum(PLAIN_BYTES * s.size for s in sublayers), sum(plan.bytes_of(s) for s in sublayers)
+    dtypes = Counter(plan.dtypes.get(s.name, "16 bits") for s in sublayers)
+    return {"linear_bytes_before": before, "linear_bytes_after": after, "linear_dtypes": dict(dtypes)}
 
 
 def parameters_by_type(plan: Plan, sublayers: list[Sublayer]) -> dict[str, dict[str, int]]:
@@ -82,8 +92,8 @@ def finished_report(writer: ModelWriter, gate: dict | None) -> tuple[dict, dict[
     report["model_numbers_after"] = sum(
         round(math.prod(shape) * PARAMETERS_PER_ENTRY.get(dtype, 1)) for dtype, shape in counted.values()
     )
-    if len(counted) < len(stored):  # then all linears are in integers, and only the plan says what padding there is
-        report["model_numbers_after"] += report["linear_numbers_after"]
+    # Only the plan says what padding there is in integers.
+    report["model_numbers_after"] += sum(row["numbers"] for row in report["sublayers"] if "dtype" in row)
     report["model_kept"] = report["model_numbers_after"] / report["model_numbers_before"]
     report["weight_bytes_after"] = sum(path.stat().st_size for path in writer.shard_files())
     report["bits_per_number"] = 8 * report["weight_bytes_after"] / report["model_numbers_before"]
@@ -161,6 +171,10 @@ def summary(report: dict) -> str:
     how = ", ".join(report["settings"][key] for key in ("allocation", "moves", "whitening", "factors"))
     line = f"Target {report['target_compression']:g} ({how}): {after:,} of {before:,} linear parameters kept"
     line += f" ({after / before:.3%})"
+    if "linear_bytes_after" in report:
+        bits, total = report["linear_bytes_after"], report["linear_bytes_before"]
+        counts = ", ".join(f"{count} in {dtype}" for dtype, count in report["linear_dtypes"].items())
+        line += f", {bits:,} of {total:,} bytes ({bits / total:.3%}; linears: {counts})"
     if report["linear_numbers_planned"] != after:
         line += f"; multiplied back from {report['linear_numbers_planned']:,} factored parameters (--export dense)"
     return line

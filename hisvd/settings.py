@@ -23,6 +23,7 @@ from hisvd.whitening_svd import WHITENINGS
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SAMPLINGS = ("random", "first")
 INT6_MODES = ("calibrated", "magnitude")
+BUDGETS = ("parameters", "bytes")
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,9 @@ class CompressionSettings:
         width_multiple: "plain" export: the common width of the MLPs is a multiple of this. Default: 64.
         linear_dtype: What linear weights, factors or not, are stored in: "bf16", "int8" (a scale per row) or "int4" (a
             scale per 32 columns); "int8" and "int4" with export "none" alone. None (the default): the checkpoint's.
+        budget: What targets are shares of: "parameters", or "bytes" (of the linear weights in 16 bits), which makes
+            every linear's dtype, int8, int4 or 16 bits, part of the choice; with allocation "loss" and two-sided
+            whitening. Default: "parameters".
         export: "none" stores factors, "dense" multiplies them back into plain weights, "int6" stores factors and other
             linear weights in the INT6 2:4 pairwise sparse format, "plain" takes as many neurons out of every MLP and
             changes nothing else, which gives a stock checkpoint (EXPORTS). Default: "none".
@@ -157,6 +161,7 @@ class CompressionSettings:
     min_saving: float = 0.0
     width_multiple: int = 64
     linear_dtype: str | None = None
+    budget: str = "parameters"
     export: str = "none"
     int6_mode: str = "calibrated"
     quality_gate_delta: float | None = 0.025
@@ -173,6 +178,7 @@ class CompressionSettings:
             "moves": (None, *MOVES),
             "update": UPDATES,
             "linear_dtype": (None, *LINEAR_DTYPES),
+            "budget": BUDGETS,
             "export": EXPORTS,
             "int6_mode": INT6_MODES,
         }
@@ -193,6 +199,12 @@ class CompressionSettings:
             raise HiSVDError(
                 "--linear_dtype int4 does not go with --factors pivoted, whose coefficients multiply rounding errors; "
                 "use --factors svd, or --linear_dtype int8."
+            )
+        if self.budget == "bytes" and (self.linear_dtype or self.export != "none"):
+            other = f"--export {self.export}" if self.export != "none" else f"--linear_dtype {self.linear_dtype}"
+            raise HiSVDError(
+                f"--target_bytes chooses how every linear is stored, so it does not go with {other}; leave one of them "
+                "out."
             )
         if self.linear_dtype and self.export == "int6":
             raise HiSVDError("--export int6 stores linears in a format of its own; leave --linear_dtype out.")
@@ -228,8 +240,27 @@ class CompressionSettings:
         for name, value, default in (("rank_multiple", self.rank_multiple, 1), ("min_saving", self.min_saving, 0)):
             if value > default and allocation != "loss":
                 raise HiSVDError(f"--{name} {value} needs --allocation loss, not {allocation}; change one of them.")
+        if self.budget == "bytes":
+            self._check_bytes(cache, allocation, whitening)
         moves = self._moves(cache, allocation, whitening)
         return replace(self, allocation=allocation, whitening=whitening, moves=moves)
+
+    def _check_bytes(self, cache: CalibrationCache, allocation: str, whitening: str) -> None:
+        """Refuse what does not go with a budget in bytes.
+
+        Raises:
+            HiSVDError: there is something.
+        """
+        if allocation != "loss" or whitening != "two_sided":
+            raise HiSVDError(
+                "--target_bytes needs --allocation loss and --whitening two_sided, and so a cache with gradients, not "
+                f"{allocation} and {whitening}; change them, or use --target_compression."
+            )
+        if not cache.has_rounding:
+            raise HiSVDError(
+                f"--target_bytes needs what rounding costs, which {cache.folder} lacks (an older version made it); "
+                "calibrate again, or use --target_compression with --linear_dtype."
+            )
 
     def _moves(self, cache: CalibrationCache, allocation: str, whitening: str) -> str:
         """The moves that are made, by default all that cache and metric allow.

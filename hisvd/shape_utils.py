@@ -2,8 +2,12 @@
 
 from bisect import bisect_right
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from hisvd.factor_forms import FORMS, Shape
+from hisvd.integer_codes import INTEGERS
+
+PLAIN_BYTES = 2  # per weight that is not in integers, where bytes are budgeted
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,44 @@ def stored_parameters(rank: int, shape: Shape, form: str) -> int:
     """Parameters stored for a weight (m, n) at `rank`, in the form named `form`; never more than the dense m·n."""
     m, n = shape
     return m * n if rank >= min(m, n) else min(FORMS[form].parameters(rank, shape), m * n)
+
+
+def stored_bytes(rank: int, shape: Shape, form: str, dtype: str | None) -> int:
+    """Bytes stored for a weight (m, n) at `rank`, its matrices in the integers `dtype`, or in 16 bits (None)."""
+    m, n = shape
+    if is_dense(rank, shape, form):
+        return matrix_bytes(m, n, dtype)
+    outer = FORMS[form].outer_rows(rank, m)
+    rest = FORMS[form].parameters(rank, shape) - rank * (n + outer)
+    stored = matrix_bytes(rank, n, dtype) + matrix_bytes(outer, rank, dtype)
+    return stored + PLAIN_BYTES * rest + 4 * FORMS[form].indices(m)
+
+
+def matrix_bytes(rows: int, columns: int, dtype: str | None) -> int:
+    """Bytes of one matrix in the integers `dtype`, or in 16 bits (None)."""
+    return INTEGERS[dtype].bytes(rows, columns) if dtype else PLAIN_BYTES * rows * columns
+
+
+class Storage(NamedTuple):
+    """How a linear is stored, and what that counts: parameters, or with `in_bytes` bytes.
+
+    Factors are in `form`, weights in the integers `dtype`, a key of INTEGERS, or in 16 bits (None).
+    """
+
+    form: str
+    dtype: str | None = None
+    in_bytes: bool = False
+
+    @property
+    def per_weight(self) -> int:
+        """What a weight counts that stays as it is."""
+        return PLAIN_BYTES if self.in_bytes else 1
+
+    def size(self, rank: int, shape: Shape) -> int:
+        """What a weight (m, n) at `rank` counts."""
+        if self.in_bytes:
+            return stored_bytes(rank, shape, self.form, self.dtype)
+        return stored_parameters(rank, shape, self.form)
 
 
 def is_dense(rank: int, shape: Shape, form: str) -> bool:

@@ -2,14 +2,14 @@
 
 For a multiplier λ every MLP takes the width k, and its linears the ranks, that minimise
 
-    removal(k) + Σ over its linears of min over r (tail(r; k) + λ · parameters(r; k)),
+    removal(k) + Σ over its linears of min over r (tail(r; k) + λ · size(r; k)),
 
-every other linear the rank that minimises tail + λ · parameters; λ is bisected. Tails between the widths whose spectra
-are known are interpolated linearly.
+every other linear the rank that minimises tail + λ · size; λ is bisected. Sizes are parameters or bytes. Tails between
+the widths whose spectra are known are interpolated linearly.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -22,21 +22,22 @@ from hisvd.rank_allocation import (
     RankCurve,
     budget_of,
     fill,
-    parameters_by_rank,
     raised_rank,
     rank_curve,
     refuse_below,
+    sizes_by_rank,
     spent_by,
     tails_of,
+    with_rounding,
 )
-from hisvd.shape_utils import Sublayer
+from hisvd.shape_utils import Storage, Sublayer
 
 WIDTH_STEP = 16  # neurons between the widths that are tried, where an MLP has so many
 BISECTIONS = 100
 
 
 class Solution(NamedTuple):
-    """The width of every MLP, the rank of every sublayer, and the parameters that they store."""
+    """The width of every MLP, the rank of every sublayer, and what they store."""
 
     widths: list[int]
     ranks: list[int]
@@ -44,12 +45,12 @@ class Solution(NamedTuple):
 
 
 class Options(NamedTuple):
-    """Of an MLP at several widths: what removal adds (w,), tails and parameters by rank (w, members, ranks)."""
+    """Of an MLP at several widths: what removal adds (w,), tails and sizes by rank (w, members, ranks)."""
 
     widths: tuple[int, ...]
     removal: torch.Tensor
     tails: torch.Tensor
-    parameters: torch.Tensor
+    sizes: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,9 @@ class MlpCurves:
     `members` are the places of its linears among all sublayers and `shapes` their shapes, the output linear last;
     `fused` is as in component.adapter.Mlp. `removal` (n + 1,) is the loss after removing 0 … n neurons. `spectra` holds
     for each member the two-sided singular values (len(widths), min(m, n)) at `widths`, ascending, the last being n.
-    With `ranked` its linears may be factored, in the form `form` and to the ranks that are `allowed`; else they stay in
-    one piece. Widths that are not full are multiples of what ranks are.
+    `storages` are theirs. With `ranked` they may be factored, to the ranks that are `allowed`; else they stay in one
+    piece. Widths that are not full are multiples of what ranks are. `noises` are the members', see
+    rank_allocation.with_rounding.
     """
 
     members: tuple[int, ...]
@@ -69,9 +71,10 @@ class MlpCurves:
     removal: torch.Tensor
     widths: tuple[int, ...]
     spectra: tuple[torch.Tensor, ...]
-    form: str
+    storages: tuple[Storage, ...]
     ranked: bool = True
     allowed: Allowed = Allowed()
+    noises: tuple[float, ...] = ()
     _known: dict[tuple[int, ...], Options] = field(default_factory=dict, repr=False)
 
     @property
@@ -93,6 +96,11 @@ class MlpCurves:
         """The members' tails (len(widths), min(m, n)) at `widths`."""
         return [tails_of(values) for values in self.spectra]
 
+    @cached_property
+    def energies(self) -> list[torch.Tensor]:
+        """The members' Σ σ_i² (len(widths),) at `widths`."""
+        return [values.double().square().sum(-1) for values in self.spectra]
+
     def shapes_at(self, width: int) -> list[Shape]:
         """The members' shapes with so many neurons."""
         return [*((self.fused * width, columns) for _, columns in self.shapes[:-1]), (self.shapes[-1][0], width)]
@@ -103,11 +111,14 @@ class MlpCurves:
         lower = max(0, upper - (self.widths[upper] > width))
         part = (width - self.widths[lower]) / (self.widths[upper] - self.widths[lower]) if upper > lower else 0.0
         curves = []
-        for known, shape in zip(self.tails, self.shapes_at(width), strict=True):
-            tails = torch.lerp(known[lower], known[upper], part)[: min(shape)].clone()
+        for k, (shape, storage) in enumerate(zip(self.shapes_at(width), self.storages, strict=True)):
+            tails = torch.lerp(self.tails[k][lower], self.tails[k][upper], part)[: min(shape)].clone()
             tails[-1] = 0
-            parameters = parameters_by_rank(shape, self.form, self.allowed if self.ranked else Allowed(min(shape)))
-            curves.append(RankCurve(tails, parameters))
+            if self.noises:
+                energy = torch.lerp(self.energies[k][lower], self.energies[k][upper], part)
+                tails = with_rounding(tails, energy, storage, self.noises[k])
+            sizes = sizes_by_rank(shape, storage, self.allowed if self.ranked else Allowed(min(shape)))
+            curves.append(RankCurve(tails, sizes))
         return curves
 
     def ranks_at(self, width: int, before: int, ranks: Sequence[int], part: float = 0.0) -> list[int]:
@@ -138,20 +149,20 @@ class MlpCurves:
         return self._known[widths]
 
     def best_at(self, multiplier: float) -> tuple[int, list[int], float]:
-        """The width, the members' ranks and their parameters, of the least loss + multiplier · parameters."""
+        """The width, the members' ranks and what they store, of the least loss + multiplier · size."""
         place = _least(self.options(self.coarse), multiplier)[0]
         first, last = self.coarse[max(0, place - 1)], self.coarse[min(place + 1, len(self.coarse) - 1)]
         step = max(1, min(WIDTH_STEP, self.neurons // WIDTH_STEP))
         step = math.ceil(step / self.allowed.multiple) * self.allowed.multiple
         fine = self.options(tuple(sorted({*range(first, last, step), self.coarse[place], last})))
         place, ranks = _least(fine, multiplier)
-        stored = fine.parameters[place].gather(1, torch.tensor(ranks)[:, None] - 1).sum()
+        stored = fine.sizes[place].gather(1, torch.tensor(ranks)[:, None] - 1).sum()
         return fine.widths[place], ranks, float(stored)
 
 
 def _least(options: Options, multiplier: float) -> tuple[int, list[int]]:
     """The place of the best width, and the ranks there."""
-    values, ranks = (options.tails + multiplier * options.parameters).min(-1)
+    values, ranks = (options.tails + multiplier * options.sizes).min(-1)
     place = int((values.sum(-1) + options.removal).argmin())
     return place, [rank + 1 for rank in ranks[place].tolist()]
 
@@ -159,13 +170,13 @@ def _least(options: Options, multiplier: float) -> tuple[int, list[int]]:
 def least_parameters(curves: Sequence[RankCurve | None], mlps: Sequence[MlpCurves]) -> float:
     """What the narrowest MLPs that are tried, and the lowest ranks that linears may have, store."""
     narrowest = [curve for mlp in mlps for curve in mlp.curves_at(mlp.coarse[0])]
-    return sum(float(c.parameters.min()) for c in (*curves, *narrowest) if c is not None)
+    return sum(float(c.sizes.min()) for c in (*curves, *narrowest) if c is not None)
 
 
 def loss_widths_and_ranks(
     curves: Sequence[RankCurve | None], mlps: Sequence[MlpCurves], budget: float
 ) -> tuple[list[int], list[int]]:
-    """(width of every MLP, rank of every sublayer) that minimise the loss within `budget` stored parameters.
+    """(width of every MLP, rank of every sublayer) that minimise the loss within the `budget` of what is stored.
 
     `curves` holds the choices of the sublayers, None for members of MLPs. Where the budget holds all that lowers the
     loss, the rest of it is spread evenly.
@@ -174,27 +185,18 @@ def loss_widths_and_ranks(
 
     def at(multiplier: float) -> Solution:
         """The solution for a multiplier."""
-        ranks = [0 if c is None else int((c.tails + multiplier * c.parameters).argmin()) + 1 for c in curves]
-        stored = sum(float(c.parameters[r - 1]) for c, r in zip(curves, ranks, strict=True) if c is not None)
+        ranks = [0 if c is None else int((c.tails + multiplier * c.sizes).argmin()) + 1 for c in curves]
+        stored = sum(float(c.sizes[r - 1]) for c, r in zip(curves, ranks, strict=True) if c is not None)
         widths = []
         for mlp in mlps:
-            width, own, parameters = mlp.best_at(multiplier)
+            width, own, size = mlp.best_at(multiplier)
             widths.append(width)
-            stored += parameters
+            stored += size
             for member, rank in zip(mlp.members, own, strict=True):
                 ranks[member] = rank
         return Solution(widths, ranks, stored)
 
-    low, high = 0.0, 1.0
-    while at(high).stored > budget:
-        low, high = high, high * 2
-    for _ in range(BISECTIONS):
-        middle = (low * high) ** 0.5 if low else high / 1e3
-        if middle < 1e-30:  # however little a loss counts, the budget holds all that lowers it
-            break
-        low, high = (low, middle) if at(middle).stored <= budget else (middle, high)
-        if low and high / low < 1 + 1e-12:
-            break
+    low, high = bracket(lambda multiplier: at(multiplier).stored <= budget)
     widths, ranks, stored = at(high)
     if low == 0:
         widths, ranks, stored = _spread(budget, Solution(widths, ranks, stored), curves, mlps)
@@ -205,6 +207,21 @@ def loss_widths_and_ranks(
     left = fill(budget - stored, ranks, [found[k] for k in range(len(ranks))])
     _widen(left, widths, ranks, mlps)
     return widths, ranks
+
+
+def bracket(fits: Callable[[float], bool]) -> tuple[float, float]:
+    """The multipliers next to each other of which the larger `fits` and the smaller does not (0: all do)."""
+    low, high = 0.0, 1.0
+    while not fits(high):
+        low, high = high, high * 2
+    for _ in range(BISECTIONS):
+        middle = (low * high) ** 0.5 if low else high / 1e3
+        if middle < 1e-30:  # however little a loss counts, the budget holds all that lowers it
+            break
+        low, high = (low, middle) if fits(middle) else (middle, high)
+        if low and high / low < 1 + 1e-12:
+            break
+    return low, high
 
 
 def loss_ranks(
@@ -222,7 +239,7 @@ def loss_ranks(
     Raises:
         HiSVDError: the budget does not even hold the lowest ranks everywhere.
     """
-    curves = [rank_curve(v, s.shape, form, allowed) for v, s in zip(singular_values, sublayers, strict=True)]
+    curves = [rank_curve(v, s.shape, Storage(form), allowed) for v, s in zip(singular_values, sublayers, strict=True)]
     refuse_below(least_parameters(curves, ()), sublayers, target, "this model: the lowest rank everywhere")
     return loss_widths_and_ranks(curves, (), budget_of(sublayers, target))[1]
 

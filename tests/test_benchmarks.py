@@ -4,9 +4,11 @@ import importlib
 import json
 
 import pytest
+import torch
 from click.testing import CliRunner
-from conftest import ROOT
+from conftest import CONFIGS, ROOT, build_model
 
+from hisvd.integer_codes import INTEGERS
 from hisvd.utils.data_utils import EVALUATION_SPLIT, load_text
 
 
@@ -75,3 +77,27 @@ def test_every_method_has_its_reference(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     module = importlib.import_module("reference_figures")
     assert module.REFERENCE.keys() == module.METHODS.keys()
+
+
+def test_sizes_in_bytes_stand_beside_torchao(monkeypatch, tokenizer, tmp_path):
+    pytest.importorskip("torchao")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    module, common = importlib.import_module("bytes"), importlib.import_module("common")
+    monkeypatch.setattr(common, "SEQLEN", 32)
+    monkeypatch.setattr(module, "BYTES", [0.4])
+    monkeypatch.setattr(module, "UPDATES", {"ours": "none"})
+    text = tmp_path / "text.txt"
+    text.write_text(load_text("python-docs", EVALUATION_SPLIT, "data")[:30_000])
+    folder = build_model(CONFIGS["llama"], tmp_path / "model", tokenizer, torch.bfloat16)
+    arguments = ["--model_path", folder, "--calibration_text", text, "--datasets", text, "--nsamples", 4]
+    arguments += ["--grad_nsamples", 2, "--eval_nsamples", 2, "--work_dir", tmp_path / "work"]
+    result = CliRunner().invoke(module.main, [str(a) for a in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "work" / "bytes.json").read_text())
+    assert [row["name"] for row in rows] == ["16 bits", *(f"torchao {d}, to nearest" for d in INTEGERS), *["ours"] * 3]
+    whole, int8, int4 = (row["size"] for row in rows[:3])
+    assert whole > int8 > int4
+    ours = [row["size"] for row in rows[3:]]
+    # Headers of the files differ.
+    assert ours == sorted(ours, reverse=True) and ours[0] < 1.05 * int8 and ours[-1] < 1.05 * int4
+    assert (tmp_path / "work" / "bytes.png").read_bytes().startswith(b"\x89PNG")

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from hisvd.neurons import spectrum_widths
-from hisvd.rank_allocation import Allowed, RankCurve, parameters_by_rank, spent_by, tails_of
+from hisvd.rank_allocation import Allowed, RankCurve, sizes_by_rank, spent_by, tails_of
+from hisvd.shape_utils import Storage
 from hisvd.width_allocation import MlpCurves, least_parameters, loss_widths_and_ranks
 
 
@@ -30,14 +31,14 @@ def mlp_curves(first, n, hidden, seed, fused=1, form="pivoted", ranked=True):
         spectra.append(torch.stack(rows))
     removal = torch.cat([costs.new_zeros(1), costs.cumsum(0)])
     members = tuple(range(first, first + inputs + 1))
-    return MlpCurves(members, shapes, fused, removal, widths, tuple(spectra), form, ranked)
+    return MlpCurves(members, shapes, fused, removal, widths, tuple(spectra), (Storage(form),) * len(shapes), ranked)
 
 
 def attention_curve(shape, seed, form="pivoted", ranked=True):
     generator = torch.Generator().manual_seed(seed)
     values = torch.rand(min(shape), generator=generator, dtype=torch.float64).sort(descending=True).values
-    parameters = parameters_by_rank(shape, form, Allowed(1 if ranked else min(shape)))
-    return RankCurve(tails_of(values).where(parameters.isfinite(), torch.inf), parameters)
+    sizes = sizes_by_rank(shape, Storage(form), Allowed(1 if ranked else min(shape)))
+    return RankCurve(tails_of(values).where(sizes.isfinite(), torch.inf), sizes)
 
 
 def model(layers, n, hidden, form="pivoted", ranked=True, fused=1, seed=0):
@@ -52,7 +53,7 @@ def model(layers, n, hidden, form="pivoted", ranked=True, fused=1, seed=0):
 
 
 def whole(curves, mlps):
-    size = sum(float(c.parameters[-1]) for c in curves if c is not None)
+    size = sum(float(c.sizes[-1]) for c in curves if c is not None)
     return size + sum(m * n for mlp in mlps for m, n in mlp.shapes)
 
 
@@ -69,11 +70,11 @@ def outcome(curves, mlps, widths, ranks):
 
 def least_loss(curves, mlps, budget):
     """The least twice the loss of all choices of width and rank within the budget, by trying them all."""
-    fronts = [list(zip(c.tails.tolist(), c.parameters.tolist(), strict=True)) for c in curves if c is not None]
+    fronts = [list(zip(c.tails.tolist(), c.sizes.tolist(), strict=True)) for c in curves if c is not None]
     for mlp in mlps:
         front = []
         for width in range(1, mlp.neurons + 1):
-            options = [list(zip(c.tails.tolist(), c.parameters.tolist(), strict=True)) for c in mlp.curves_at(width)]
+            options = [list(zip(c.tails.tolist(), c.sizes.tolist(), strict=True)) for c in mlp.curves_at(width)]
             front += [
                 (mlp.loss(width) + sum(t for t, _ in choice), sum(p for _, p in choice))
                 for choice in itertools.product(*map(pareto, options))
@@ -115,11 +116,11 @@ def steps(curves, mlps, widths, ranks):
     """What every single step that lowers a tail, or gives back a neuron, would store more."""
     for curve, rank in zip(curves, ranks, strict=True):
         if curve is not None:
-            yield from (curve.parameters[rank:] - curve.parameters[rank - 1]).tolist()
+            yield from (curve.sizes[rank:] - curve.sizes[rank - 1]).tolist()
     for mlp, width in zip(mlps, widths, strict=True):
         own = [ranks[member] for member in mlp.members]
         for curve, rank in zip(mlp.curves_at(width), own, strict=True):
-            yield from (curve.parameters[rank:] - curve.parameters[rank - 1]).tolist()
+            yield from (curve.sizes[rank:] - curve.sizes[rank - 1]).tolist()
         if width < mlp.neurons:
             wider = mlp.ranks_at(width + 1, width, own)
             yield spent_by(wider, mlp.curves_at(width + 1)) - spent_by(own, mlp.curves_at(width))
@@ -148,7 +149,9 @@ def test_budget_is_spent(ranked, fused, share):
 def test_widths_and_ranks_are_multiples_or_full(multiple, ranked, share):
     curves, mlps = model(layers=4, n=150, hidden=48, ranked=ranked)  # the full width is not a multiple
     if ranked:
-        curves = [c and RankCurve(c.tails, parameters_by_rank((48, 48), "pivoted", Allowed(multiple))) for c in curves]
+        curves = [
+            c and RankCurve(c.tails, sizes_by_rank((48, 48), Storage("pivoted"), Allowed(multiple))) for c in curves
+        ]
     mlps = [dataclasses.replace(mlp, allowed=Allowed(multiple), _known={}) for mlp in mlps]
     budget = int(share * whole(curves, mlps))
     widths, ranks = loss_widths_and_ranks(curves, mlps, budget)
@@ -190,9 +193,9 @@ def test_a_full_budget_removes_nothing(ranked):
 @pytest.mark.parametrize("share", [0.5, 0.9, 1.0])
 def test_where_nothing_adds_loss_the_budget_is_spread_evenly(ranked, share):
     curves, mlps = model(layers=2, n=64, hidden=16, ranked=ranked)
-    curves = [c and RankCurve(c.tails.where(c.tails.isinf(), 0), c.parameters) for c in curves]
+    curves = [c and RankCurve(c.tails.where(c.tails.isinf(), 0), c.sizes) for c in curves]
     silent = [torch.zeros_like(spectra) for spectra in mlps[0].spectra]
-    mlps = [MlpCurves(m.members, m.shapes, 1, 0 * m.removal, m.widths, tuple(silent), "pivoted", ranked) for m in mlps]
+    mlps = [MlpCurves(m.members, m.shapes, 1, 0 * m.removal, m.widths, tuple(silent), m.storages, ranked) for m in mlps]
     budget = int(share * whole(curves, mlps))
     widths, ranks = loss_widths_and_ranks(curves, mlps, budget)
     assert 0.96 * budget <= outcome(curves, mlps, widths, ranks)[1] <= budget
@@ -202,7 +205,7 @@ def test_where_nothing_adds_loss_the_budget_is_spread_evenly(ranked, share):
 def test_both_moves_are_better_than_either():
     curves, mlps = model(layers=3, n=64, hidden=24, seed=5)
     alone_curves, alone = model(layers=3, n=64, hidden=24, seed=5, ranked=False)
-    full = [MlpCurves(m.members, m.shapes, m.fused, m.removal * 1e9, m.widths, m.spectra, m.form) for m in mlps]
+    full = [MlpCurves(m.members, m.shapes, m.fused, m.removal * 1e9, m.widths, m.spectra, m.storages) for m in mlps]
     for share in (0.5, 0.7, 0.9):
         budget = int(share * whole(curves, mlps))
         both = outcome(curves, mlps, *loss_widths_and_ranks(curves, mlps, budget))[0]
@@ -215,7 +218,9 @@ def test_both_moves_are_better_than_either():
 def test_dead_neurons_are_removed_first():
     curves, mlps = model(layers=2, n=64, hidden=16, ranked=False)
     dead = torch.cat([torch.zeros(33), torch.arange(1, 33)]).double()
-    mlps[1] = MlpCurves(mlps[1].members, mlps[1].shapes, 1, dead, mlps[1].widths, mlps[1].spectra, "pivoted", False)
+    mlps[1] = MlpCurves(
+        mlps[1].members, mlps[1].shapes, 1, dead, mlps[1].widths, mlps[1].spectra, mlps[1].storages, False
+    )
     budget = int(whole(curves, mlps)) - 32 * 48
     widths, ranks = loss_widths_and_ranks(curves, mlps, budget)
     assert widths == [64, 32] and outcome(curves, mlps, widths, ranks) == (0, budget)

@@ -32,12 +32,13 @@ SIDE_FILES = (
 )
 
 
-def output_path(save_model: str, target: float, several: bool) -> Path:
-    """OUT, or with several targets OUT with the ratio in its name: OUT_80p, X_80p.pt."""
+def output_path(save_model: str, target: float, budget: str | None) -> Path:
+    """OUT, or OUT with percent and budget in its name (None: one target): OUT_80p, X_80p.pt, OUT_40b of bytes."""
     path = Path(save_model)
-    if not several:
+    if not budget:
         return path
-    return path.with_name(f"{path.stem if is_pt(path) else path.name}_{100 * target:g}p{'.pt' if is_pt(path) else ''}")
+    stem, suffix = (path.stem, ".pt") if is_pt(path) else (path.name, "")
+    return path.with_name(f"{stem}_{100 * target:g}{budget[0]}{suffix}")
 
 
 def is_pt(path: Path) -> bool:

@@ -22,6 +22,8 @@ from hisvd.updates import UPDATES
 from hisvd.utils.files import check_writable_file, write_json
 from hisvd.whitening_svd import WHITENINGS
 
+TARGET_OPTIONS = {"target_compression": "parameters", "target_bytes": "bytes"}
+
 
 def parse_delta(text: str) -> float | None:
     """The bound of the quality gate as a fraction; None for `none`.
@@ -38,8 +40,8 @@ def parse_delta(text: str) -> float | None:
         ) from None
 
 
-def parse_targets(text: str) -> list[float]:
-    """The comma-separated targets, each in (0, 1].
+def parse_targets(option: str, text: str) -> list[float]:
+    """The comma-separated targets that an option names, each in (0, 1].
 
     Raises:
         HiSVDError: one is not a number or is out of range.
@@ -47,16 +49,35 @@ def parse_targets(text: str) -> list[float]:
     try:
         targets = [float(part) for part in text.split(",")]
     except ValueError:
+        raise HiSVDError(f"--{option} '{text}' is not a number or a list of numbers such as 0.8,0.6.") from None
+    return checked_targets(targets, option)
+
+
+def budget_from(options: dict[str, Any]) -> list[float]:
+    """The targets of the one option that sets them; `options` gets the budget that it stands for.
+
+    Raises:
+        HiSVDError: none or both are set, or a target is not a share.
+    """
+    given = [name for name in TARGET_OPTIONS if options[name]]
+    if len(given) != 1:
         raise HiSVDError(
-            f"--target_compression '{text}' is not a number or a list of numbers such as 0.8,0.6."
-        ) from None
-    return checked_targets(targets)
+            "Pass either --target_compression (a share of the linear parameters, such as 0.8) or --target_bytes (a "
+            "share of their bytes in 16 bits, such as 0.4)."
+        )
+    options["budget"] = TARGET_OPTIONS[given[0]]
+    return parse_targets(given[0], options[given[0]])
 
 
 @click.command()
 @click.option("--model_path", help="The folder or Hub id that was calibrated.  [required unless --plan_only]")
 @click.option("--calib_cache", required=True, help="Cache folder of calibrate.py (X or X.pkl).")
-@click.option("--target_compression", required=True, help="Share of the linear weights to keep: 0.8, or 0.8,0.6,…")
+@click.option("--target_compression", help="Share of the linear weights to keep: 0.8, or 0.8,0.6,…")
+@click.option(
+    "--target_bytes",
+    help="Instead: share of the bytes that the linear weights take in 16 bits, such as 0.4; besides ranks and widths, "
+    "16 bits, int8 or int4 are chosen for every linear.",
+)
 @click.option("--rank_method", type=click.Choice(list(RANK_METRICS)), default="stable", show_default=True)
 @click.option("--alpha", default=1.0, show_default=True, help="Stage 1: exponent of the rank density; 0 is uniform.")
 @click.option("--modulation", type=click.Choice(list(MODULATIONS)), default="logarithmic", show_default=True)
@@ -161,7 +182,7 @@ def main(context: click.Context, **options: Any) -> None:
     for name in () if options["plan_only"] else ("model_path", "save_model"):
         if not options[name]:
             raise click.MissingParameter(ctx=context, param_hint=f"--{name}", param_type="option")
-    targets = parse_targets(options["target_compression"])
+    targets = budget_from(options)
     options["quality_gate_delta"] = parse_delta(options["quality_gate_delta"])
     settings, json_path = settings_from(options, CompressionSettings), options["json_path"]
     if json_path:
