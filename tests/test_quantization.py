@@ -12,11 +12,14 @@ from test_rounding import correlated_inputs, normal
 from transformers import AutoModelForCausalLM
 
 import hisvd
+from hisvd.component.coded_linears import CODED_LINEARS
 from hisvd.component.quantized_linear import QuantizedLinear
 from hisvd.component.torchao_linears import tinygemm_operands
 from hisvd.factor_forms import dense_weight, factor_tensors
 from hisvd.integer_codes import INTEGERS, check_codes, dequantize_codes, pack_codes, unpack_codes
 from hisvd.quantization import fit_codes, integer_entries, mixed
+from hisvd.utils.model_utils import open_checkpoint
+from hisvd.utils.streaming import StreamedModel
 
 QUICK = ("--update", "none")
 
@@ -160,6 +163,15 @@ def test_sizes_are_those_of_the_files(chain, tmp_path):
             assert sum(t.nbytes for t in codes) == pytest.approx(numbers * (1 if name == "int8" else 0.5), rel=0.02)
     assert reports["int8"]["model_numbers_after"] == reports["plain"]["model_numbers_after"]
     assert reports["int4"]["model_numbers_after"] == reports["plain"]["model_numbers_after"]
+
+
+@pytest.mark.parametrize("codes", [("--linear_dtype", "int8"), ("--export", "int6", "--quality_gate_delta", "none")])
+def test_scales_keep_their_dtype_layer_by_layer(chain, codes):
+    folder = chain("llama", "0.8", "out", *QUICK, *codes)
+    checkpoint = open_checkpoint(str(folder), compressed_too=True)
+    streamed = StreamedModel(checkpoint, 1, torch.device("cpu"), torch.bfloat16)
+    module = next(m for m in streamed.layer(0).modules() if isinstance(m, CODED_LINEARS))
+    assert {t.dtype for t in module.buffers() if t.is_floating_point()} == {torch.float32}
 
 
 def test_bf16_rounds_linears_alone(chain, model_folders):

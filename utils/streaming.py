@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hisvd.component.adapter import Adapter
+from hisvd.component.coded_linears import CODED_LINEARS, SCALES
 from hisvd.component.families import adapter_for
 from hisvd.component.int6_linear import FEW_TOKENS
 from hisvd.errors import HiSVDError
@@ -102,11 +103,13 @@ class StreamedModel:
     def _load_weights(self, module: nn.Module, names: dict[str, str]) -> None:
         """Fill meta parameters of `module` in place; `names` maps each to its tensor in the checkpoint."""
         tensors = self.checkpoint.read(names.values())
-        weights = {
-            # Permutations and INT6 codes are integers.
-            name: tensors[stored].to(self.device, self.dtype if tensors[stored].is_floating_point() else None)
-            for name, stored in names.items()
-        }
+        # Their scales are part of a format, as permutations are integers.
+        coded = {name for name, part in module.named_modules() if isinstance(part, CODED_LINEARS)}
+        weights = {}
+        for name, stored in names.items():
+            fixed = name.endswith(SCALES) and name.rpartition(".")[0] in coded
+            cast = tensors[stored].is_floating_point() and not fixed
+            weights[name] = tensors[stored].to(self.device, self.dtype if cast else None)
         module.load_state_dict(weights, strict=False, assign=True)
         module.requires_grad_(False)
 
