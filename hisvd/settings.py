@@ -24,6 +24,9 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 SAMPLINGS = ("random", "first")
 INT6_MODES = ("calibrated", "magnitude")
 BUDGETS = ("parameters", "bytes")
+# Rows of so many 16-bit numbers are what the kernels of GPUs and CPUs are made for (cuBLAS: 16 bytes); linears whose
+# smaller side is below the second number would lose too many choices.
+ALIGNED, SMALLEST_ALIGNED = 8, 128
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,8 @@ class CompressionSettings:
         update: "sequential" fits every layer to what the compressed layers below it deliver; "none" decomposes each
             matrix once for all targets, which is much quicker (UPDATES). Default: "sequential".
         rank_multiple: Ranks, and widths of MLPs that lose neurons, are multiples of this, as kernels and quantizers
-            like them; with allocation "loss". Default: 1.
+            like them; with allocation "loss". None (the default): 8 with that allocation, where every linear has at
+            least 128 inputs and outputs, else 1.
         min_saving: A linear is factored only where that saves at least this share of its parameters, since the second
             product and the permutation take time too; with allocation "loss". Default: 0.0.
         width_multiple: "plain" export: the common width of the MLPs is a multiple of this. Default: 64.
@@ -157,7 +161,7 @@ class CompressionSettings:
     factors: str = "pivoted"
     moves: str | None = None
     update: str = "sequential"
-    rank_multiple: int = 1
+    rank_multiple: int | None = None
     min_saving: float = 0.0
     width_multiple: int = 64
     linear_dtype: str | None = None
@@ -211,7 +215,8 @@ class CompressionSettings:
 
     @property
     def allowed_ranks(self) -> Allowed:
-        """The ranks that the loss allocation may choose."""
+        """The ranks that the loss allocation may choose; the settings are resolved."""
+        assert self.rank_multiple is not None
         return Allowed(self.rank_multiple, self.min_saving)
 
     @property
@@ -238,12 +243,14 @@ class CompressionSettings:
         allocation = self.allocation or ("loss" if cache.has_gradients else "hisvd")
         whitening = self.whitening or ("two_sided" if cache.has_gradients else "input")
         for name, value, default in (("rank_multiple", self.rank_multiple, 1), ("min_saving", self.min_saving, 0)):
-            if value > default and allocation != "loss":
+            if value and value > default and allocation != "loss":
                 raise HiSVDError(f"--{name} {value} needs --allocation loss, not {allocation}; change one of them.")
+        large = allocation == "loss" and all(s.full_rank >= SMALLEST_ALIGNED for s in cache.sublayers)
+        multiple = self.rank_multiple or (ALIGNED if large else 1)
         if self.budget == "bytes":
             self._check_bytes(cache, allocation, whitening)
         moves = self._moves(cache, allocation, whitening)
-        return replace(self, allocation=allocation, whitening=whitening, moves=moves)
+        return replace(self, allocation=allocation, whitening=whitening, moves=moves, rank_multiple=multiple)
 
     def _check_bytes(self, cache: CalibrationCache, allocation: str, whitening: str) -> None:
         """Refuse what does not go with a budget in bytes.

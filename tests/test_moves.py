@@ -8,6 +8,7 @@ import pytest
 from conftest import calibrate_arguments, expect_sentence, run
 
 import hisvd
+from hisvd import settings
 from hisvd.calibration_cache import read_cache
 
 
@@ -107,6 +108,15 @@ def test_rank_multiple(caches, moves):
         assert sum(plan.parameters_of(s) for s in cache.sublayers) <= plan.target * sum(s.size for s in cache.sublayers)
 
 
+def test_ranks_of_large_linears_are_aligned_by_default(caches, monkeypatch):
+    cache, unset = read_cache(caches["llama"]), hisvd.CompressionSettings()
+    assert unset.resolved(cache).rank_multiple == 1
+    monkeypatch.setattr(settings, "SMALLEST_ALIGNED", min(s.full_rank for s in cache.sublayers))
+    assert unset.resolved(cache).rank_multiple == 8
+    assert hisvd.CompressionSettings(rank_multiple=1).resolved(cache).rank_multiple == 1
+    assert hisvd.CompressionSettings(allocation="hisvd").resolved(cache).rank_multiple == 1
+
+
 @pytest.mark.parametrize("moves", ["both", "low_rank"])
 def test_min_saving(caches, moves):
     cache = read_cache(caches["llama"])
@@ -169,6 +179,7 @@ def test_the_loss_that_a_plan_estimates_is_less_with_both_moves(caches):
     from hisvd.allocations import RankProblem
     from hisvd.moves import mlp_curves
     from hisvd.rank_allocation import tails_of
+    from hisvd.shape_utils import Storage
 
     cache, losses = read_cache(caches["llama"]), {}
     for moves in ("both", "low_rank", "neurons"):
@@ -176,7 +187,7 @@ def test_the_loss_that_a_plan_estimates_is_less_with_both_moves(caches):
         problem, (plan,) = RankProblem(cache, settings), hisvd.plan(cache, 0.6, settings)
         spectra = dict(zip(problem.sublayers, problem.singular_values("two_sided_singular_values"), strict=True))
         total, members = 0.0, set()
-        for mlp in mlp_curves(problem, ranked=True):
+        for mlp in mlp_curves(problem, ranked=True, chosen=[Storage("pivoted")] * len(problem.sublayers)):
             own = [problem.sublayers[member] for member in mlp.members]
             members |= set(own)
             width = plan.shape(own[-1])[1]

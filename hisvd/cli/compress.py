@@ -139,9 +139,9 @@ def budget_from(options: dict[str, Any]) -> list[float]:
 )
 @click.option(
     "--rank_multiple",
-    default=1,
-    show_default=True,
-    help="Ranks, and widths of narrower MLPs, are multiples of this, as kernels and quantizers like them.",
+    type=int,
+    help="Ranks, and widths of narrower MLPs, are multiples of this, as kernels and quantizers like them.  "
+    "[default: 8 with the loss allocation, where every linear has at least 128 inputs and outputs, else 1]",
 )
 @click.option(
     "--min_saving",
