@@ -176,6 +176,22 @@ def test_budget_is_met_in_the_saved_file(chain):
     assert json.loads((out / "hisvd.json").read_text())["linear_numbers_after"] == after
 
 
+@pytest.mark.parametrize("family", ["gpt2", "opt", "phi3", "mixtral", "generic (falcon)"])
+def test_a_budget_of_bytes_is_met_in_the_file_and_the_model_loads(calibrated, tmp_path, family):
+    folder, cache = calibrated(family)
+    where = ["--model_path", folder, "--calib_cache", cache, "--save_model", tmp_path / "out", "--update", "none"]
+    assert run("compress", *where, "--target_bytes", 0.4).code == 0
+    report = json.loads((tmp_path / "out" / "hisvd.json").read_text())
+    names = [open_checkpoint(str(folder)).stored_name(row["name"] + ".weight")[:-6] for row in report["sublayers"]]
+    stored = {n: t for n, t in saved_tensors(tmp_path / "out").items() if n.startswith(tuple(names))}
+    size = sum(t.nbytes for n, t in stored.items() if not n.endswith("bias"))
+    assert size == report["linear_bytes_after"] <= 0.4 * report["linear_bytes_before"]
+    model = hisvd.load(tmp_path / "out")
+    with torch.no_grad():
+        logits, exact = model(IDS).logits, hisvd.load(folder)(IDS).logits
+    assert (logits - exact).norm() < exact.norm()
+
+
 def test_compressed_model_is_close_and_generates_with_cache(chain):
     _, folder, _, out = chain
     model, dense = hisvd.load(out), hisvd.load(folder)
