@@ -3,11 +3,10 @@
 import torch
 from torch import nn
 
-from hisvd.component.quantized_linear import QuantizedLinear
+from hisvd.component.quantized_linear import GROUP, QuantizedLinear, int4_operands
 from hisvd.errors import HiSVDError
-from hisvd.integer_codes import unpack_codes
 
-GROUP, ROWS, COLUMNS = 32, 8, 1024  # columns that share a scale; the kernel takes multiples of ROWS and COLUMNS
+ROWS, COLUMNS = 8, 1024  # the kernel for GPUs takes multiples of these
 
 
 def to_torchao(model: nn.Module) -> nn.Module:
@@ -46,17 +45,6 @@ def _torchao_weight(module: QuantizedLinear, dtype: torch.dtype) -> torch.Tensor
         return Int8Tensor(module.codes, module.weight_scale, [1, module.in_features], dtype)
     if module.codes.device.type != "cuda":
         raise HiSVDError("torchao's int4 kernel needs a CUDA device; move the model there first, or use it as it is.")
-    codes, scales = tinygemm_operands(module)
+    codes, scales = int4_operands(module, ROWS, COLUMNS)
     packed = torch.ops.aten._convert_weight_to_int4pack((codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8), 8)
     return Int4TilePackedTo4dTensor(packed, scales, [1, GROUP], shape)
-
-
-def tinygemm_operands(module: QuantizedLinear) -> tuple[torch.Tensor, torch.Tensor]:
-    """What PyTorch's int4 products take for an int4 module, padded: int32 codes from 0 to 15 (m, n), and (n / 32, m, 2)
-    of scales and zero points. The weight is (code - 8) · scale + zero point.
-    """
-    codes, scales = unpack_codes(module.codes, module.in_features), module.weight_scale
-    codes = nn.functional.pad(codes, (0, -codes.shape[1] % COLUMNS, 0, -codes.shape[0] % ROWS)).int() + 8
-    missing = (0, codes.shape[1] // GROUP - scales.shape[1], 0, len(codes) - len(scales))
-    scales = nn.functional.pad(scales, missing)
-    return codes, torch.stack([scales, torch.zeros_like(scales)], dim=-1).transpose(0, 1).contiguous()

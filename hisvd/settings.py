@@ -24,9 +24,9 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 SAMPLINGS = ("random", "first")
 INT6_MODES = ("calibrated", "magnitude")
 BUDGETS = ("parameters", "bytes")
-# Rows of so many 16-bit numbers are what the kernels of GPUs and CPUs are made for (cuBLAS: 16 bytes); linears whose
-# smaller side is below the second number would lose too many choices.
-ALIGNED, SMALLEST_ALIGNED = 8, 128
+# Rows of so many 16-bit numbers are what the kernels of GPUs and CPUs are made for (cuBLAS: 16 bytes), and of so many
+# codes; linears whose smaller side is below the last number would lose too many choices.
+ALIGNED, ALIGNED_CODES, SMALLEST_ALIGNED = 8, 32, 128
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class CompressionSettings:
             matrix once for all targets, which is much quicker (UPDATES). Default: "sequential".
         rank_multiple: Ranks, and widths of MLPs that lose neurons, are multiples of this, as kernels and quantizers
             like them; with allocation "loss". None (the default): 8 with that allocation, where every linear has at
-            least 128 inputs and outputs, else 1.
+            least 128 inputs and outputs (32 with weights in integers), else 1.
         min_saving: A linear is factored only where that saves at least this share of its parameters, since the second
             product and the permutation take time too; with allocation "loss". Default: 0.0.
         width_multiple: "plain" export: the common width of the MLPs is a multiple of this. Default: 64.
@@ -246,7 +246,8 @@ class CompressionSettings:
             if value and value > default and allocation != "loss":
                 raise HiSVDError(f"--{name} {value} needs --allocation loss, not {allocation}; change one of them.")
         large = allocation == "loss" and all(s.full_rank >= SMALLEST_ALIGNED for s in cache.sublayers)
-        multiple = self.rank_multiple or (ALIGNED if large else 1)
+        coded = self.budget == "bytes" or self.linear_dtype in INTEGERS
+        multiple = self.rank_multiple or ((ALIGNED_CODES if coded else ALIGNED) if large else 1)
         if self.budget == "bytes":
             self._check_bytes(cache, allocation, whitening)
         moves = self._moves(cache, allocation, whitening)

@@ -113,6 +113,7 @@ def test_ranks_of_large_linears_are_aligned_by_default(caches, monkeypatch):
     assert unset.resolved(cache).rank_multiple == 1
     monkeypatch.setattr(settings, "SMALLEST_ALIGNED", min(s.full_rank for s in cache.sublayers))
     assert unset.resolved(cache).rank_multiple == 8
+    assert hisvd.CompressionSettings(budget="bytes").resolved(cache).rank_multiple == 32
     assert hisvd.CompressionSettings(rank_multiple=1).resolved(cache).rank_multiple == 1
     assert hisvd.CompressionSettings(allocation="hisvd").resolved(cache).rank_multiple == 1
 

@@ -13,8 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import hisvd
 from hisvd.component.coded_linears import CODED_LINEARS
-from hisvd.component.quantized_linear import QuantizedLinear
-from hisvd.component.torchao_linears import tinygemm_operands
+from hisvd.component.quantized_linear import QuantizedLinear, int4_operands
 from hisvd.factor_forms import dense_weight, factor_tensors
 from hisvd.integer_codes import INTEGERS, check_codes, dequantize_codes, pack_codes, unpack_codes
 from hisvd.quantization import fit_codes, integer_entries, mixed
@@ -212,18 +211,41 @@ def test_bad_combinations(caches, model_folders, tmp_path, options, fragment):
 
 @pytest.mark.parametrize("shape", [(8, 64), (13, 100)])
 def test_operands_for_the_int4_kernel_make_the_same_weight(shape):
-    """Multiplied by the kernel for CPUs, which takes what the one for GPUs takes before it is packed."""
+    """Those for GPUs: multiplied by the kernel for CPUs, which takes them before they are packed."""
     rows, columns = shape
     module = QuantizedLinear(columns, rows, "int4", bias=False)
     module.load_state_dict(integer_entries({"weight": normal(*shape).float()}, torch.eye(columns), "int4"))
-    codes, scales = tinygemm_operands(module)
+    codes, scales = int4_operands(module, 16, 1024)
     x = normal(3, columns).float()
     wide = torch.nn.functional.pad(x, (0, codes.shape[1] - columns))
-    # The kernel for CPUs takes 16 rows at least.
-    codes, scales = torch.cat([codes, codes]), torch.cat([scales, scales], dim=1)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
     y = torch.ops.aten._weight_int4pack_mm_for_cpu(wide, packed, 32, scales.float())
     torch.testing.assert_close(y[:, :rows], module(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (13, 40), (13, 96), (64, 128)])
+@pytest.mark.parametrize("name", INTEGERS)
+def test_a_few_tokens_are_multiplied_by_the_codes(name, shape, monkeypatch):
+    rows, columns = shape
+    used = []
+    product = QuantizedLinear._few_token_product
+    monkeypatch.setattr(
+        QuantizedLinear, "_few_token_product", lambda self, x: (used.append(len(x)), product(self, x))[1]
+    )
+    module = QuantizedLinear(columns, rows, name, bias=True).bfloat16()
+    for seed in range(2):  # what was packed for the first weight is not used for the second
+        entries = integer_entries({"weight": normal(rows, columns, seed=seed)}, torch.eye(columns), name)
+        module.load_state_dict(entries | {"bias": normal(rows).bfloat16()}, assign=True)
+        x = normal(4, 2, columns).bfloat16()
+        used.clear()
+        many, few = module(x), [module(x[:1, :1]), module(x[:1])]
+        assert used == ([1, 2] if columns % 32 == 0 else [])
+        limit = 0.02 * many.abs().max().item()
+        torch.testing.assert_close(few[0], many[:1, :1], rtol=0.02, atol=limit)
+        torch.testing.assert_close(few[1], many[:1], rtol=0.02, atol=limit)
+        x.requires_grad_()
+        module(x[:1]).sum().backward()
+        assert x.grad[:1].abs().sum() > 0
 
 
 def test_torchao_takes_int8(chain):

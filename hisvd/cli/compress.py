@@ -141,7 +141,8 @@ def budget_from(options: dict[str, Any]) -> list[float]:
     "--rank_multiple",
     type=int,
     help="Ranks, and widths of narrower MLPs, are multiples of this, as kernels and quantizers like them.  "
-    "[default: 8 with the loss allocation, where every linear has at least 128 inputs and outputs, else 1]",
+    "[default: with the loss allocation 8, and 32 for weights in integers, where every linear has at least 128 inputs "
+    "and outputs; else 1]",
 )
 @click.option(
     "--min_saving",
