@@ -14,6 +14,7 @@ from hisvd.rare_experts import pool_rare
 from hisvd.utils import distributed
 from hisvd.utils.eval_utils import tokens_at_once
 from hisvd.utils.streaming import Arguments, StreamedModel
+from hisvd.whitening_svd import gram
 
 
 def gradients_at_top(
@@ -78,7 +79,7 @@ class OutputGradientMoments:
         """Add the gradients (..., m) of one batch of `tokens` tokens."""
         for path, gradient in gradients.items():
             rows = gradient.reshape(-1, gradient.shape[-1]).float()
-            self.moments[path] += rows.T @ rows
+            self.moments[path] += gram(rows)
             self.tokens_at[path] += rows.shape[0]
         self.tokens += tokens
 

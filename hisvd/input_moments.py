@@ -10,6 +10,7 @@ from hisvd.component.adapter import Adapter
 from hisvd.errors import HiSVDError
 from hisvd.rare_experts import pool_rare
 from hisvd.utils import distributed
+from hisvd.whitening_svd import gram
 
 
 class InputMoments:
@@ -63,7 +64,7 @@ class InputMoments:
             if group not in self.moments:
                 self._start(group, x)
             rows = x.reshape(-1, x.shape[-1]).float()
-            self.moments[group] += rows.T @ rows
+            self.moments[group] += gram(rows)
             self.tokens[group] += rows.shape[0]
             if group in self.sums:
                 self.sums[group] += rows.sum(0)

@@ -30,7 +30,7 @@ from hisvd.utils.activation_files import AGAIN, ActivationPair, is_reusable
 from hisvd.utils.data_utils import default_batch_size
 from hisvd.utils.progress import progress_bar
 from hisvd.utils.streaming import Arguments, StreamedModel
-from hisvd.whitening_svd import cholesky_root
+from hisvd.whitening_svd import cholesky_root, gram
 
 MU = 0.5  # fraction of the way to the original outputs
 GAMMA = 0.5  # fraction of the residual stream's error that is corrected
@@ -253,7 +253,7 @@ class SequentialUpdate:
                         name: x.new_zeros(a.shape[1], x_c.shape[1], dtype=torch.float64) for name, a in left.items()
                     }
                 for name, a in left.items():
-                    sums[target][name] += a.T @ x_c
+                    sums[target][name] += gram(x_c) if a is x_c else a.T @ x_c
         tokens = int(distributed.total(torch.tensor(tokens)))
         return {
             target: UpdateMoments(**{name: distributed.total(m).div_(tokens) for name, m in moments.items()})

@@ -17,6 +17,7 @@ F_DAMPING = 1e-2  # the same for F, which is inverted
 # The least that is added, for a moment that is zero: in float64 its root can be inverted and its square is not 0, so
 # such a moment weights all directions equally; in float32 it is 0, so what it weights does not count beside the others.
 SMALLEST = 1e-100
+SMALLEST_BLOCK = 384  # columns up to which `gram` is one product
 VANISHING = 1e-20  # the largest entry of F's root below which factors as large as its inverse could not be stored
 
 
@@ -73,6 +74,16 @@ class PartOfMoment(NamedTuple):
         return torch.linalg.solve_triangular(root.T, left, upper=True), root @ left
 
 
+def gram(x: torch.Tensor) -> torch.Tensor:
+    """Xᵀ X (n, n) for X (t, n), in its dtype: every product of two column blocks once, 9/16 of the work of X.T @ X."""
+    n = x.shape[1]
+    if n <= SMALLEST_BLOCK:
+        return x.T @ x
+    first, second = x[:, : n // 2], x[:, n // 2 :]
+    across = first.T @ second
+    return torch.cat([torch.cat([gram(first), across], 1), torch.cat([across.T, gram(second)], 1)])
+
+
 def damped(eigenvalues: torch.Tensor, eigenvectors: torch.Tensor, damping: float) -> SecondMoment:
     """Add damping · mean diagonal entry · I, SMALLEST at least; eigenvalues that rounding left below 0 count as 0."""
     values = eigenvalues.double().clamp_min(0)
@@ -115,13 +126,12 @@ def singular_values(matrix: torch.Tensor) -> torch.Tensor:
     From the eigenvalues of the smaller Gram matrix in float64: accurate to 1e-8 of the largest.
     """
     matrix = matrix.double()
-    gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
-    return values_of_gram(gram)
+    return values_of_gram(gram(matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix))
 
 
-def values_of_gram(gram: torch.Tensor) -> torch.Tensor:
-    """The singular values (n,) of a matrix whose Gram matrix, from either side, is `gram` (n, n) in float64."""
-    return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0).sqrt()
+def values_of_gram(product: torch.Tensor) -> torch.Tensor:
+    """The singular values (n,) of a matrix whose Gram matrix, from either side, is `product` (n, n) in float64."""
+    return torch.linalg.eigvalsh(product).flip(0).clamp_min(0).sqrt()
 
 
 def left_singular_vectors(matrix: torch.Tensor, count: int | None = None) -> torch.Tensor:
@@ -133,8 +143,8 @@ def left_singular_vectors(matrix: torch.Tensor, count: int | None = None) -> tor
     """
     matrix = matrix.double()
     if matrix.shape[0] <= matrix.shape[1]:
-        return torch.linalg.eigh(matrix @ matrix.T).eigenvectors.flip(1)[:, :count]
-    right = torch.linalg.eigh(matrix.T @ matrix).eigenvectors.flip(1)[:, :count]
+        return torch.linalg.eigh(gram(matrix.T)).eigenvectors.flip(1)[:, :count]
+    right = torch.linalg.eigh(gram(matrix)).eigenvectors.flip(1)[:, :count]
     return torch.linalg.qr(matrix @ right).Q
 
 

@@ -26,6 +26,7 @@ from hisvd.whitening_svd import (
     H_DAMPING,
     cholesky_root,
     damped,
+    gram,
     left_singular_vectors,
     low_rank_factors,
     singular_values,
@@ -332,3 +333,12 @@ def test_packing_picks_rows_of_the_product_with_coefficients_of_about_one():
     rows = torch.argsort(permutation)[:40]
     torch.testing.assert_close(base, (left @ right)[rows])
     assert coefficients.abs().max() <= 1.05
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (3, 400), (50, 1001)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gram_is_the_product(shape, dtype):
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    product = gram(x)
+    assert product.dtype == dtype
+    torch.testing.assert_close(product, x.T @ x, rtol=1e-5, atol=1e-4)
