@@ -27,7 +27,7 @@ from hisvd.utils.data_utils import (
     tokenize,
 )
 from hisvd.utils.files import check_disk, make_folder
-from hisvd.utils.load_utils import check_layer_count
+from hisvd.utils.load_utils import check_tensors
 from hisvd.utils.model_utils import (
     Checkpoint,
     check_calibratable,
@@ -63,7 +63,7 @@ def calibrate(
         The finished cache, for `hisvd.plan` and `hisvd.compress`, which take its folder as well.
 
     Raises:
-        HiSVDError: the model, text or tokenizer cannot be used, or the model's files hold more layers than its
+        HiSVDError: the model, text or tokenizer cannot be used, or the model's tensors are not those of its
             configuration; the folder holds something else or a cache of other settings; the disk is too small; weights,
             activations or gradients are not finite.
 
@@ -99,7 +99,7 @@ def calibrate(
     if not cache.complete:
         batch_size = settings.batch_size or default_batch_size(settings.seqlen)
         streamed = StreamedModel(checkpoint, batch_size, device, dtype, 1e9 * resources.activation_budget_gb)
-        check_layer_count(checkpoint, streamed.skeleton, streamed.adapter.layers)
+        check_tensors(checkpoint, streamed.skeleton)
         if distributed.is_first():
             shapes = shapes_of(streamed.skeleton)
             needed = cache_bytes(shapes, settings.gradients) + activation_bytes(shapes, sizes)

@@ -34,7 +34,7 @@ from hisvd.utils.eval_utils import (
     window_length,
 )
 from hisvd.utils.files import make_folder
-from hisvd.utils.load_utils import bytes_in_memory, check_layer_count, config_of, load, tokenizer_of
+from hisvd.utils.load_utils import bytes_in_memory, check_tensors, config_of, load, tokenizer_of
 from hisvd.utils.model_utils import local_folder, open_checkpoint, resolve_device, resolve_dtype, stored_dtype
 from hisvd.utils.progress import progress_shown
 from hisvd.utils.save_utils import saved_report
@@ -293,13 +293,13 @@ def streamed_model(model: str, device: torch.device, dtype: str, seqlen: int) ->
     """The model to be run with one decoder layer in memory at a time.
 
     Raises:
-        HiSVDError: it is not a folder with safetensors, or the files hold more layers than its configuration.
+        HiSVDError: it is not a folder with safetensors, or its tensors are not those of its configuration.
     """
     checkpoint = open_checkpoint(model, compressed_too=True)
     stored = stored_dtype(checkpoint.config)
     compute = resolve_dtype(dtype, device, stored) or stored
     streamed = StreamedModel(checkpoint, default_batch_size(seqlen), device, compute)
-    check_layer_count(checkpoint, streamed.skeleton, streamed.adapter.layers)
+    check_tensors(checkpoint, streamed.skeleton)
     return streamed
 
 

@@ -107,38 +107,48 @@ def check_all_loaded(info: dict[str, Any], source: str) -> None:
     """
     misshapen = [f"{name} {tuple(found)} instead of {tuple(due)}" for name, found, due in info["mismatched_keys"]]
     surplus = [name for name in info["unexpected_keys"] if not FORMER_BUFFERS.search(name)]
-    faults = {"missing": info["missing_keys"], "of the wrong shape": misshapen, "not part of the model": surplus}
+    refuse_tensors(info["missing_keys"], misshapen, surplus, source)
+
+
+def check_tensors(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+    """Refuse a checkpoint whose tensors are not those of `model` (see empty_model), judging by the files' headers.
+
+    Tied weights and buffers that the model computes may be missing; buffers that no model reads any more, and what the
+    family ignores, may be left over.
+
+    Raises:
+        HiSVDError: tensors are missing, misshapen, integers in place of weights, or left over.
+    """
+    names, entries = checkpoint.stored_names, checkpoint.entries()
+    expected, tied = model.state_dict(keep_vars=True), getattr(model, "all_tied_weights_keys", {})
+    missing = [n for n, t in expected.items() if n not in names and t.is_meta and n not in tied]
+    misshapen = []
+    for name in expected.keys() & names.keys():
+        entry, due = entries[names[name]], list(expected[name].shape)
+        if names[name] in checkpoint.transposed:
+            due.reverse()
+        if entry["shape"] != due:
+            misshapen.append(f"{name} {tuple(entry['shape'])} instead of {tuple(due)}")
+        elif isinstance(expected[name], nn.Parameter) and entry["dtype"] not in FLOATING_POINT:
+            misshapen.append(f"{name} {entry['dtype']} instead of floating-point numbers")
+    read = {names[name] for name in expected.keys() & names.keys()}
+    ignored = [FORMER_BUFFERS, *map(re.compile, model._keys_to_ignore_on_load_unexpected or ())]
+    surplus = [n for n in entries.keys() - read if not any(pattern.search(n) for pattern in ignored)]
+    refuse_tensors(missing, misshapen, surplus, str(checkpoint.folder))
+
+
+def refuse_tensors(missing: Collection[str], misshapen: Collection[str], surplus: Collection[str], source: str) -> None:
+    """Refuse the model in `source` unless all three, names of tensors with what is wrong about them, are empty.
+
+    Raises:
+        HiSVDError: one is not.
+    """
+    faults = {"missing": missing, "of the wrong shape": misshapen, "not part of the model": surplus}
     described = [f"{fault}: {first_few(names)}" for fault, names in faults.items() if names]
     if described:
         raise HiSVDError(
             f"The tensors in {source} are not those that its config.json describes ({'; '.join(described)}): the files "
             "are damaged or belong to another model; download or create them again."
-        )
-
-
-def check_layer_count(checkpoint: Checkpoint, model: PreTrainedModel, layers: str) -> None:
-    """Refuse a checkpoint with decoder layers missing from its config.json: they would be skipped silently.
-
-    `model` is the model without weights, `layers` the path of the decoder layers in it.
-
-    Raises:
-        HiSVDError: it has some.
-    """
-    decoder = model.get_submodule(layers)
-    assert isinstance(decoder, nn.ModuleList)
-    count = len(decoder)
-    first = next(name for name in model.state_dict() if name.startswith(f"{layers}.0."))
-    numbered = re.compile(rf"{re.escape(checkpoint.stored_name(first).partition('.0.')[0])}\.(\d+)\.")
-    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
-    surplus = [
-        name
-        for name in checkpoint.files
-        if (found := numbered.match(name)) and int(found[1]) >= count and not any(i.search(name) for i in ignored)
-    ]
-    if surplus:
-        raise HiSVDError(
-            f"{checkpoint.folder} holds more decoder layers than the {count} of its config.json "
-            f"({first_few(surplus)}); correct config.json, or download or create the folder again."
         )
 
 

@@ -110,13 +110,13 @@ class Checkpoint:
 
     def count_parameters(self) -> int:
         """Parameters in all tensors of the checkpoint."""
-        return sum(math.prod(entry["shape"]) for entry in self._entries().values())
+        return sum(math.prod(entry["shape"]) for entry in self.entries().values())
 
     def count_bytes(self) -> int:
         """Bytes of the weight files."""
         return sum(path.stat().st_size for path in set(self.files.values()))
 
-    def _entries(self) -> dict[str, dict]:
+    def entries(self) -> dict[str, dict]:
         """The safetensors header entry of every tensor: dtype, shape, file and the byte range in it."""
         entries = {}
         for path in set(self.files.values()):
@@ -134,7 +134,7 @@ class Checkpoint:
         """
         config = {k: v for k, v in self.config.to_dict().items() if k not in COSMETIC_CONFIG_KEYS}
         digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-        for name, entry in sorted(self._entries().items()):
+        for name, entry in sorted(self.entries().items()):
             digest.update(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
             with open(entry["file"], "rb") as file:
                 file.seek(entry["start"] + max(0, (entry["end"] - entry["start"] - 4096) // 2))
