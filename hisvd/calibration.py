@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from hisvd.calibration_cache import AGAIN as CALIBRATE_AGAIN
 from hisvd.calibration_cache import MANIFEST, CalibrationCache, read_cache
 from hisvd.errors import HiSVDError
 from hisvd.estimates import RunSizes, activation_bytes, cache_bytes, shapes_of
@@ -20,6 +21,7 @@ from hisvd.utils.activation_files import AGAIN, ActivationFile, ActivationPair, 
 from hisvd.utils.data_utils import (
     CALIBRATION_SPLIT,
     calibration_tokens,
+    check_vocabulary,
     default_batch_size,
     leading_bos,
     load_text,
@@ -134,7 +136,9 @@ def calibration_text(checkpoint: Checkpoint, settings: CalibrationSettings) -> t
     """
     text = load_text(settings.dataset, CALIBRATION_SPLIT, settings.data_dir)
     tokenizer = load_tokenizer(checkpoint.folder)
-    return calibration_tokens(tokenize(text, tokenizer), settings, leading_bos(checkpoint.config, tokenizer))
+    ids = tokenize(text, tokenizer)
+    check_vocabulary(ids, checkpoint.config, str(checkpoint.folder))
+    return calibration_tokens(ids, settings, leading_bos(checkpoint.config, tokenizer))
 
 
 def open_or_create_cache(cache: CalibrationCache) -> CalibrationCache:
@@ -146,6 +150,11 @@ def open_or_create_cache(cache: CalibrationCache) -> CalibrationCache:
     folder = cache.folder
     if (folder / MANIFEST).exists():
         found = read_cache(folder)
+        if found.num_layers != cache.num_layers:
+            raise HiSVDError(
+                f"{folder / MANIFEST} says that the model has {found.num_layers} decoder layers, not "
+                f"{cache.num_layers}; {CALIBRATE_AGAIN}."
+            )
         for key, value in cache.identity.items():
             if found.identity.get(key) != value:
                 raise HiSVDError(

@@ -110,7 +110,7 @@ def prepared(
     settings = settings.resolved(cache)
     device = resolve_device(resources.device)
     checkpoint = open_checkpoint(str(model))
-    check_same_model(cache, checkpoint.fingerprint(), checkpoint.folder)
+    check_same_model(cache, checkpoint)
     if cache.identity["nsamples"] < distributed.count():
         raise HiSVDError(
             f"{cache.folder} holds {cache.identity['nsamples']} sequences, fewer than the {distributed.count()} "

@@ -12,11 +12,12 @@ from statistics import median
 import torch
 from transformers import PreTrainedModel
 
-from hisvd.errors import HiSVDError
+from hisvd.errors import HiSVDError, naming
 from hisvd.settings import EvaluationSettings, Resources
 from hisvd.utils import distributed
 from hisvd.utils.data_utils import (
     EVALUATION_SPLIT,
+    check_vocabulary,
     default_batch_size,
     evaluation_windows,
     join_documents,
@@ -131,12 +132,13 @@ def evaluate_texts(model: str | Path, texts: Texts, settings: EvaluationSettings
             loaded = streamed_model(path, device, settings.dtype, tokens.seqlen)
             stored, dense = linear_parameters(loaded.skeleton)
             make_folder(Path(settings.offload_folder))
-            with tempfile.TemporaryDirectory(dir=settings.offload_folder) as folder:
+            with tempfile.TemporaryDirectory(dir=settings.offload_folder) as folder, naming(path):
                 ppl = {name: streamed_perplexity(loaded, w, name, Path(folder)) for name, w in windows.items()}
         else:
             loaded = whole_model(path, device, settings.dtype)
             stored, dense = linear_parameters(loaded)
-            ppl = {name: perplexity(loaded, w, name) for name, w in windows.items()}
+            with naming(path):
+                ppl = {name: perplexity(loaded, w, name) for name, w in windows.items()}
             if settings.tasks:
                 measured["tasks"] = task_figures(loaded, tokenizer_of(path), settings.tasks, settings.task_limit)
         report = saved_report(Path(path))
@@ -264,6 +266,8 @@ def tokens_for(model: str, texts: Texts, settings: EvaluationSettings, default_s
     seqlen, bos = window_length(config, settings.seqlen, default_seqlen, model), leading_bos(config, tokenizer)
     protocol = settings.protocol if bos is None else "default"  # otherwise the first window would have two
     ids = {name: tokenize(join_documents(texts[name]), tokenizer, protocol) for name in texts}
+    for found in ids.values():
+        check_vocabulary(found, config, model)
     return TokenizedTexts(ids, seqlen, bos)
 
 

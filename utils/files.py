@@ -13,7 +13,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from hisvd.errors import HiSVDError
+from hisvd.errors import HiSVDError, first_line
+from hisvd.schema import OBJECT, check
 
 
 @contextmanager
@@ -115,3 +116,31 @@ def check_writable_file(path: Path) -> Path:
         raise HiSVDError(f"Cannot write the file {path}: a folder of that name exists; choose another name.")
     make_folder(path.parent)
     return path
+
+
+def check_regular(path: Path) -> Path:
+    """Make sure that `path` is an ordinary file (or a link to one): a pipe or device could be read without an end.
+
+    Raises:
+        HiSVDError: it is something else, or missing.
+    """
+    if not path.is_file():
+        found = "not an ordinary file" if os.path.lexists(path) else "missing"
+        raise HiSVDError(f"Cannot read {path}: it is {found}; put the file there.")
+    return path
+
+
+def read_json(path: Path, schema: Any = OBJECT) -> dict:
+    """The object in a JSON file, checked against `schema` (see hisvd.schema).
+
+    Raises:
+        HiSVDError: the file is missing, is not an ordinary file, or holds anything else.
+    """
+    try:
+        value = json.loads(check_regular(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise HiSVDError(f"Cannot read {path}: {error.strerror}.") from None
+    except (ValueError, RecursionError) as error:
+        raise HiSVDError(f"{path} is not JSON ({first_line(error)}); create it again.") from None
+    check(value, schema, str(path))
+    return value

@@ -22,10 +22,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hisvd.errors import HiSVDError, first_line
+from hisvd.errors import HiSVDError, first_line, naming
+from hisvd.schema import is_plain_name
+from hisvd.utils.config_checks import check_config
 from hisvd.utils.model_utils import (
     SINGLE_NAME,
     Checkpoint,
+    check_size,
     empty_model,
     load_tokenizer,
     local_folder,
@@ -77,8 +80,10 @@ def load(
     try:
         if Path(path).is_file():
             side_files, tensors = read_pt(Path(path))
+            check_size(config, Path(path).stat().st_size, name)
             model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-            model, info = model_class.from_pretrained(None, config=config, state_dict=tensors, **options)
+            with naming(f"The model in {name}"):
+                model, info = model_class.from_pretrained(None, config=config, state_dict=tensors, **options)
             if "generation_config.json" in side_files:
                 model.generation_config = GenerationConfig.from_dict(json.loads(side_files["generation_config.json"]))
         else:
@@ -86,8 +91,10 @@ def load(
             for file in weight_files(folder):
                 with open_safetensors(file):  # names a damaged file, which from_pretrained does not
                     pass
-            # The stubs do not know that output_loading_info makes it a pair.
-            model, info = AutoModelForCausalLM.from_pretrained(folder, **options)  # type: ignore[misc]
+            check_size(config, sum(file.stat().st_size for file in weight_files(folder)), name)
+            with naming(f"The model in {name}"):
+                # The stubs do not know that output_loading_info makes it a pair.
+                model, info = AutoModelForCausalLM.from_pretrained(folder, **options)  # type: ignore[misc]
     except torch.OutOfMemoryError:
         raise
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -178,10 +185,16 @@ def config_of(path: str | os.PathLike) -> PreTrainedConfig:
     """
     if not Path(path).is_file():
         return read_config(local_folder(os.fspath(path)))
+    side_files, source = read_pt(Path(path))[0], f"{path}/config.json"
+    if "config.json" not in side_files:
+        raise HiSVDError(f"{path} holds no config.json; create it again with compress.py.")
     try:
-        return AutoConfig.for_model(**json.loads(read_pt(Path(path))[0]["config.json"]))
-    except (ValueError, KeyError, TypeError) as error:
+        config = AutoConfig.for_model(**json.loads(side_files["config.json"]))
+    except Exception as error:  # configurations check themselves, and raise dozens of types
         raise HiSVDError(f"The config.json in {path} cannot be used: {first_line(error)}") from None
+    config.name_or_path = os.fspath(path)
+    check_config(config, source)
+    return config
 
 
 def read_pt(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -196,11 +209,23 @@ def read_pt(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # the zip reader, the unpickler and its allow-list each raise types of their own
         content = None
-    if not isinstance(content, dict) or content.get("format") != PT_FORMAT:
+    is_ours = isinstance(content, dict) and content.pop("format", None) == PT_FORMAT
+    if not is_ours or not all(map(_fits_pt, content.items())):
         raise HiSVDError(f"{path} is not a model written by compress.py, or is truncated; create it again.")
     side_files = {k.removeprefix(PT_FILE_PREFIX): v for k, v in content.items() if k.startswith(PT_FILE_PREFIX)}
-    weights = {k: v for k, v in content.items() if k != "format" and not k.startswith(PT_FILE_PREFIX)}
+    weights = {k: v for k, v in content.items() if not k.startswith(PT_FILE_PREFIX)}
     return side_files, weights
+
+
+def _fits_pt(entry: tuple[Any, Any]) -> bool:
+    """Whether a key and its value are a side file, as text or bytes, or a weight."""
+    key, value = entry
+    if not isinstance(key, str):
+        return False
+    if not key.startswith(PT_FILE_PREFIX):
+        return isinstance(value, torch.Tensor)
+    is_content = isinstance(value, str) or (isinstance(value, torch.Tensor) and value.dtype == torch.uint8)
+    return is_content and is_plain_name(key.removeprefix(PT_FILE_PREFIX))
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -240,13 +265,13 @@ def unpack_side_files(path: Path, folder: Path) -> None:
     """Write the side files of a `.pt` model into `folder`."""
     for name, content in read_pt(path)[0].items():
         data = content.encode() if isinstance(content, str) else content.numpy().tobytes()
-        (folder / Path(name).name).write_bytes(data)
+        (folder / name).write_bytes(data)
 
 
 def tokenizer_of(path: str) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to a model: folder, Hub id or `.pt`."""
     if Path(path).is_file():
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, naming(path):
             unpack_side_files(Path(path), Path(folder))
             return load_tokenizer(Path(folder))
     return load_tokenizer(local_folder(path))

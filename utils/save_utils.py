@@ -10,12 +10,14 @@ import torch
 from safetensors.torch import load_file
 
 from hisvd.errors import HiSVDError
-from hisvd.utils.files import atomic_path, make_folder, sync_file, write_json, write_tensors
+from hisvd.schema import SIZE, check
+from hisvd.utils.files import atomic_path, make_folder, read_json, sync_file, write_json, write_tensors
 from hisvd.utils.load_utils import PT_FILE_PREFIX, PT_FORMAT, read_pt
 from hisvd.utils.model_utils import INDEX_NAME, Checkpoint, open_safetensors
 
 REPORT = "hisvd.json"
 PLAN = "plan.json"
+REPORT_SCHEMA = {"linear_numbers_before": SIZE}  # what is read again
 MAX_SHARD_BYTES = 5 * 10**9
 # What a model folder holds besides config and weights.
 SIDE_FILES = (
@@ -70,7 +72,7 @@ class ModelWriter:
                 raise HiSVDError(f"{output} already exists; delete it or choose another --save_model.")
             return
         plan_file = self.work / PLAN
-        found = _read_json(plan_file) or _read_json(self.folder / REPORT)
+        found = next((read_json(file) for file in (plan_file, self.folder / REPORT) if file.is_file()), None)
         if found is not None and not self._follows_plan(found):
             raise HiSVDError(
                 f"{self.folder} holds an unfinished run with other settings or from another version; run that "
@@ -166,10 +168,9 @@ class ModelWriter:
         """
         for pattern in SIDE_FILES:
             for file in checkpoint.folder.glob(pattern):
-                shutil.copyfile(file, self.folder / file.name)
-        config = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
-        config |= changes
-        write_json(self.folder / "config.json", config)
+                if file.is_file():
+                    shutil.copyfile(file, self.folder / file.name)
+        write_json(self.folder / "config.json", read_json(checkpoint.folder / "config.json") | changes)
         weight_map: dict[str, str] = {}
         for path in self.shard_files():
             with open_safetensors(path) as shard:
@@ -230,23 +231,22 @@ class ModelWriter:
         return content
 
 
-def _read_json(path: Path) -> dict | None:
-    """A file's JSON object, or None where there is none to read."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
 def saved_report(output: Path) -> dict | None:
-    """The content of hisvd.json of a finished output, or None for anything else."""
+    """The content of hisvd.json of a finished output; None where there is none.
+
+    Raises:
+        HiSVDError: it is damaged.
+    """
     if not is_pt(output):
-        return _read_json(output / REPORT)
+        return read_json(output / REPORT, REPORT_SCHEMA) if (output / REPORT).is_file() else None
     try:
-        return json.loads(read_pt(output)[0][REPORT])
-    except (HiSVDError, KeyError, ValueError, TypeError):
+        report = json.loads(read_pt(output)[0][REPORT])
+    except (HiSVDError, KeyError):  # another program's file
         return None
+    except (ValueError, TypeError, RecursionError):
+        raise HiSVDError(f"The {REPORT} in {output} is damaged; create the file again.") from None
+    check(report, REPORT_SCHEMA, f"{output}/{REPORT}")
+    return report
 
 
 def _foreign(folder: Path) -> Iterator[Path]:
