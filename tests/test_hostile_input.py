@@ -332,3 +332,30 @@ def test_names_that_no_file_has(files, name):
     expect_sentence(calibrate(files, "--dataset", name), "neither a file nor")
     for program, options in (("calibrate", ["--model_name", "x"]), ("evaluate", [])):
         expect_sentence(run(program, "--model_path", name, *options))
+
+
+@pytest.mark.parametrize("entry", ["config.json", "tokenizer_config.json"])
+def test_code_in_the_folder_is_neither_run_nor_offered(files, monkeypatch, entry):
+    """transformers would ask on standard input, and take a `y` that waits there for an answer."""
+    asked, marker = [], files / "run"
+    monkeypatch.setattr("builtins.input", lambda *prompt: asked.append(prompt) or "y")
+    (files / "model" / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass Evil: pass\n")
+    if entry == "config.json":
+        changes = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}}
+    else:
+        changes = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+    edit_json(files / "model" / entry, lambda content: content.update(changes))
+    options = ["--model_path", files / "model", "--datasets", short_text(), "--nsamples", 1]
+    for result in (calibrate(files, "--model_name", "code"), run("evaluate", *options)):
+        expect_sentence(result, str(files / "model"))
+    assert not asked and not marker.exists()
+
+
+@pytest.mark.parametrize("options", [[], ["--offload_folder", "offload"]])
+def test_a_perplexity_that_is_no_number_names_the_model_and_the_text(files, options, monkeypatch):
+    monkeypatch.chdir(files)
+    tensors = load_file(files / "model" / "model.safetensors")
+    tensors["model.norm.weight"].fill_(3e38)
+    save_file(tensors, files / "model" / "model.safetensors", metadata={"format": "pt"})
+    where = ["--model_path", files / "model", "--datasets", short_text(), "--nsamples", 1]
+    expect_sentence(run("evaluate", *where, *options), str(files / "model"), short_text())

@@ -26,6 +26,7 @@ from hisvd.errors import HiSVDError, first_line, naming
 from hisvd.schema import is_plain_name
 from hisvd.utils.config_checks import check_config
 from hisvd.utils.model_utils import (
+    NO_CODE,
     SINGLE_NAME,
     Checkpoint,
     check_size,
@@ -73,7 +74,7 @@ def load(
     """
     place = torch.device(device or "cpu")
     # Misshapen tensors are listed like missing ones, not only logged.
-    options: dict[str, Any] = {"dtype": dtype or "auto", "output_loading_info": True, "ignore_mismatched_sizes": True}
+    options = NO_CODE | {"dtype": dtype or "auto", "output_loading_info": True, "ignore_mismatched_sizes": True}
     if place.type != "cpu":
         options["device_map"] = {"": place}
     config, name = config_of(path), os.fspath(path)

@@ -38,6 +38,8 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 HUB_SIDE_FILES = ("*.json", "*.model", "*.txt", "*.jinja")  # what is fetched besides the weights
 INDEX = {"weight_map": {"*": SHARD}}
+# Left out, transformers asks on standard input whether to run the code that a folder brings.
+NO_CODE: dict[str, Any] = {"trust_remote_code": False}
 PARAMETERS_PER_BYTE = 8  # that any way to store weights can hold
 # Entries of config.json that say nothing about what the model computes.
 COSMETIC_CONFIG_KEYS = {
@@ -232,7 +234,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
         raise HiSVDError(f"{folder} has no config.json, so it is not a Hugging Face model folder.")
     read_json(path)
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, **NO_CODE)
     except Exception as error:  # configurations check themselves, and raise dozens of types
         raise HiSVDError(f"{path} cannot be used: {first_line(error)}") from None
     check_config(config, str(path))
@@ -334,7 +336,7 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
 def _meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     try:
         with init_empty_weights(include_buffers=False):
-            return AutoModelForCausalLM.from_config(config)
+            return AutoModelForCausalLM.from_config(config, **NO_CODE)
     except Exception as error:  # every family fails in its own way on sizes that do not go together
         raise HiSVDError(
             f"The model that {config.name_or_path}/config.json describes cannot be built: {first_line(error)}"
@@ -375,6 +377,6 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         HiSVDError: there is none, or it cannot be loaded.
     """
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, **NO_CODE)
     except Exception as error:  # tokenizers raises bare Exception for a broken file
         raise HiSVDError(f"No usable tokenizer in {folder}: {first_line(error)}") from None
