@@ -1,7 +1,9 @@
 """Writing files so that existing ones are never lost and new ones are never incomplete."""
 
+import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -89,6 +91,41 @@ def make_folder(path: Path) -> Path:
     except OSError as error:
         raise HiSVDError(f"Cannot write to {path}: {error.strerror}; choose another output path.") from None
     return path
+
+
+@contextmanager
+def locked(path: Path, what: str) -> Iterator[None]:
+    """Within the context, hold the lock on the file `path`, so that one run alone works on `what`.
+
+    The file is made for the lock and deleted with it. The kernel ends the lock of a process that dies; a file that it
+    leaves behind is no obstacle. Where the file system knows no locks, there is a warning and none is held.
+
+    Raises:
+        HiSVDError: another run holds it.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_ours = os.path.samestat(os.fstat(descriptor), os.stat(path))  # not one that a run has just deleted
+        except (BlockingIOError, FileNotFoundError):
+            is_ours = False
+        except OSError as error:
+            is_ours = True
+            logging.getLogger("hisvd").warning(
+                "%s cannot be locked (%s); do not start a second run on it.", what, error.strerror
+            )
+        if not is_ours:
+            raise HiSVDError(
+                f"Another run is at work on {what}; wait until it has ended, or choose another place for this one."
+            )
+        try:
+            yield
+        finally:
+            if os.fstat(descriptor).st_size == 0:  # else it was there before, and is someone's
+                path.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
 
 
 def check_disk(folders: Sequence[Path], needed: float, purpose: str) -> None:
