@@ -1,6 +1,7 @@
 """Write a compressed model: shards into a partial folder, then a Hugging Face folder or one .pt file."""
 
 import json
+import re
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import suppress
@@ -18,6 +19,12 @@ from hisvd.utils.model_utils import INDEX_NAME, Checkpoint, open_safetensors
 REPORT = "hisvd.json"
 PLAN = "plan.json"
 REPORT_SCHEMA = {"linear_numbers_before": SIZE}  # what is read again
+# What a run killed at its very start leaves, and what later runs keep in `work` besides.
+START_FILES = re.compile(rf"\.hisvd_probe_\d+|\.{re.escape(PLAN)}\.tmp")
+WORK_FILES = re.compile(
+    rf"{START_FILES.pattern}|{re.escape(PLAN)}|int6_gate\.json|int6_.+\.safetensors|\.int6_.+\.tmp"
+    r"|(hidden|original|held_out)\w*\.bin"
+)
 MAX_SHARD_BYTES = 5 * 10**9
 # What a model folder holds besides config and weights.
 SIDE_FILES = (
@@ -78,7 +85,8 @@ class ModelWriter:
                 f"{self.folder} holds an unfinished run with other settings or from another version; run that "
                 "command again, delete the folder, or choose another --save_model."
             )
-        if found is None and self.folder.is_dir() and any(_foreign(self.folder)):
+        is_foreign = found is None and self.folder.is_dir() and any(_foreign(self.folder))
+        if is_foreign or self.folder.is_symlink() or self.work.is_symlink():
             raise HiSVDError(
                 f"{self.folder} exists and is not an unfinished run of HiSVD; move it away or choose another "
                 "--save_model."
@@ -133,7 +141,7 @@ class ModelWriter:
         return self._transpose({k: t for path in self._files_of(index) for k, t in load_file(path).items()})
 
     def _files_of(self, index: int) -> list[Path]:
-        return sorted(self.folder.glob(f"{self._shard(index).stem}*.safetensors"))
+        return sorted(self.folder.glob(f"{self._shard(index).stem}.*safetensors"))
 
     def shard_files(self) -> list[Path]:
         """The files of all shards, in order."""
@@ -187,7 +195,7 @@ class ModelWriter:
             HiSVDError: the disk is full.
         """
         if not self.is_finished:
-            shutil.rmtree(self.work, ignore_errors=True)
+            self._remove_work()
             if is_pt(self.output):
                 try:
                     with atomic_path(self.output) as temporary:
@@ -203,6 +211,14 @@ class ModelWriter:
         report = saved_report(self.output)
         assert report is not None  # __init__ or complete() has seen to it
         return report
+
+    def _remove_work(self) -> None:
+        """Delete the working files; anything else in their folder stays."""
+        for path in self.work.glob("*"):
+            if WORK_FILES.fullmatch(path.name):
+                path.unlink()
+        with suppress(OSError):  # not empty, or gone already
+            self.work.rmdir()
 
     def _remove_partial(self) -> None:
         """Delete what was written to OUT.partial; anything else in it stays."""
@@ -252,7 +268,9 @@ def saved_report(output: Path) -> dict | None:
 def _foreign(folder: Path) -> Iterator[Path]:
     """What a partial folder without a plan holds, except for the remains of a run killed at its very start."""
     for path in folder.iterdir():
-        if not (path.name.startswith(".hisvd_probe_") or path.name == "work"):
+        if path.name == "work" and path.is_dir() and not path.is_symlink():
+            yield from (inside for inside in path.iterdir() if not START_FILES.fullmatch(inside.name))
+        elif not START_FILES.fullmatch(path.name):
             yield path
 
 
