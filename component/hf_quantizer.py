@@ -16,9 +16,10 @@ from hisvd.component.coded_linears import CODED_LINEARS, check_coded_linears
 from hisvd.component.experts import SeparateExperts
 from hisvd.component.families import separate_experts
 from hisvd.component.fold import fold_permutations
-from hisvd.component.low_rank import PivotedLinear, swap_linears
+from hisvd.component.low_rank import MODULES, PivotedLinear, swap_linears
 from hisvd.errors import HiSVDError
 from hisvd.integer_codes import INTEGERS
+from hisvd.schema import SIZE, check
 
 METHOD = "hisvd"
 # Version 1 lacked the entry below; the tensors are the same. Integer codes came with version 3.
@@ -42,16 +43,26 @@ def config_entries(modules: dict[str, dict]) -> dict:
     return {"quantization_config": table} | GUARD
 
 
+def check_entries(entries: dict[str, Any], source: str) -> None:
+    """Refuse a `quantization_config` of HiSVD, from the file `source`, that is damaged or of a later version.
+
+    Raises:
+        HiSVDError: it is.
+    """
+    check(entries, {"modules": MODULES, "format_version?": SIZE}, source, "quantization_config")
+    if entries.get("format_version", 1) > CODES_VERSION:
+        raise HiSVDError(
+            f"{source} is in version {entries['format_version']} of the format, but this version of HiSVD only knows "
+            f"versions up to {CODES_VERSION}; install a newer one."
+        )
+
+
 @register_quantization_config(METHOD)
 class HiSVDConfig(QuantizationConfigMixin):
     """The `quantization_config` entry of config.json: which linears are factored, how, at which rank."""
 
     def __init__(self, modules: dict[str, dict], format_version: int = 1, **_: Any) -> None:
-        if format_version > CODES_VERSION:
-            raise HiSVDError(
-                f"The model is stored in version {format_version} of the format, but this version of HiSVD only knows "
-                f"versions up to {CODES_VERSION}; install a newer one."
-            )
+        check_entries({"modules": modules, "format_version": format_version}, "config.json")
         self.quant_method = METHOD  # type: ignore[assignment] # registered methods are strings outside of its enum
         self.format_version = version_of(modules)  # what save_pretrained writes
         self.modules = modules

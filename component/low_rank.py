@@ -2,12 +2,14 @@
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from hisvd.component.conv1d import linear_shape, narrow_like
 from hisvd.component.int6_linear import INT6SparseLinear, first_tensor
 from hisvd.component.quantized_linear import QuantizedLinear
 from hisvd.errors import HiSVDError
 from hisvd.integer_codes import INTEGERS
+from hisvd.schema import SIZE, TEXT
 
 
 class LowRankLinear(nn.Module):
@@ -69,6 +71,8 @@ class PivotedLinear(nn.Module):
 
 # Keyed like hisvd.factor_forms.FORMS. Each is built as module(in_features, out_features, rank, bias: bool).
 MODULE_OF_FORM: dict[str, type[nn.Module]] = {"pivoted": PivotedLinear, "svd": LowRankLinear}
+# The schema of the table in config.json.
+MODULES = {"*": {"form": TEXT, "rank?": SIZE, "in?": SIZE, "out?": SIZE}}
 
 
 def swap_linears(model: nn.Module, table: dict[str, dict]) -> None:
@@ -80,18 +84,25 @@ def swap_linears(model: nn.Module, table: dict[str, dict]) -> None:
     codes themselves. New modules have the device and dtype of the weight they replace, and a bias if there was one.
 
     Raises:
-        KeyError: the model has no linear of that name.
-        HiSVDError: the table names an unknown form.
+        HiSVDError: the model has no linear of that name, or not of that size, or the table names an unknown form.
     """
+    modules, head = dict(model.named_modules()), getattr(model, "get_output_embeddings", lambda: None)()
     for name, entry in sorted(table.items()):  # a module comes before its factors
         parent_name, _, child_name = name.rpartition(".")
-        try:
-            parent = model.get_submodule(parent_name)
-            linear = getattr(parent, child_name)
-        except AttributeError:
-            raise KeyError(name) from None
+        parent, linear = modules.get(parent_name), modules.get(name)
+        if parent is None or not isinstance(linear, (nn.Linear, Conv1D)) or linear is head:
+            raise HiSVDError(
+                f"the table of modules names '{name[:100]}', which is no linear of the model's decoder layers; "
+                "create the model again."
+            )
         outputs, inputs = linear_shape(linear)
         size = entry.get("in", inputs), entry.get("out", outputs)
+        has_rank = entry["form"] not in MODULE_OF_FORM or 0 < entry.get("rank", 0) <= min(size)
+        if size[0] > inputs or size[1] > outputs or not has_rank:
+            raise HiSVDError(
+                f"the table of modules gives {name}, a linear of {inputs} inputs and {outputs} outputs, the entry "
+                f"{str(entry)[:100]}, which does not fit it; create the model again."
+            )
         with torch.device("meta"):  # weights are loaded later, so none are initialized
             if entry["form"] == "int6":
                 module: nn.Module = INT6SparseLinear(*size, bias=False)
@@ -101,7 +112,7 @@ def swap_linears(model: nn.Module, table: dict[str, dict]) -> None:
                 module = narrow_like(linear, *size)
             elif entry["form"] not in MODULE_OF_FORM:
                 raise HiSVDError(
-                    f"{name} is stored in the form '{entry['form']}', but this version of HiSVD only knows int6, "
+                    f"{name} is stored in the form '{entry['form'][:100]}', but this version of HiSVD only knows int6, "
                     f"narrow, {', '.join((*INTEGERS, *MODULE_OF_FORM))}; install a newer version."
                 )
             else:
@@ -112,3 +123,4 @@ def swap_linears(model: nn.Module, table: dict[str, dict]) -> None:
         if linear.bias is not None and size[1] != outputs:
             module.bias = nn.Parameter(linear.bias.new_empty(size[1]))
         setattr(parent, child_name, module)
+        modules |= {name: module} | {f"{name}.{child}": part for child, part in module.named_children()}

@@ -3,11 +3,13 @@
 import os
 import re
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from hisvd.calibration_cache import AGAIN as CALIBRATE_AGAIN
 from hisvd.calibration_cache import MANIFEST, CalibrationCache, read_cache
 from hisvd.errors import HiSVDError
 from hisvd.estimates import RunSizes, activation_bytes, cache_bytes, shapes_of
@@ -20,14 +22,15 @@ from hisvd.utils.activation_files import AGAIN, ActivationFile, ActivationPair, 
 from hisvd.utils.data_utils import (
     CALIBRATION_SPLIT,
     calibration_tokens,
+    check_vocabulary,
     default_batch_size,
     leading_bos,
     load_text,
     token_fingerprint,
     tokenize,
 )
-from hisvd.utils.files import check_disk, make_folder
-from hisvd.utils.load_utils import check_layer_count
+from hisvd.utils.files import check_disk, locked, make_folder
+from hisvd.utils.load_utils import check_tensors
 from hisvd.utils.model_utils import (
     Checkpoint,
     check_calibratable,
@@ -63,9 +66,9 @@ def calibrate(
         The finished cache, for `hisvd.plan` and `hisvd.compress`, which take its folder as well.
 
     Raises:
-        HiSVDError: the model, text or tokenizer cannot be used, or the model's files hold more layers than its
-            configuration; the folder holds something else or a cache of other settings; the disk is too small; weights,
-            activations or gradients are not finite.
+        HiSVDError: the model, text or tokenizer cannot be used, or the model's tensors are not those of its
+            configuration; the folder holds something else or a cache of other settings, or another run is at work on
+            it; the disk is too small; weights, activations or gradients are not finite.
 
     Example:
         >>> import hisvd
@@ -93,23 +96,24 @@ def calibrate(
     }
     options = {"model_path": model, "dataset": settings.dataset, "sampling": settings.sampling, "seed": settings.seed}
     num_layers = checkpoint.config.get_text_config().num_hidden_layers
-    with distributed.first_alone():
-        cache = open_or_create_cache(CalibrationCache(folder, identity, num_layers, options))
-        cache.write_tokens(tokens, held_out)
-    if not cache.complete:
-        batch_size = settings.batch_size or default_batch_size(settings.seqlen)
-        streamed = StreamedModel(checkpoint, batch_size, device, dtype, 1e9 * resources.activation_budget_gb)
-        check_layer_count(checkpoint, streamed.skeleton, streamed.adapter.layers)
-        if distributed.is_first():
-            shapes = shapes_of(streamed.skeleton)
-            needed = cache_bytes(shapes, settings.gradients) + activation_bytes(shapes, sizes)
-            check_disk([folder], needed, "Calibration")
+    with ExitStack() as locks:
+        with distributed.first_alone():
+            cache = open_or_create_cache(CalibrationCache(folder, identity, num_layers, options), locks)
+            cache.write_tokens(tokens, held_out)
+        if not cache.complete:
+            batch_size = settings.batch_size or default_batch_size(settings.seqlen)
+            streamed = StreamedModel(checkpoint, batch_size, device, dtype, 1e9 * resources.activation_budget_gb)
+            check_tensors(checkpoint, streamed.skeleton)
+            if distributed.is_first():
+                shapes = shapes_of(streamed.skeleton)
+                needed = cache_bytes(shapes, settings.gradients) + activation_bytes(shapes, sizes)
+                check_disk([folder], needed, "Calibration")
+            distributed.wait()
+            with progress_shown(resources.progress):
+                Calibration(streamed, tokens, cache).run()
         distributed.wait()
-        with progress_shown(resources.progress):
-            Calibration(streamed, tokens, cache).run()
-    distributed.wait()
-    if distributed.is_first():
-        remove_working_files(folder)
+        if distributed.is_first():
+            remove_working_files(folder)
     return cache
 
 
@@ -134,32 +138,45 @@ def calibration_text(checkpoint: Checkpoint, settings: CalibrationSettings) -> t
     """
     text = load_text(settings.dataset, CALIBRATION_SPLIT, settings.data_dir)
     tokenizer = load_tokenizer(checkpoint.folder)
-    return calibration_tokens(tokenize(text, tokenizer), settings, leading_bos(checkpoint.config, tokenizer))
+    ids = tokenize(text, tokenizer)
+    check_vocabulary(ids, checkpoint.config, str(checkpoint.folder))
+    return calibration_tokens(ids, settings, leading_bos(checkpoint.config, tokenizer))
 
 
-def open_or_create_cache(cache: CalibrationCache) -> CalibrationCache:
+def open_or_create_cache(cache: CalibrationCache, locks: ExitStack) -> CalibrationCache:
     """The cache that the folder of the empty `cache` already holds, else `cache` itself, newly written.
 
+    Unless it is complete, the first of several processes locks the folder until `locks` is closed.
+
     Raises:
-        HiSVDError: the folder holds a cache of other settings, or something else, or cannot be written.
+        HiSVDError: the folder holds a cache of other settings, or something else, or cannot be written, or another run
+            is at work on it.
     """
-    folder = cache.folder
-    if (folder / MANIFEST).exists():
-        found = read_cache(folder)
-        for key, value in cache.identity.items():
-            if found.identity.get(key) != value:
-                raise HiSVDError(
-                    f"The cache {folder} was made with another {key} ({found.identity.get(key)}, now {value}); "
-                    "choose another --model_name or --output_dir, or delete that folder."
-                )
-        return found
-    make_folder(folder)
-    if not all(HALF_WRITTEN.fullmatch(path.name) for path in folder.iterdir()):
+    folder, manifest = cache.folder, cache.folder / MANIFEST
+    if not manifest.exists():
+        make_folder(folder)
+        if not all(HALF_WRITTEN.fullmatch(path.name) or path.name == LOCK for path in folder.iterdir()):
+            raise HiSVDError(
+                f"{folder} exists and is not a calibration cache; choose another --model_name or --output_dir."
+            )
+    if distributed.is_first() and not (manifest.exists() and read_cache(folder).complete):
+        locks.enter_context(locked(folder / LOCK, str(folder)))
+    if not manifest.exists():
+        cache.write_manifest()
+        return cache
+    found = read_cache(folder)
+    for key, value in cache.identity.items():
+        if found.identity.get(key) != value:
+            raise HiSVDError(
+                f"The cache {folder} was made with another {key} ({found.identity.get(key)}, now {value}); "
+                "choose another --model_name or --output_dir, or delete that folder."
+            )
+    if found.num_layers != cache.num_layers:
         raise HiSVDError(
-            f"{folder} exists and is not a calibration cache; choose another --model_name or --output_dir."
+            f"{manifest} says that the model has {found.num_layers} decoder layers, not {cache.num_layers}; "
+            f"{CALIBRATE_AGAIN}."
         )
-    cache.write_manifest()
-    return cache
+    return found
 
 
 class Calibration:
@@ -289,6 +306,7 @@ def _progress(title: str, done: int, total: int) -> Iterable[int]:
 
 # Names of the files that a run or a kill leaves in the cache folder besides the cache itself: Calibration's hidden
 # states and gradients, and half-written files of utils.files.
+LOCK = ".lock"  # of the run that is at work on the folder
 ONE_OF = r"(_\d+_of_\d+)?"
 ACTIVATIONS = re.compile(rf"((hidden|gradient)({AGAIN})?{ONE_OF}_(even|odd)|inputs_\d{{3,}}{ONE_OF})\.bin")
 HALF_WRITTEN = re.compile(r"\.hisvd_probe_\d+|\.(manifest\.json|(tokens|(layer|gradients)_\d{3,})\.safetensors)\.tmp")
@@ -301,5 +319,7 @@ def remove_working_files(folder: Path, keep_processes: int = 0) -> None:
     """
     for path in folder.iterdir():
         activations = ACTIVATIONS.fullmatch(path.name)
-        if HALF_WRITTEN.fullmatch(path.name) or (activations and not is_reusable(path, keep_processes)):
-            path.unlink()
+        is_stale_lock = path.name == LOCK and not keep_processes  # the cache is complete, so no run is at work on it
+        is_outdated = activations and not is_reusable(path, keep_processes)
+        if is_stale_lock or is_outdated or HALF_WRITTEN.fullmatch(path.name):
+            path.unlink(missing_ok=True)

@@ -5,8 +5,7 @@ tokens.safetensors holds the calibration text, for what compress.py measures aga
 """
 
 import itertools
-import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -14,13 +13,15 @@ from safetensors import SafetensorError
 
 from hisvd.component.adapter import Mlp
 from hisvd.errors import HiSVDError
+from hisvd.schema import COUNT, FILE_NAME, OBJECT, SIZE, TEXT, one_of
 from hisvd.shape_utils import Sublayer
 from hisvd.utils.data_utils import token_fingerprint
-from hisvd.utils.files import sha256_of_file, sha256_of_tensor, write_json, write_tensors
-from hisvd.utils.model_utils import open_safetensors
+from hisvd.utils.files import read_json, sha256_of_file, sha256_of_tensor, write_json, write_tensors
+from hisvd.utils.model_utils import Checkpoint, open_safetensors
 from hisvd.whitening_svd import F_DAMPING, PartOfMoment, SecondMoment, damped
 
 FORMAT_VERSION = 3
+AGAIN = "delete the cache folder and run calibrate.py again"
 MANIFEST = "manifest.json"
 TOKENS = "tokens.safetensors"
 # Name endings of the small tensors, which are all that a rank plan needs.
@@ -28,6 +29,34 @@ SPECTRA = "singular_values"
 ELIMINATION = ("removal_order", "removal_losses")  # of hidden neurons
 ROUNDING = "rounding_errors"
 LEADING_VECTORS = "Vh"
+# The schema of manifest.json.
+FILE = {"file": FILE_NAME, "sha256": TEXT, "small_tensors_sha256": {"*": TEXT}}
+SUBLAYER = {
+    "name": TEXT,
+    "layer": COUNT,
+    "type": TEXT,
+    "input_group": TEXT,
+    "out_features": SIZE,
+    "in_features": SIZE,
+}
+IDENTITY = {
+    "model": TEXT,
+    "data": TEXT,
+    "held_out?": TEXT,
+    "nsamples": SIZE,
+    "grad_nsamples": COUNT,
+    "seqlen": SIZE,
+    "dtype": one_of(*(f"torch.{name}" for name in ("float32", "float16", "bfloat16", "float64"))),
+}
+SCHEMA = {
+    "format": one_of("hisvd-calibration"),
+    "format_version": one_of(FORMAT_VERSION),
+    "identity": IDENTITY,
+    "options": OBJECT,
+    "num_layers": SIZE,
+    "layers": [FILE | {"sublayers": [SUBLAYER], "mlps?": [{"inputs": [TEXT], "output": TEXT, "fused": SIZE}]}],
+    "gradients": [FILE],
+}
 
 
 @dataclass
@@ -157,7 +186,8 @@ class CalibrationCache:
 
     def _read_tokens(self, name: str, key: str) -> torch.Tensor:
         tokens = self._read(self.folder / TOKENS).get(name, torch.empty(0)).long()
-        if token_fingerprint(tokens) != self.identity.get(key):
+        fits = name != "tokens" or tokens.shape == (self.identity["nsamples"], self.identity["seqlen"])
+        if token_fingerprint(tokens) != self.identity.get(key) or not fits:
             raise _damaged(self.folder / TOKENS)
         return tokens
 
@@ -204,6 +234,7 @@ class CalibrationCache:
             HiSVDError: a file is missing, truncated or these tensors were edited.
         """
         tensors: dict[str, torch.Tensor] = {}
+        self._check_shapes(index)
         for entry in self._files_of(index):
             path = self.folder / entry["file"]
             found = self._read(path, endings)
@@ -212,6 +243,25 @@ class CalibrationCache:
                 raise _damaged(path)
             tensors |= found
         return tensors
+
+    def _check_shapes(self, index: int) -> None:
+        """Refuse a layer whose sublayers have other shapes in the manifest than in the headers of the files.
+
+        Raises:
+            HiSVDError: one has.
+        """
+        found: dict[str, list[int]] = {}
+        for entry in self._files_of(index):
+            with open_safetensors(self.folder / entry["file"]) as file:
+                found |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (not a dict)
+        for s in self.sublayers_of(index):
+            due = {f"{s.path}.singular_values": s.full_rank, f"{s.input_group}.eigenvalues": s.in_features}
+            if self.has_gradients:
+                due[f"{s.path}.F_eigenvalues"] = s.out_features
+            if any(found.get(name) != [size] for name, size in due.items()):
+                raise HiSVDError(
+                    f"{s.name} has another shape in {self.folder / MANIFEST} than in the cache's files; {AGAIN}."
+                )
 
     def _read(self, path: Path, endings: tuple[str, ...] = ("",)) -> dict[str, torch.Tensor]:
         try:
@@ -227,7 +277,7 @@ def _record(sublayer: Sublayer) -> dict:
 
 
 def _sublayer(record: dict) -> Sublayer:
-    return Sublayer(**{"path" if key == "type" else key: value for key, value in record.items()})
+    return Sublayer(**{f.name: record["type" if f.name == "path" else f.name] for f in fields(Sublayer)})
 
 
 def input_moment(sublayer: Sublayer, statistics: dict[str, torch.Tensor], device: torch.device) -> torch.Tensor:
@@ -271,10 +321,7 @@ def _eigenpairs(
 
 
 def _damaged(path: Path) -> HiSVDError:
-    return HiSVDError(
-        f"The cache file {path} does not match its checksum in {MANIFEST}; delete the cache folder and run "
-        "calibrate.py again."
-    )
+    return HiSVDError(f"The cache file {path} does not match its checksum in {MANIFEST}; {AGAIN}.")
 
 
 def cache_folder(output_dir: str, model_name: str, nsamples: int, seqlen: int) -> Path:
@@ -286,18 +333,22 @@ def read_cache(folder: Path) -> CalibrationCache:
     """Open a cache folder, finished or not.
 
     Raises:
-        HiSVDError: no manifest, or one of another program or version.
+        HiSVDError: no manifest, a damaged one, or one of another program or version.
     """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if manifest["format"] != "hisvd-calibration" or manifest["format_version"] != FORMAT_VERSION:
-            raise ValueError
-        keys = ("identity", "num_layers", "options", "layers", "gradients")
-        return CalibrationCache(folder, *(manifest[key] for key in keys))
-    except (OSError, ValueError, KeyError, TypeError):
-        raise HiSVDError(
-            f"{folder} holds no readable {MANIFEST} of a HiSVD calibration cache; make one with calibrate.py."
-        ) from None
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise HiSVDError(f"{folder} holds no {MANIFEST} of a HiSVD calibration cache; make one with calibrate.py.")
+    manifest = read_json(path, SCHEMA)
+    cache = CalibrationCache(folder, *(manifest[key] for key in ("identity", "num_layers", "options")))
+    cache.layers, cache.gradients = manifest["layers"], manifest["gradients"]
+    for index in range(len(cache.layers)):
+        sublayers, paths = cache.sublayers_of(index), {s.path for s in cache.sublayers_of(index)}
+        named = {path for mlp in cache.mlps_of(index) for path in (*mlp.inputs, mlp.output)}
+        if not sublayers or len(paths) < len(sublayers) or any(s.layer != index for s in sublayers) or named - paths:
+            raise HiSVDError(f"The linears of layer {index} in {path} contradict each other; {AGAIN}.")
+    if max(len(cache.layers), len(cache.gradients)) > cache.num_layers:
+        raise HiSVDError(f"{path} lists more layers than its num_layers, {cache.num_layers}; {AGAIN}.")
+    return cache
 
 
 def open_finished_cache(name: str) -> CalibrationCache:
@@ -325,15 +376,25 @@ def open_finished_cache(name: str) -> CalibrationCache:
     return cache
 
 
-def check_same_model(cache: CalibrationCache, fingerprint: str, model_folder: Path) -> None:
+def check_same_model(cache: CalibrationCache, checkpoint: Checkpoint) -> None:
     """Refuse a cache that was made from another model.
 
     Raises:
-        HiSVDError: the fingerprints differ; both are named.
+        HiSVDError: the fingerprints differ; both are named. Or the cache names other linears, or other shapes.
     """
+    fingerprint, model_folder = checkpoint.fingerprint(), checkpoint.folder
     if cache.identity["model"] != fingerprint:
         raise HiSVDError(
             f"The cache {cache.folder} was made from another model (fingerprint {cache.identity['model'][:12]}, "
             f"{cache.options.get('model_path')}) than {model_folder} (fingerprint {fingerprint[:12]}); "
             "run calibrate.py on this model."
         )
+    entries = checkpoint.entries()
+    for s in cache.sublayers:
+        stored = checkpoint.stored_name(f"{s.name}.weight")
+        shape = entries[stored]["shape"] if stored in entries else None
+        if shape != list(reversed(s.shape) if stored in checkpoint.transposed else s.shape):
+            raise HiSVDError(
+                f"{cache.folder / MANIFEST} says that {s.name} has the shape {s.shape}, but in {model_folder} it is "
+                f"{shape}; {AGAIN}."
+            )

@@ -1,6 +1,7 @@
 """Model + calibration cache + budget → compressed models: the targets of one run, layer by layer into shards."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from hisvd.report import finished_report, model_card, plan_report
 from hisvd.settings import CompressionSettings, Resources
 from hisvd.updates import UPDATES
 from hisvd.utils import distributed
-from hisvd.utils.files import check_disk
+from hisvd.utils.files import check_disk, locked, make_folder
 from hisvd.utils.model_utils import open_checkpoint, resolve_device
 from hisvd.utils.progress import progress_bar, progress_shown
 from hisvd.utils.save_utils import ModelWriter, is_pt, output_path
@@ -74,8 +75,8 @@ def compress(
 
     Raises:
         HiSVDError: an input is missing, damaged, or of another model; the settings do not fit the cache; a target is
-            out of range; the output exists and was made otherwise; the disk is too small; weights, activations or
-            factors are not finite.
+            out of range; the output exists and was made otherwise, or another run is at work on it; the disk is too
+            small; weights, activations or factors are not finite.
 
     Example:
         >>> import hisvd
@@ -86,14 +87,34 @@ def compress(
         >>> results[0].report["linear_kept"] <= 0.8
         True
     """
-    with progress_shown(resources.progress):
-        job = prepared(model, opened_cache(cache), output, plan(cache, targets, settings), settings, resources)
+    plans = plan(cache, targets, settings)
+    with progress_shown(resources.progress), _locked([path for _, path in _outputs(output, plans, settings)]):
+        job = prepared(model, opened_cache(cache), output, plans, settings, resources)
         open_job = _unfinished(job)
         if open_job.writers:
             factor_layers(open_job)
         if not distributed.is_first():
             return []  # the first process assembles the shards
         return [CompressedModel(w.output, job.plans[t], _finish(job, t, w)) for t, w in job.writers.items()]
+
+
+def _outputs(output: str | Path, plans: list[Plan], settings: CompressionSettings) -> list[tuple[Plan, Path]]:
+    budget = settings.budget if len(plans) > 1 else None
+    return [(p, output_path(str(output), p.target, budget)) for p in plans]
+
+
+@contextmanager
+def _locked(paths: list[Path]) -> Iterator[None]:
+    """Within the context, hold the lock on every output that is not finished; of several processes, the first does.
+
+    Raises:
+        HiSVDError: another run holds one, or their folder cannot be written.
+    """
+    with ExitStack() as locks:
+        for path in paths if distributed.is_first() else ():
+            if not path.exists():
+                locks.enter_context(locked(make_folder(path.parent) / f".{path.name}.lock", str(path)))
+        yield
 
 
 def prepared(
@@ -112,7 +133,7 @@ def prepared(
     settings = settings.resolved(cache)
     device = resolve_device(resources.device)
     checkpoint = open_checkpoint(str(model))
-    check_same_model(cache, checkpoint.fingerprint(), checkpoint.folder)
+    check_same_model(cache, checkpoint)
     if cache.identity["nsamples"] < distributed.count():
         raise HiSVDError(
             f"{cache.folder} holds {cache.identity['nsamples']} sequences, fewer than the {distributed.count()} "
@@ -120,9 +141,8 @@ def prepared(
         )
     writers = {}
     sizes = {"model_numbers_before": checkpoint.count_parameters(), "weight_bytes_before": checkpoint.count_bytes()}
-    for p in plans:
+    for p, path in _outputs(output, plans, settings):
         record = plan_report(cache, p, settings) | sizes
-        path = output_path(str(output), p.target, settings.budget if len(plans) > 1 else None)
         with distributed.first_alone():
             writers[p.target] = ModelWriter(path, record, cache.num_layers + 1, checkpoint.transposed)
     budget = 1e9 * resources.activation_budget_gb

@@ -12,11 +12,12 @@ from statistics import median
 import torch
 from transformers import PreTrainedModel
 
-from hisvd.errors import HiSVDError
+from hisvd.errors import HiSVDError, naming
 from hisvd.settings import EvaluationSettings, Resources
 from hisvd.utils import distributed
 from hisvd.utils.data_utils import (
     EVALUATION_SPLIT,
+    check_vocabulary,
     default_batch_size,
     evaluation_windows,
     join_documents,
@@ -34,7 +35,7 @@ from hisvd.utils.eval_utils import (
     window_length,
 )
 from hisvd.utils.files import make_folder
-from hisvd.utils.load_utils import bytes_in_memory, check_layer_count, config_of, load, tokenizer_of
+from hisvd.utils.load_utils import bytes_in_memory, check_tensors, config_of, load, tokenizer_of
 from hisvd.utils.model_utils import local_folder, open_checkpoint, resolve_device, resolve_dtype, stored_dtype
 from hisvd.utils.progress import progress_shown
 from hisvd.utils.save_utils import saved_report
@@ -131,12 +132,13 @@ def evaluate_texts(model: str | Path, texts: Texts, settings: EvaluationSettings
             loaded = streamed_model(path, device, settings.dtype, tokens.seqlen)
             stored, dense = linear_parameters(loaded.skeleton)
             make_folder(Path(settings.offload_folder))
-            with tempfile.TemporaryDirectory(dir=settings.offload_folder) as folder:
+            with tempfile.TemporaryDirectory(dir=settings.offload_folder) as folder, naming(path):
                 ppl = {name: streamed_perplexity(loaded, w, name, Path(folder)) for name, w in windows.items()}
         else:
             loaded = whole_model(path, device, settings.dtype)
             stored, dense = linear_parameters(loaded)
-            ppl = {name: perplexity(loaded, w, name) for name, w in windows.items()}
+            with naming(path):
+                ppl = {name: perplexity(loaded, w, name) for name, w in windows.items()}
             if settings.tasks:
                 measured["tasks"] = task_figures(loaded, tokenizer_of(path), settings.tasks, settings.task_limit)
         report = saved_report(Path(path))
@@ -264,6 +266,8 @@ def tokens_for(model: str, texts: Texts, settings: EvaluationSettings, default_s
     seqlen, bos = window_length(config, settings.seqlen, default_seqlen, model), leading_bos(config, tokenizer)
     protocol = settings.protocol if bos is None else "default"  # otherwise the first window would have two
     ids = {name: tokenize(join_documents(texts[name]), tokenizer, protocol) for name in texts}
+    for found in ids.values():
+        check_vocabulary(found, config, model)
     return TokenizedTexts(ids, seqlen, bos)
 
 
@@ -293,13 +297,13 @@ def streamed_model(model: str, device: torch.device, dtype: str, seqlen: int) ->
     """The model to be run with one decoder layer in memory at a time.
 
     Raises:
-        HiSVDError: it is not a folder with safetensors, or the files hold more layers than its configuration.
+        HiSVDError: it is not a folder with safetensors, or its tensors are not those of its configuration.
     """
     checkpoint = open_checkpoint(model, compressed_too=True)
     stored = stored_dtype(checkpoint.config)
     compute = resolve_dtype(dtype, device, stored) or stored
     streamed = StreamedModel(checkpoint, default_batch_size(seqlen), device, compute)
-    check_layer_count(checkpoint, streamed.skeleton, streamed.adapter.layers)
+    check_tensors(checkpoint, streamed.skeleton)
     return streamed
 
 

@@ -6,7 +6,6 @@ every step runs the held-out text once. Linears get their final codes when a ste
 """
 
 import itertools
-import json
 import math
 
 import torch
@@ -20,11 +19,12 @@ from hisvd.int6_fit import SWEEPS, int6_entries
 from hisvd.layer_tensors import compressed_layer, entries_of, replace_entries
 from hisvd.narrowing import Kept
 from hisvd.quantization import added_loss
+from hisvd.schema import TEXT
 from hisvd.shape_utils import Sublayer
 from hisvd.sparse_int6 import COLUMNS
 from hisvd.utils.data_utils import default_batch_size
 from hisvd.utils.eval_utils import streamed_loss
-from hisvd.utils.files import write_json, write_tensors
+from hisvd.utils.files import read_json, write_json, write_tensors
 from hisvd.utils.progress import progress_bar
 from hisvd.utils.save_utils import ModelWriter
 from hisvd.utils.streaming import StreamedModel
@@ -52,7 +52,7 @@ def export_within(job: CompressionJob, target: float, writer: ModelWriter) -> di
         found = longest_within(delta, order, expected, text)
         rest = sorted({s.name for s in cache.sublayers} - set(found["exported"]))
         write_json(decision, {"delta": delta, **found, "not_exported": rest})
-    report = json.loads(decision.read_text(encoding="utf-8"))
+    report = read_json(decision, {"exported": [TEXT]})
     for index in range(cache.num_layers):
         writer.write_shard(index, codes.shard(index, set(report["exported"])))
     return report

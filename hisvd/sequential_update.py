@@ -29,6 +29,7 @@ from hisvd.utils import distributed
 from hisvd.utils.activation_files import AGAIN, ActivationPair, is_reusable
 from hisvd.utils.data_utils import default_batch_size
 from hisvd.utils.progress import progress_bar
+from hisvd.utils.save_utils import WORK_FILES
 from hisvd.utils.streaming import Arguments, StreamedModel
 from hisvd.whitening_svd import cholesky_root, gram
 
@@ -131,7 +132,7 @@ class SequentialUpdate:
         in_step = all(writer.shards_done() <= first_layer + 1 for writer in job.writers.values())
         if distributed.is_first():
             for path in (path for writer in job.writers.values() for path in writer.work.glob("*.bin")):
-                if not is_reusable(path, distributed.count()):
+                if WORK_FILES.fullmatch(path.name) and not is_reusable(path, distributed.count()):
                     path.unlink()
         distributed.wait()  # until all have checked
         whole = first_layer > 0 and in_step and all(stream[first_layer].is_whole() for stream in self._all_streams())

@@ -54,7 +54,7 @@ def expect_refusal(path, *fragments, folder_too=True):
     options = ["--model_path", path, "--datasets", "python-docs", "--nsamples", 1]
     expect_sentence(run("evaluate", *options), str(path), *fragments)
     if folder_too:
-        expect_sentence(run("evaluate", *options, "--offload_folder", path.parent / "offload"), str(path))
+        expect_sentence(run("evaluate", *options, "--offload_folder", path.parent / "offload"), str(path), *fragments)
 
 
 def without(*names):
@@ -78,9 +78,36 @@ def test_more_layers_in_the_configuration_than_in_the_file(model):
 
 def test_fewer_layers_in_the_configuration_than_in_the_file(model):
     edit_config(model, num_hidden_layers=3)
-    expect_refusal(model, "model.layers.3.input_layernorm.weight")
-    calibration = run("calibrate", *calibrate_arguments(model, model.parent / "caches"))
-    expect_sentence(calibration, str(model), "model.layers.3.input_layernorm.weight")
+    expect_refusal(model, "not part of the model", "model.layers.3.input_layernorm.weight")
+
+
+EDITS = {
+    "surplus": lambda tensors: tensors | {"model.layers.1.mlp.router.weight": torch.ones(4)},
+    "missing": without(DOWN),
+    "misshapen": lambda tensors: tensors | {DOWN: tensors[DOWN][:-1].clone()},
+    "integers": lambda tensors: tensors | {DOWN: tensors[DOWN].int()},
+    "scalar": lambda tensors: tensors | {DOWN: torch.tensor(1.0)},
+}
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+def test_calibration_and_streaming_check_every_tensor_before_they_start(model, edit):
+    edit_tensors(model, edit)
+    result = run("calibrate", *calibrate_arguments(model, model.parent / "caches"))
+    expect_sentence(result, str(model), "model.layers.1.mlp")
+    options = ["--model_path", model, "--datasets", "python-docs", "--offload_folder", model.parent / "offload"]
+    expect_sentence(run("evaluate", *options), str(model), "model.layers.1.mlp")
+
+
+@pytest.mark.parametrize("name", ["base.weight", "permutation"])
+def test_streaming_a_compressed_folder_without_a_part_of_a_factored_linear(chain, name):
+    folder = chain("llama", "0.5", "out", "--update", "none")
+    stored = next(k for file in folder.glob("*.safetensors") for k in load_file(file) if k.endswith(f"_proj.{name}"))
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    del index["weight_map"][stored]
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    options = ["--model_path", folder, "--datasets", "python-docs", "--offload_folder", folder.parent / "offload"]
+    expect_sentence(run("evaluate", *options), str(folder), "missing", stored)
 
 
 def test_renamed_tensor_is_named_with_its_new_name(model):
@@ -88,7 +115,7 @@ def test_renamed_tensor_is_named_with_its_new_name(model):
         model, lambda tensors: {k.replace("layers.1.mlp.down", "layers.1.mlp.out"): t for k, t in tensors.items()}
     )
     expect_refusal(model, DOWN)
-    expect_refusal(model, DOWN.replace("down", "out"), folder_too=False)
+    expect_refusal(model, DOWN.replace("down", "out"))
 
 
 def test_name_changed_in_the_header(model):
@@ -106,7 +133,7 @@ def test_header_that_is_not_json(model):
 
 def test_wrong_shapes_are_reported(model):
     edit_tensors(model, lambda tensors: tensors | {DOWN: tensors[DOWN][:-1].clone()})
-    expect_refusal(model, "wrong shape", DOWN, "(63, 160) instead of (64, 160)", folder_too=False)
+    expect_refusal(model, "wrong shape", DOWN, "(63, 160) instead of (64, 160)")
 
 
 def test_pt_without_two_weights(chain):

@@ -150,7 +150,7 @@ def test_full_rank_factors_reproduce_the_logits(model_folders, family, form):
 
 def test_what_a_loaded_model_needs_imports_no_fitting_code():
     allowed = {"torch", "torchao", "transformers", "peft", *sys.stdlib_module_names}
-    ours = ("hisvd.component", "hisvd.errors", "hisvd.integer_codes", "hisvd.sparse_int6")
+    ours = tuple(f"hisvd.{name}" for name in ("component", "errors", "integer_codes", "schema", "sparse_int6"))
     for file in sorted((ROOT / "component").glob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             modules = []
@@ -164,7 +164,7 @@ def test_what_a_loaded_model_needs_imports_no_fitting_code():
 
 def test_swap_names_a_module_that_is_not_there(model_folders):
     model = AutoModelForCausalLM.from_pretrained(model_folders["llama"])
-    with pytest.raises(KeyError, match=r"layers\.9\.nothing"):
+    with pytest.raises(HiSVDError, match=r"layers\.9\.nothing"):
         swap_linears(model, {"model.layers.9.nothing": {"form": "svd", "rank": 1}})
 
 

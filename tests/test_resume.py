@@ -192,6 +192,36 @@ def test_folders_that_are_not_ours_are_never_deleted(command, tmp_path):
     assert command("0.6", "--update", "none").code == 0
 
 
+@pytest.mark.parametrize("output", ["out", "out.pt"])
+def test_what_someone_puts_beside_the_working_files_stays(command, tmp_path, monkeypatch, output):
+    kill_once(monkeypatch, ModelWriter, "write_shard", lambda writer, index, tensors: index == 2)
+    assert command("0.6", output=output).code == 130
+    partial = tmp_path / f"{output}.partial"
+    for place in ("work/thesis.bin", "work/thesis.safetensors", "thesis.txt"):
+        (partial / place).write_text("years of work")
+    assert command("0.6", output=output).code == 0
+    kept = partial if output.endswith(".pt") else tmp_path / output
+    assert sorted(path.name for path in (kept / "work").iterdir()) == ["thesis.bin", "thesis.safetensors"]
+    assert (kept / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_folder_called_work_that_is_not_ours_is_refused(command, tmp_path):
+    mine = tmp_path / "out.partial" / "work" / "thesis.tex"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("years of work")
+    expect_sentence(command("0.6", "--update", "none"), "out.partial", "not an unfinished run")
+    assert [path.name for path in mine.parent.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("link", ["out.partial", "out.partial/work"])
+def test_links_in_place_of_our_folders_are_refused(command, tmp_path, link):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / link).parent.mkdir(exist_ok=True)
+    (tmp_path / link).symlink_to(tmp_path / "mine")
+    expect_sentence(command("0.6", "--update", "none"), "out.partial", "not an unfinished run")
+    assert (tmp_path / link).is_symlink() and not list((tmp_path / "mine").iterdir())
+
+
 def test_an_unfinished_run_of_other_settings_is_kept(command, tmp_path, monkeypatch):
     kill_once(monkeypatch, ModelWriter, "write_shard", lambda writer, index, tensors: index == 2)
     assert command("0.6", "--update", "none").code == 130

@@ -84,17 +84,22 @@ def _read_file(path: Path, reader: Callable[[TextIO], Iterable[str]], limit: int
     """The documents that `reader` finds in a file, at most the first `limit` of them.
 
     Raises:
-        HiSVDError: the file is not UTF-8, or a line is not a JSON object with a `text` string.
+        HiSVDError: the file is not UTF-8 text, or a line is not a JSON object with a `text` string.
     """
     try:
         with open(path, encoding="utf-8") as file:
-            return list(islice(reader(file), limit))
-    except UnicodeDecodeError:
+            documents = list(islice(reader(file), limit))
+        for document in documents:
+            document.encode()  # JSON can spell half a surrogate pair, which is no character
+    except UnicodeError:
         raise HiSVDError(f"{path} is not UTF-8 text; convert it first.") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise HiSVDError(f"{path} must hold one JSON object with a 'text' string on every line.") from None
     except OSError as error:
         raise HiSVDError(f"Cannot read {path}: {error.strerror}.") from None
+    if any("\0" in document for document in documents):
+        raise HiSVDError(f"{path} is not text: it holds NUL characters; pass a text file.")
+    return documents
 
 
 def _whole_text(file: TextIO) -> Iterator[str]:
@@ -161,6 +166,20 @@ HUB_READERS = {"wikitext2": _hub_wikitext2, "ptb": _hub_ptb, "c4": _hub_c4}
 def tokenize(text: str, tokenizer: PreTrainedTokenizerBase, protocol: str = "default") -> torch.Tensor:
     """The whole text as one row of token ids (tokens,); PROTOCOLS says which special tokens are added."""
     return torch.tensor(tokenizer(text, verbose=False, **PROTOCOLS[protocol])["input_ids"], dtype=torch.long)
+
+
+def check_vocabulary(ids: torch.Tensor, config: PreTrainedConfig, model: str) -> None:
+    """Refuse token ids (tokens,) that the model, named `model` in messages, has no embedding for.
+
+    Raises:
+        HiSVDError: there is one.
+    """
+    vocabulary = config.get_text_config().vocab_size
+    if len(ids) and int(ids.max()) >= vocabulary:
+        raise HiSVDError(
+            f"The tokenizer of {model} gives token {int(ids.max())}, but its config.json has vocab_size {vocabulary}; "
+            "the tokenizer belongs to another model."
+        )
 
 
 def leading_bos(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:

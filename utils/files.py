@@ -1,7 +1,9 @@
 """Writing files so that existing ones are never lost and new ones are never incomplete."""
 
+import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -13,7 +15,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from hisvd.errors import HiSVDError
+from hisvd.errors import HiSVDError, first_line
+from hisvd.schema import OBJECT, check
 
 
 @contextmanager
@@ -90,6 +93,41 @@ def make_folder(path: Path) -> Path:
     return path
 
 
+@contextmanager
+def locked(path: Path, what: str) -> Iterator[None]:
+    """Within the context, hold the lock on the file `path`, so that one run alone works on `what`.
+
+    The file is made for the lock and deleted with it. The kernel ends the lock of a process that dies; a file that it
+    leaves behind is no obstacle. Where the file system knows no locks, there is a warning and none is held.
+
+    Raises:
+        HiSVDError: another run holds it.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_ours = os.path.samestat(os.fstat(descriptor), os.stat(path))  # not one that a run has just deleted
+        except (BlockingIOError, FileNotFoundError):
+            is_ours = False
+        except OSError as error:
+            is_ours = True
+            logging.getLogger("hisvd").warning(
+                "%s cannot be locked (%s); do not start a second run on it.", what, error.strerror
+            )
+        if not is_ours:
+            raise HiSVDError(
+                f"Another run is at work on {what}; wait until it has ended, or choose another place for this one."
+            )
+        try:
+            yield
+        finally:
+            if os.fstat(descriptor).st_size == 0:  # else it was there before, and is someone's
+                path.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
+
+
 def check_disk(folders: Sequence[Path], needed: float, purpose: str) -> None:
     """Make sure there is room for a run that fills `folders` with `needed` bytes, existing files included.
 
@@ -115,3 +153,31 @@ def check_writable_file(path: Path) -> Path:
         raise HiSVDError(f"Cannot write the file {path}: a folder of that name exists; choose another name.")
     make_folder(path.parent)
     return path
+
+
+def check_regular(path: Path) -> Path:
+    """Make sure that `path` is an ordinary file (or a link to one): a pipe or device could be read without an end.
+
+    Raises:
+        HiSVDError: it is something else, or missing.
+    """
+    if not path.is_file():
+        found = "not an ordinary file" if os.path.lexists(path) else "missing"
+        raise HiSVDError(f"Cannot read {path}: it is {found}; put the file there.")
+    return path
+
+
+def read_json(path: Path, schema: Any = OBJECT) -> dict:
+    """The object in a JSON file, checked against `schema` (see hisvd.schema).
+
+    Raises:
+        HiSVDError: the file is missing, is not an ordinary file, or holds anything else.
+    """
+    try:
+        value = json.loads(check_regular(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise HiSVDError(f"Cannot read {path}: {error.strerror}.") from None
+    except (ValueError, RecursionError) as error:
+        raise HiSVDError(f"{path} is not JSON ({first_line(error)}); create it again.") from None
+    check(value, schema, str(path))
+    return value

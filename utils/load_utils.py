@@ -22,10 +22,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hisvd.errors import HiSVDError, first_line
+from hisvd.errors import HiSVDError, first_line, naming
+from hisvd.schema import is_plain_name
+from hisvd.utils.config_checks import check_config
 from hisvd.utils.model_utils import (
+    NO_CODE,
     SINGLE_NAME,
     Checkpoint,
+    check_size,
     empty_model,
     load_tokenizer,
     local_folder,
@@ -70,15 +74,17 @@ def load(
     """
     place = torch.device(device or "cpu")
     # Misshapen tensors are listed like missing ones, not only logged.
-    options: dict[str, Any] = {"dtype": dtype or "auto", "output_loading_info": True, "ignore_mismatched_sizes": True}
+    options = NO_CODE | {"dtype": dtype or "auto", "output_loading_info": True, "ignore_mismatched_sizes": True}
     if place.type != "cpu":
         options["device_map"] = {"": place}
     config, name = config_of(path), os.fspath(path)
     try:
         if Path(path).is_file():
             side_files, tensors = read_pt(Path(path))
+            check_size(config, Path(path).stat().st_size, name)
             model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-            model, info = model_class.from_pretrained(None, config=config, state_dict=tensors, **options)
+            with naming(f"The model in {name}"):
+                model, info = model_class.from_pretrained(None, config=config, state_dict=tensors, **options)
             if "generation_config.json" in side_files:
                 model.generation_config = GenerationConfig.from_dict(json.loads(side_files["generation_config.json"]))
         else:
@@ -86,8 +92,10 @@ def load(
             for file in weight_files(folder):
                 with open_safetensors(file):  # names a damaged file, which from_pretrained does not
                     pass
-            # The stubs do not know that output_loading_info makes it a pair.
-            model, info = AutoModelForCausalLM.from_pretrained(folder, **options)  # type: ignore[misc]
+            check_size(config, sum(file.stat().st_size for file in weight_files(folder)), name)
+            with naming(f"The model in {name}"):
+                # The stubs do not know that output_loading_info makes it a pair.
+                model, info = AutoModelForCausalLM.from_pretrained(folder, **options)  # type: ignore[misc]
     except torch.OutOfMemoryError:
         raise
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -107,38 +115,48 @@ def check_all_loaded(info: dict[str, Any], source: str) -> None:
     """
     misshapen = [f"{name} {tuple(found)} instead of {tuple(due)}" for name, found, due in info["mismatched_keys"]]
     surplus = [name for name in info["unexpected_keys"] if not FORMER_BUFFERS.search(name)]
-    faults = {"missing": info["missing_keys"], "of the wrong shape": misshapen, "not part of the model": surplus}
+    refuse_tensors(info["missing_keys"], misshapen, surplus, source)
+
+
+def check_tensors(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+    """Refuse a checkpoint whose tensors are not those of `model` (see empty_model), judging by the files' headers.
+
+    Tied weights and buffers that the model computes may be missing; buffers that no model reads any more, and what the
+    family ignores, may be left over.
+
+    Raises:
+        HiSVDError: tensors are missing, misshapen, integers in place of weights, or left over.
+    """
+    names, entries = checkpoint.stored_names, checkpoint.entries()
+    expected, tied = model.state_dict(keep_vars=True), getattr(model, "all_tied_weights_keys", {})
+    missing = [n for n, t in expected.items() if n not in names and t.is_meta and n not in tied]
+    misshapen = []
+    for name in expected.keys() & names.keys():
+        entry, due = entries[names[name]], list(expected[name].shape)
+        if names[name] in checkpoint.transposed:
+            due.reverse()
+        if entry["shape"] != due:
+            misshapen.append(f"{name} {tuple(entry['shape'])} instead of {tuple(due)}")
+        elif isinstance(expected[name], nn.Parameter) and entry["dtype"] not in FLOATING_POINT:
+            misshapen.append(f"{name} {entry['dtype']} instead of floating-point numbers")
+    read = {names[name] for name in expected.keys() & names.keys()}
+    ignored = [FORMER_BUFFERS, *map(re.compile, model._keys_to_ignore_on_load_unexpected or ())]
+    surplus = [n for n in entries.keys() - read if not any(pattern.search(n) for pattern in ignored)]
+    refuse_tensors(missing, misshapen, surplus, str(checkpoint.folder))
+
+
+def refuse_tensors(missing: Collection[str], misshapen: Collection[str], surplus: Collection[str], source: str) -> None:
+    """Refuse the model in `source` unless all three, names of tensors with what is wrong about them, are empty.
+
+    Raises:
+        HiSVDError: one is not.
+    """
+    faults = {"missing": missing, "of the wrong shape": misshapen, "not part of the model": surplus}
     described = [f"{fault}: {first_few(names)}" for fault, names in faults.items() if names]
     if described:
         raise HiSVDError(
             f"The tensors in {source} are not those that its config.json describes ({'; '.join(described)}): the files "
             "are damaged or belong to another model; download or create them again."
-        )
-
-
-def check_layer_count(checkpoint: Checkpoint, model: PreTrainedModel, layers: str) -> None:
-    """Refuse a checkpoint with decoder layers missing from its config.json: they would be skipped silently.
-
-    `model` is the model without weights, `layers` the path of the decoder layers in it.
-
-    Raises:
-        HiSVDError: it has some.
-    """
-    decoder = model.get_submodule(layers)
-    assert isinstance(decoder, nn.ModuleList)
-    count = len(decoder)
-    first = next(name for name in model.state_dict() if name.startswith(f"{layers}.0."))
-    numbered = re.compile(rf"{re.escape(checkpoint.stored_name(first).partition('.0.')[0])}\.(\d+)\.")
-    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
-    surplus = [
-        name
-        for name in checkpoint.files
-        if (found := numbered.match(name)) and int(found[1]) >= count and not any(i.search(name) for i in ignored)
-    ]
-    if surplus:
-        raise HiSVDError(
-            f"{checkpoint.folder} holds more decoder layers than the {count} of its config.json "
-            f"({first_few(surplus)}); correct config.json, or download or create the folder again."
         )
 
 
@@ -168,10 +186,16 @@ def config_of(path: str | os.PathLike) -> PreTrainedConfig:
     """
     if not Path(path).is_file():
         return read_config(local_folder(os.fspath(path)))
+    side_files, source = read_pt(Path(path))[0], f"{path}/config.json"
+    if "config.json" not in side_files:
+        raise HiSVDError(f"{path} holds no config.json; create it again with compress.py.")
     try:
-        return AutoConfig.for_model(**json.loads(read_pt(Path(path))[0]["config.json"]))
-    except (ValueError, KeyError, TypeError) as error:
+        config = AutoConfig.for_model(**json.loads(side_files["config.json"]))
+    except Exception as error:  # configurations check themselves, and raise dozens of types
         raise HiSVDError(f"The config.json in {path} cannot be used: {first_line(error)}") from None
+    config.name_or_path = os.fspath(path)
+    check_config(config, source)
+    return config
 
 
 def read_pt(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -186,11 +210,23 @@ def read_pt(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # the zip reader, the unpickler and its allow-list each raise types of their own
         content = None
-    if not isinstance(content, dict) or content.get("format") != PT_FORMAT:
+    is_ours = isinstance(content, dict) and content.pop("format", None) == PT_FORMAT
+    if not is_ours or not all(map(_fits_pt, content.items())):
         raise HiSVDError(f"{path} is not a model written by compress.py, or is truncated; create it again.")
     side_files = {k.removeprefix(PT_FILE_PREFIX): v for k, v in content.items() if k.startswith(PT_FILE_PREFIX)}
-    weights = {k: v for k, v in content.items() if k != "format" and not k.startswith(PT_FILE_PREFIX)}
+    weights = {k: v for k, v in content.items() if not k.startswith(PT_FILE_PREFIX)}
     return side_files, weights
+
+
+def _fits_pt(entry: tuple[Any, Any]) -> bool:
+    """Whether a key and its value are a side file, as text or bytes, or a weight."""
+    key, value = entry
+    if not isinstance(key, str):
+        return False
+    if not key.startswith(PT_FILE_PREFIX):
+        return isinstance(value, torch.Tensor)
+    is_content = isinstance(value, str) or (isinstance(value, torch.Tensor) and value.dtype == torch.uint8)
+    return is_content and is_plain_name(key.removeprefix(PT_FILE_PREFIX))
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -230,13 +266,13 @@ def unpack_side_files(path: Path, folder: Path) -> None:
     """Write the side files of a `.pt` model into `folder`."""
     for name, content in read_pt(path)[0].items():
         data = content.encode() if isinstance(content, str) else content.numpy().tobytes()
-        (folder / Path(name).name).write_bytes(data)
+        (folder / name).write_bytes(data)
 
 
 def tokenizer_of(path: str) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to a model: folder, Hub id or `.pt`."""
     if Path(path).is_file():
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, naming(path):
             unpack_side_files(Path(path), Path(folder))
             return load_tokenizer(Path(folder))
     return load_tokenizer(local_folder(path))

@@ -28,12 +28,19 @@ from hisvd.component.conv1d import as_linears, conv1d_weights
 from hisvd.component.families import separate_experts
 from hisvd.component.hf_quantizer import METHOD
 from hisvd.component.low_rank import swap_linears
-from hisvd.errors import HiSVDError, first_line
+from hisvd.errors import HiSVDError, first_line, naming
+from hisvd.schema import SHARD
 from hisvd.utils import distributed
+from hisvd.utils.config_checks import check_config
+from hisvd.utils.files import check_regular, read_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 HUB_SIDE_FILES = ("*.json", "*.model", "*.txt", "*.jinja")  # what is fetched besides the weights
+INDEX = {"weight_map": {"*": SHARD}}
+# Left out, transformers asks on standard input whether to run the code that a folder brings.
+NO_CODE: dict[str, Any] = {"trust_remote_code": False}
+PARAMETERS_PER_BYTE = 8  # that any way to store weights can hold
 # Entries of config.json that say nothing about what the model computes.
 COSMETIC_CONFIG_KEYS = {
     "_name_or_path",
@@ -110,13 +117,13 @@ class Checkpoint:
 
     def count_parameters(self) -> int:
         """Parameters in all tensors of the checkpoint."""
-        return sum(math.prod(entry["shape"]) for entry in self._entries().values())
+        return sum(math.prod(entry["shape"]) for entry in self.entries().values())
 
     def count_bytes(self) -> int:
         """Bytes of the weight files."""
         return sum(path.stat().st_size for path in set(self.files.values()))
 
-    def _entries(self) -> dict[str, dict]:
+    def entries(self) -> dict[str, dict]:
         """The safetensors header entry of every tensor: dtype, shape, file and the byte range in it."""
         entries = {}
         for path in set(self.files.values()):
@@ -134,7 +141,7 @@ class Checkpoint:
         """
         config = {k: v for k, v in self.config.to_dict().items() if k not in COSMETIC_CONFIG_KEYS}
         digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-        for name, entry in sorted(self._entries().items()):
+        for name, entry in sorted(self.entries().items()):
             digest.update(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
             with open(entry["file"], "rb") as file:
                 file.seek(entry["start"] + max(0, (entry["end"] - entry["start"] - 4096) // 2))
@@ -146,8 +153,9 @@ def open_safetensors(path: Path) -> Any:
     """`safe_open` on the CPU, with a truncated, foreign or missing file named.
 
     Raises:
-        HiSVDError: the file is missing, truncated or not in safetensors format.
+        HiSVDError: the file is missing, truncated, not an ordinary one or not in safetensors format.
     """
+    check_regular(path)
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
@@ -195,22 +203,58 @@ def local_folder(model_path: str, config_only: bool = False) -> Path:
 
 def weight_file_names(folder: Path) -> list[str]:
     """The files that hold the weights of a model folder, whether or not they exist."""
-    index = folder / INDEX_NAME
-    return sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else [SINGLE_NAME]
+    return sorted(set(weight_map(folder).values())) if has_index(folder) else [SINGLE_NAME]
+
+
+def has_index(folder: Path) -> bool:
+    """Whether the index says where the weights of a model folder are; as in transformers, a single file goes first."""
+    return (folder / INDEX_NAME).is_file() and not (folder / SINGLE_NAME).is_file()
+
+
+def weight_map(folder: Path) -> dict[str, str]:
+    """Tensor name → the file that holds it, from the index of a model folder.
+
+    Raises:
+        HiSVDError: the index is not one, is empty, or names files outside the folder.
+    """
+    found = read_json(folder / INDEX_NAME, INDEX)["weight_map"]
+    if not found:
+        raise HiSVDError(f"{folder / INDEX_NAME} lists no tensors; download or create the folder again.")
+    return found
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
     """The model's configuration.
 
     Raises:
-        HiSVDError: config.json is missing or not one that transformers knows.
+        HiSVDError: config.json is missing, not one that transformers knows, or states impossible sizes.
     """
-    if not (folder / "config.json").is_file():
+    path = folder / "config.json"
+    if not path.is_file():
         raise HiSVDError(f"{folder} has no config.json, so it is not a Hugging Face model folder.")
+    read_json(path)
     try:
-        return AutoConfig.from_pretrained(folder)
-    except (ValueError, KeyError, OSError) as error:
-        raise HiSVDError(f"{folder}/config.json cannot be used: {first_line(error)}") from None
+        config = AutoConfig.from_pretrained(folder, **NO_CODE)
+    except Exception as error:  # configurations check themselves, and raise dozens of types
+        raise HiSVDError(f"{path} cannot be used: {first_line(error)}") from None
+    check_config(config, str(path))
+    return config
+
+
+def check_size(config: PreTrainedConfig, stored_bytes: int, source: str) -> None:
+    """Refuse a configuration, of the model `source`, that describes more than weight files of `stored_bytes` can hold.
+
+    Raises:
+        HiSVDError: it does; nothing of that size has been allocated.
+    """
+    text, most = config.get_text_config(), PARAMETERS_PER_BYTE * stored_bytes
+    embedding = (getattr(text, "vocab_size", None) or 0) * (getattr(text, "hidden_size", None) or 0)
+    least = max(embedding, getattr(text, "num_hidden_layers", None) or 0)
+    if least > most or sum(p.numel() for p in empty_model(config).parameters()) > most:
+        raise HiSVDError(
+            f"The config.json of {source} describes a model of more parameters than its files of {stored_bytes:,} "
+            "bytes can hold; correct it, or download or create the model again."
+        )
 
 
 def stored_dtype(config: PreTrainedConfig) -> torch.dtype:
@@ -228,12 +272,8 @@ def check_calibratable(config: PreTrainedConfig, seqlen: int, model: str) -> Non
     """Refuse a calibration that is impossible with this configuration; `model` names the model.
 
     Raises:
-        HiSVDError: it has no decoder layers, or fewer positions than `seqlen`.
+        HiSVDError: it has fewer positions than `seqlen`.
     """
-    if not config.get_text_config().num_hidden_layers:
-        raise HiSVDError(
-            f"The config.json of {model} has num_hidden_layers 0, so nothing can be compressed; correct it."
-        )
     limit = positions_of(config)
     if limit and seqlen > limit:
         raise HiSVDError(f"--seqlen {seqlen} exceeds the {limit} positions of {model}; choose at most {limit}.")
@@ -253,9 +293,8 @@ def open_checkpoint(model_path: str, compressed_too: bool = False) -> Checkpoint
             f"{folder} is already compressed or quantized ('{method}'); start from the original checkpoint."
         )
     files: dict[str, Path] = {}
-    if (folder / INDEX_NAME).is_file():
-        weight_map = json.loads((folder / INDEX_NAME).read_text())["weight_map"]
-        files = {name: folder / file for name, file in weight_map.items()}
+    if has_index(folder):
+        files = {name: folder / file for name, file in weight_map(folder).items()}
     elif (folder / SINGLE_NAME).is_file():
         with open_safetensors(folder / SINGLE_NAME) as file:
             files = {name: folder / SINGLE_NAME for name in file.keys()}  # noqa: SIM118 (not a dict)
@@ -267,7 +306,12 @@ def open_checkpoint(model_path: str, compressed_too: bool = False) -> Checkpoint
     for path in sorted(set(files.values())):
         with open_safetensors(path):
             pass
-    return Checkpoint(folder, config, files)
+    checkpoint = Checkpoint(folder, config, files)
+    unlisted = sorted(files.keys() - checkpoint.entries().keys())
+    if unlisted:
+        raise HiSVDError(f"{files[unlisted[0]]} lacks the tensor '{unlisted[0]}' of {INDEX_NAME}; download it again.")
+    check_size(config, checkpoint.count_bytes(), str(folder))
+    return checkpoint
 
 
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
@@ -275,17 +319,28 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
 
     In it, GPT-2's Conv1D modules are nn.Linear, and experts have linears of their own. A compressed model has its
     factored modules.
+
+    Raises:
+        HiSVDError: transformers cannot build the model, or the table of modules does not fit it.
     """
     model = _meta_model(config)
     separate_experts(model)
     as_linears(model)
-    swap_linears(model, (getattr(config, "quantization_config", None) or {}).get("modules", {}))
+    quantization = getattr(config, "quantization_config", None) or {}
+    if quantization.get("quant_method") == METHOD:
+        with naming(f"{config.name_or_path}/config.json"):
+            swap_linears(model, quantization["modules"])
     return model.eval()
 
 
 def _meta_model(config: PreTrainedConfig) -> PreTrainedModel:
-    with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(config)
+    try:
+        with init_empty_weights(include_buffers=False):
+            return AutoModelForCausalLM.from_config(config, **NO_CODE)
+    except Exception as error:  # every family fails in its own way on sizes that do not go together
+        raise HiSVDError(
+            f"The model that {config.name_or_path}/config.json describes cannot be built: {first_line(error)}"
+        ) from None
 
 
 def resolve_device(device: str) -> torch.device:
@@ -322,6 +377,6 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         HiSVDError: there is none, or it cannot be loaded.
     """
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, **NO_CODE)
     except Exception as error:  # tokenizers raises bare Exception for a broken file
         raise HiSVDError(f"No usable tokenizer in {folder}: {first_line(error)}") from None

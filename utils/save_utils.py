@@ -1,6 +1,7 @@
 """Write a compressed model: shards into a partial folder, then a Hugging Face folder or one .pt file."""
 
 import json
+import re
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import suppress
@@ -10,12 +11,20 @@ import torch
 from safetensors.torch import load_file
 
 from hisvd.errors import HiSVDError
-from hisvd.utils.files import atomic_path, make_folder, sync_file, write_json, write_tensors
+from hisvd.schema import SIZE, check
+from hisvd.utils.files import atomic_path, make_folder, read_json, sync_file, write_json, write_tensors
 from hisvd.utils.load_utils import PT_FILE_PREFIX, PT_FORMAT, read_pt
 from hisvd.utils.model_utils import INDEX_NAME, Checkpoint, open_safetensors
 
 REPORT = "hisvd.json"
 PLAN = "plan.json"
+REPORT_SCHEMA = {"linear_numbers_before": SIZE}  # what is read again
+# What a run killed at its very start leaves, and what later runs keep in `work` besides.
+START_FILES = re.compile(rf"\.hisvd_probe_\d+|\.{re.escape(PLAN)}\.tmp")
+WORK_FILES = re.compile(
+    rf"{START_FILES.pattern}|{re.escape(PLAN)}|int6_gate\.json|int6_.+\.safetensors|\.int6_.+\.tmp"
+    r"|(hidden|original|held_out)\w*\.bin"
+)
 MAX_SHARD_BYTES = 5 * 10**9
 # What a model folder holds besides config and weights.
 SIDE_FILES = (
@@ -71,13 +80,14 @@ class ModelWriter:
                 raise HiSVDError(f"{output} already exists; delete it or choose another --save_model.")
             return
         plan_file = self.work / PLAN
-        found = _read_json(plan_file) or _read_json(self.folder / REPORT)
+        found = next((read_json(file) for file in (plan_file, self.folder / REPORT) if file.is_file()), None)
         if found is not None and not self._follows_plan(found):
             raise HiSVDError(
                 f"{self.folder} holds an unfinished run with other settings or from another version; run that "
                 "command again, delete the folder, or choose another --save_model."
             )
-        if found is None and self.folder.is_dir() and any(_foreign(self.folder)):
+        is_foreign = found is None and self.folder.is_dir() and any(_foreign(self.folder))
+        if is_foreign or self.folder.is_symlink() or self.work.is_symlink():
             raise HiSVDError(
                 f"{self.folder} exists and is not an unfinished run of HiSVD; move it away or choose another "
                 "--save_model."
@@ -132,7 +142,7 @@ class ModelWriter:
         return self._transpose({k: t for path in self._files_of(index) for k, t in load_file(path).items()})
 
     def _files_of(self, index: int) -> list[Path]:
-        return sorted(self.folder.glob(f"{self._shard(index).stem}*.safetensors"))
+        return sorted(self.folder.glob(f"{self._shard(index).stem}.*safetensors"))
 
     def shard_files(self) -> list[Path]:
         """The files of all shards, in order."""
@@ -167,10 +177,9 @@ class ModelWriter:
         """
         for pattern in SIDE_FILES:
             for file in checkpoint.folder.glob(pattern):
-                shutil.copyfile(file, self.folder / file.name)
-        config = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
-        config |= changes
-        write_json(self.folder / "config.json", config)
+                if file.is_file():
+                    shutil.copyfile(file, self.folder / file.name)
+        write_json(self.folder / "config.json", read_json(checkpoint.folder / "config.json") | changes)
         weight_map: dict[str, str] = {}
         for path in self.shard_files():
             with open_safetensors(path) as shard:
@@ -187,7 +196,7 @@ class ModelWriter:
             HiSVDError: the disk is full.
         """
         if not self.is_finished:
-            shutil.rmtree(self.work, ignore_errors=True)
+            self._remove_work()
             if is_pt(self.output):
                 try:
                     with atomic_path(self.output) as temporary:
@@ -203,6 +212,14 @@ class ModelWriter:
         report = saved_report(self.output)
         assert report is not None  # __init__ or complete() has seen to it
         return report
+
+    def _remove_work(self) -> None:
+        """Delete the working files; anything else in their folder stays."""
+        for path in self.work.glob("*"):
+            if WORK_FILES.fullmatch(path.name):
+                path.unlink()
+        with suppress(OSError):  # not empty, or gone already
+            self.work.rmdir()
 
     def _remove_partial(self) -> None:
         """Delete what was written to OUT.partial; anything else in it stays."""
@@ -231,29 +248,30 @@ class ModelWriter:
         return content
 
 
-def _read_json(path: Path) -> dict | None:
-    """A file's JSON object, or None where there is none to read."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
 def saved_report(output: Path) -> dict | None:
-    """The content of hisvd.json of a finished output, or None for anything else."""
+    """The content of hisvd.json of a finished output; None where there is none.
+
+    Raises:
+        HiSVDError: it is damaged.
+    """
     if not is_pt(output):
-        return _read_json(output / REPORT)
+        return read_json(output / REPORT, REPORT_SCHEMA) if (output / REPORT).is_file() else None
     try:
-        return json.loads(read_pt(output)[0][REPORT])
-    except (HiSVDError, KeyError, ValueError, TypeError):
+        report = json.loads(read_pt(output)[0][REPORT])
+    except (HiSVDError, KeyError):  # another program's file
         return None
+    except (ValueError, TypeError, RecursionError):
+        raise HiSVDError(f"The {REPORT} in {output} is damaged; create the file again.") from None
+    check(report, REPORT_SCHEMA, f"{output}/{REPORT}")
+    return report
 
 
 def _foreign(folder: Path) -> Iterator[Path]:
     """What a partial folder without a plan holds, except for the remains of a run killed at its very start."""
     for path in folder.iterdir():
-        if not (path.name.startswith(".hisvd_probe_") or path.name == "work"):
+        if path.name == "work" and path.is_dir() and not path.is_symlink():
+            yield from (inside for inside in path.iterdir() if not START_FILES.fullmatch(inside.name))
+        elif not START_FILES.fullmatch(path.name):
             yield path
 
 
