@@ -27,6 +27,7 @@ BUDGETS = ("parameters", "bytes")
 # Rows of so many 16-bit numbers are what the kernels of GPUs and CPUs are made for (cuBLAS: 16 bytes), and of so many
 # codes; linears whose smaller side is below the last number would lose too many choices.
 ALIGNED, ALIGNED_CODES, SMALLEST_ALIGNED = 8, 32, 128
+SAVING = 0.05  # the least that factors of such linears save
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,8 @@ class CompressionSettings:
             like them; with allocation "loss". None (the default): 8 with that allocation, where every linear has at
             least 128 inputs and outputs (32 with weights in integers), else 1.
         min_saving: A linear is factored only where that saves at least this share of its parameters, since the second
-            product and the permutation take time too; with allocation "loss". Default: 0.0.
+            product and the permutation take time too; with allocation "loss". None (the default): 0.05 with that
+            allocation, where every linear has at least 128 inputs and outputs, else 0.
         width_multiple: "plain" export: the common width of the MLPs is a multiple of this. Default: 64.
         linear_dtype: What linear weights, factors or not, are stored in: "bf16", "int8" (a scale per row) or "int4" (a
             scale per 32 columns); "int8" and "int4" with export "none" alone. None (the default): the checkpoint's.
@@ -162,7 +164,7 @@ class CompressionSettings:
     moves: str | None = None
     update: str = "sequential"
     rank_multiple: int | None = None
-    min_saving: float = 0.0
+    min_saving: float | None = None
     width_multiple: int = 64
     linear_dtype: str | None = None
     budget: str = "parameters"
@@ -216,7 +218,7 @@ class CompressionSettings:
     @property
     def allowed_ranks(self) -> Allowed:
         """The ranks that the loss allocation may choose; the settings are resolved."""
-        assert self.rank_multiple is not None
+        assert self.rank_multiple is not None and self.min_saving is not None
         return Allowed(self.rank_multiple, self.min_saving)
 
     @property
@@ -251,7 +253,9 @@ class CompressionSettings:
         if self.budget == "bytes":
             self._check_bytes(cache, allocation, whitening)
         moves = self._moves(cache, allocation, whitening)
-        return replace(self, allocation=allocation, whitening=whitening, moves=moves, rank_multiple=multiple)
+        saving = self.min_saving if self.min_saving is not None else SAVING * large
+        resolved = replace(self, allocation=allocation, whitening=whitening, moves=moves)
+        return replace(resolved, rank_multiple=multiple, min_saving=saving)
 
     def _check_bytes(self, cache: CalibrationCache, allocation: str, whitening: str) -> None:
         """Refuse what does not go with a budget in bytes.

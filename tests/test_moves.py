@@ -110,12 +110,15 @@ def test_rank_multiple(caches, moves):
 
 def test_ranks_of_large_linears_are_aligned_by_default(caches, monkeypatch):
     cache, unset = read_cache(caches["llama"]), hisvd.CompressionSettings()
-    assert unset.resolved(cache).rank_multiple == 1
+    assert unset.resolved(cache).rank_multiple == 1 and unset.resolved(cache).min_saving == 0
     monkeypatch.setattr(settings, "SMALLEST_ALIGNED", min(s.full_rank for s in cache.sublayers))
     assert unset.resolved(cache).rank_multiple == 8
     assert hisvd.CompressionSettings(budget="bytes").resolved(cache).rank_multiple == 32
     assert hisvd.CompressionSettings(rank_multiple=1).resolved(cache).rank_multiple == 1
-    assert hisvd.CompressionSettings(allocation="hisvd").resolved(cache).rank_multiple == 1
+    assert unset.resolved(cache).min_saving == 0.05
+    assert hisvd.CompressionSettings(min_saving=0.0).resolved(cache).min_saving == 0
+    staged = hisvd.CompressionSettings(allocation="hisvd").resolved(cache)
+    assert staged.rank_multiple == 1 and staged.min_saving == 0
 
 
 @pytest.mark.parametrize("moves", ["both", "low_rank"])
