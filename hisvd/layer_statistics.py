@@ -16,7 +16,7 @@ from hisvd.whitening_svd import (
     H_DAMPING,
     cholesky_root,
     damped,
-    left_singular_vectors,
+    left_singular_pairs,
     singular_values,
     whitened,
 )
@@ -47,9 +47,9 @@ def layer_statistics(
         for path in paths:
             weight = layer.get_parameter(f"{path}.weight")
             sublayers.append(Sublayer(f"{layer_name}.{path}", index, path, group, *weight.shape))
-            tensors[f"{path}.singular_values"] = _stored(singular_values(weight))
+            values, vectors = left_singular_pairs(weight.T, NUM_LEADING_VECTORS)
+            tensors |= {f"{path}.singular_values": _stored(values), f"{path}.Vh": _stored(vectors.T)}
             tensors[f"{path}.whitened_singular_values"] = _stored(singular_values(whitened(weight, root)))
-            tensors[f"{path}.Vh"] = _stored(left_singular_vectors(weight.T, NUM_LEADING_VECTORS).T)
     return tensors, sublayers
 
 

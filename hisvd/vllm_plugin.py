@@ -61,7 +61,7 @@ class HiSVDConfig(QuantizationConfig):
             if entry["form"] in INTEGERS:
                 raise ValueError(
                     f"hisvd: vLLM cannot run linears stored in {entry['form']} yet, such as {name}; compress the model "
-                    "again without --linear_dtype."
+                    "again with --target_compression and without --linear_dtype."
                 )
             if entry["form"] not in (DENSE, "narrow", *MODULE_OF_FORM):
                 raise ValueError(f"hisvd: {name} has the unknown form '{entry['form']}'; install a newer hisvd.")

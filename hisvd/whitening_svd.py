@@ -134,18 +134,23 @@ def values_of_gram(product: torch.Tensor) -> torch.Tensor:
     return torch.linalg.eigvalsh(product).flip(0).clamp_min(0).sqrt()
 
 
-def left_singular_vectors(matrix: torch.Tensor, count: int | None = None) -> torch.Tensor:
-    """U of shape (m, min(m, n)) in float64, columns by falling singular value, exactly orthonormal.
+def left_singular_pairs(matrix: torch.Tensor, count: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """All singular values (min(m, n),), largest first, and U of shape (m, min(m, n)), its columns orthonormal; float64.
 
-    With `count` its first columns alone. From the eigenvectors of the smaller Gram matrix. Where that is
+    With `count` the first columns alone. From the eigenvectors of the smaller Gram matrix. Where that is
     AᵀA = V Σ² Vᵀ, the columns of A V are orthogonal already; QR scales them and completes the basis where singular
     values vanish.
     """
     matrix = matrix.double()
-    if matrix.shape[0] <= matrix.shape[1]:
-        return torch.linalg.eigh(gram(matrix.T)).eigenvectors.flip(1)[:, :count]
-    right = torch.linalg.eigh(gram(matrix)).eigenvectors.flip(1)[:, :count]
-    return torch.linalg.qr(matrix @ right).Q
+    wide = matrix.shape[0] <= matrix.shape[1]
+    eigenvalues, eigenvectors = torch.linalg.eigh(gram(matrix.T if wide else matrix))
+    values, vectors = eigenvalues.flip(0).clamp_min(0).sqrt(), eigenvectors.flip(1)[:, :count]
+    return values, vectors if wide else torch.linalg.qr(matrix @ vectors).Q
+
+
+def left_singular_vectors(matrix: torch.Tensor) -> torch.Tensor:
+    """U of shape (m, min(m, n)) in float64, columns by falling singular value; see left_singular_pairs."""
+    return left_singular_pairs(matrix)[1]
 
 
 def low_rank_factors(
