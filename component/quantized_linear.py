@@ -8,7 +8,7 @@ from torch import nn
 from hisvd.component.int6_linear import FEW_TOKENS, apply_except, first_tensor
 from hisvd.integer_codes import check_codes, dequantize_codes, empty_codes, unpack_codes
 
-BLOCK_SIZE = 2**18  # weights that are unpacked at once, so that they stay in a core's cache
+BLOCK_SIZE = 2**22  # weights that are unpacked at once
 GROUP = 32  # columns that share an int4 scale
 CPU_ROWS = 16  # PyTorch's int4 product on CPUs takes multiples of these
 
@@ -46,11 +46,18 @@ class QuantizedLinear(nn.Module):
             y = self._few_token_product(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
         else:
             y = x.new_empty(*x.shape[:-1], self.out_features)
+            # Codes of 8 bits are exact in these dtypes, and one scale per row can wait; in float16 sums would overflow.
+            scaled_later = self.format_name == "int8" and x.dtype in (torch.float32, torch.bfloat16)
             at_once = max(1, BLOCK_SIZE // self.in_features)
             for first in range(0, self.out_features, at_once):
                 rows = slice(first, first + at_once)
-                weight = dequantize_codes(self.codes[rows], self.weight_scale[rows], self.in_features, x.dtype)
+                if scaled_later:
+                    weight = self.codes[rows].to(x.dtype)
+                else:
+                    weight = dequantize_codes(self.codes[rows], self.weight_scale[rows], self.in_features, x.dtype)
                 y[..., rows] = nn.functional.linear(x, weight)
+            if scaled_later:
+                y = (y * self.weight_scale.flatten()).to(x.dtype)
         return y if self.bias is None else y + self.bias
 
     def _multiplies_codes(self, x: torch.Tensor) -> bool:

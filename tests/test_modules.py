@@ -14,7 +14,7 @@ import hisvd
 from hisvd.component.adapter import Adapter, Experts, Mlp
 from hisvd.component.experts import SeparateExperts
 from hisvd.component.families import ADAPTERS, adapter_for
-from hisvd.component.low_rank import MODULE_OF_FORM, swap_linears
+from hisvd.component.low_rank import MODULE_OF_FORM, PivotedLinear, swap_linears
 from hisvd.errors import HiSVDError, naming
 from hisvd.factor_forms import FORMS, FactorForm, dense_weight, factor_tensors, form_of, modules_of
 from hisvd.int6_fit import int6_entries
@@ -249,3 +249,24 @@ def test_a_narrow_linear_is_rebuilt_from_its_entries(kind, form, coded):
     model.load_state_dict({f"0.{name}": tensor.contiguous() for name, tensor in state.items()})
     torch.testing.assert_close(model(x), x @ expected.T + state["bias"], rtol=1e-4, atol=1e-3)
     assert modules_of("0", {"weight": torch.zeros(96, 200)}, (96, 200), (96, 200)) == {}
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_many_tokens_in_16_bits_permute_rows_of_the_weight(bias, monkeypatch):
+    torch.manual_seed(0)
+    entries = factor_tensors(torch.randn(24, 5).double(), torch.randn(5, 16).double(), "pivoted", torch.bfloat16)
+    module = PivotedLinear(16, 24, 5, bias).bfloat16()
+    module.load_state_dict(entries | ({"bias": torch.randn(24)} if bias else {}))
+    x = torch.randn(2, 64, 16).bfloat16()
+    called = []
+    module.coefficients.register_forward_hook(lambda *_: called.append(True))
+    with torch.no_grad():
+        many = module(x)
+        assert not called
+        parts = torch.cat([module(part) for part in x.split(1)])
+        assert len(called) == 2
+        torch.testing.assert_close(many, parts, rtol=0.02, atol=0.02 * many.abs().max().item())
+        module.float()(x.float())
+        assert len(called) == 3
+    module.bfloat16()(x).sum().backward()
+    assert module.coefficients.weight.grad.abs().sum() > 0
