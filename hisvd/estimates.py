@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hisvd.component.families import adapter_for
+from hisvd.integer_codes import INTEGERS
 from hisvd.layer_statistics import NUM_LEADING_VECTORS
 from hisvd.neurons import spectrum_widths
 from hisvd.settings import CalibrationSettings, Resources
@@ -35,6 +36,7 @@ BASE = 0.55 * 2**30  # bytes: torch, transformers, tokenizer, text
 EVALUATED_TOKENS = 341_469  # WikiText-2's test split by Llama 2's tokenizer
 FLOPS_OF_EIGH = 9  # times n³, with eigenvectors
 FLOPS_OF_EIGVALSH = 4 / 3
+GRAM = 9 / 16  # of a full product, see whitening_svd.gram
 
 
 @dataclass(frozen=True)
@@ -203,14 +205,14 @@ def activation_bytes(shapes: Shapes, sizes: RunSizes) -> int:
 
 def cache_bytes(shapes: Shapes, gradients: bool) -> int:
     """Bytes of the finished cache: float32 eigenvectors of H (n, n) per input and of F (m, m) per linear, and the
-    leading singular vectors and spectra of each linear.
+    leading singular vectors, spectra and rounding errors of each linear.
     """
     total = 0
     for layer in shapes.layers:
         total += sum(4 * n * n for n, _ in layer.inputs)
         for m, n in layer.shapes:
             leading = min(NUM_LEADING_VECTORS, m, n)
-            total += 4 * (leading * n + (2 + gradients) * min(m, n) + gradients * m * m)
+            total += 4 * (leading * n + (2 + gradients) * min(m, n) + gradients * m * m) + 8 * gradients * len(INTEGERS)
         for neurons, linears in layer.mlps if gradients else ():
             total += 4 * neurons + 8 * (neurons + 1) + 4 * len(spectrum_widths(neurons)) * sum(map(min, linears))
     return total
@@ -273,8 +275,8 @@ def _forward(shapes: Shapes, sizes: RunSizes) -> Stage:
             work = max([24 * n * n, *(16 * n * n + _decomposition(m, n) for m in outputs)])
             peak = max(peak, sums + max(_batch(shapes, sizes.compute, False) + 4 * n * n, eigenvectors + work))
         decompositions += sum(FLOPS_OF_EIGH * n**3 for n, _ in layer.inputs)
-        decompositions += sum((2 * FLOPS_OF_EIGVALSH + FLOPS_OF_EIGH) * min(s) ** 3 for s in layer.shapes)
-        flops += sum(2 * tokens * n * n + 2 / 3 * n**3 for n, _ in layer.inputs)
+        decompositions += sum((FLOPS_OF_EIGVALSH + FLOPS_OF_EIGH) * min(s) ** 3 for s in layer.shapes)
+        flops += sum(GRAM * 2 * tokens * n * n + 2 / 3 * n**3 for n, _ in layer.inputs)
         flops += sum(2 * (2 * m * n * n + 3 * 2 * m * n * min(m, n)) for m, n in layer.shapes)
     disk = activation_bytes(shapes, sizes) + cache_bytes(shapes, False)
     return Stage("calibrate: inputs", _memory(shapes, sizes, peak), disk, flops, decompositions)
@@ -295,30 +297,27 @@ def _backward(shapes: Shapes, sizes: RunSizes) -> Stage:
         work = max(24 * m * m + 8 * n * n + _decomposition(m, n) for m, n in layer.shapes)
         peak = max(peak, sums + max(_batch(shapes, sizes.compute, True) + 4 * largest**2, read + work))
         decompositions += sum(FLOPS_OF_EIGH * m**3 + FLOPS_OF_EIGVALSH * min(m, n) ** 3 for m, n in layer.shapes)
-        flops += sum(2 * (2 + 1 / 3) * n**3 for n, _ in layer.inputs) + sum(4 * tokens * m * m for m, _ in layer.shapes)
+        flops += sum(2 * (2 + 1 / 3) * n**3 for n, _ in layer.inputs) + sum(
+            GRAM * 4 * tokens * m * m for m, _ in layer.shapes
+        )
         flops += sum(2 * 2 * m * n * (m + n + min(m, n)) for m, n in layer.shapes)
         for neurons, linears in layer.mlps:
             # Statistics of all its linears; C, its inverse and the part that is kept of it, or F and its root.
             held = sum(4 * m * m for m, _ in linears) + 4 * neurons**2
             peak = max(peak, held + 8 * (4 * max(max(s) for s in linears) ** 2 + 2 * sum(m * n for m, n in linears)))
             flops += 2 * _elimination_flops(neurons, linears)
-            widths = [min(width, *s) for width in spectrum_widths(neurons) for s in linears]
-            decompositions += sum(FLOPS_OF_EIGVALSH * width**3 for width in widths)
+            grams = [linears[-1][0], *(n for _, n in linears[:-1])]
+            decompositions += len(spectrum_widths(neurons)) * sum(FLOPS_OF_EIGVALSH * size**3 for size in grams)
     disk = activation_bytes(shapes, sizes) + cache_bytes(shapes, True)
     memory = max(top, _memory(shapes, sizes, peak))
     return Stage("calibrate: gradients", memory, disk, flops, decompositions)
 
 
 def _elimination_flops(neurons: int, linears: list[tuple[int, int]]) -> float:
-    """Products and solutions in float64: removing neurons one by one, then the spectra at all widths."""
+    """Products and solutions in float64: removing neurons one by one, then the Gram matrices at all widths."""
     *inputs, (m, _) = linears
-    flops = 2.0 * neurons**3 + 2 * m * neurons**2
-    for k in spectrum_widths(neurons):
-        flops += k**3 / 3 + 2 * m * k * (neurons + 2 * k + 2 * m)
-        for rows, n in inputs:
-            r = rows * k // neurons
-            flops += r**3 / 3 + 2 * n * r * (r + min(n, r))
-    return flops
+    flops = (2 + 1 / 3) * neurons**3 + m * neurons * (5 * neurons + 4 * m)
+    return flops + sum(rows * (2 * rows**2 + rows * n + 4 * n**2) for rows, n in inputs)
 
 
 def _compression(shapes: Shapes, sizes: RunSizes) -> Stage:

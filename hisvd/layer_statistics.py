@@ -88,7 +88,7 @@ def neuron_statistics(
     `statistics` are those of both passes, `sublayers` is by path. For the output linear, of n inputs:
     `{path}.removal_order` (n,), int32, and `{path}.removal_losses` (n + 1,), float64, see neurons.Elimination. For it,
     re-fitted, and for the inputs: `{path}.narrow_singular_values` (widths, min(m, n)), a row of the two-sided spectrum
-    for each of the widths of neurons.spectrum_widths; what the rank there does not reach is 0, up to rounding.
+    for each of the widths of neurons.spectrum_widths, with zeros where it has fewer values.
     """
     device = next(layer.parameters()).device
     output, weight = sublayers[mlp.output], layer.get_parameter(f"{mlp.output}.weight")

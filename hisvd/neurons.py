@@ -117,7 +117,7 @@ def narrow_output_spectra(
         new = seen[:, before:width]
         gram.addmm_(new, new.T)
         outputs = None if shift is None else seen[:, :width] @ shift[:width]
-        spectra.append(values_of_gram(gram if outputs is None else gram + outputs @ outputs.T))
+        spectra.append(_with_zeros(values_of_gram(gram if outputs is None else gram + outputs @ outputs.T), width))
         before = width
     return torch.stack(spectra) if spectra else seen.new_zeros(0, len(seen))
 
@@ -136,9 +136,15 @@ def narrow_input_spectra(
         new, old = slice(fused * before, fused * width), slice(0, fused * before)
         half = seen[new].T @ (metric[new, old] @ seen[old] + metric[new, new] @ seen[new] / 2)
         gram += half + half.T
-        spectra.append(values_of_gram(gram))
+        spectra.append(_with_zeros(values_of_gram(gram), fused * width))
         before = width
     return torch.stack(spectra) if spectra else seen.new_zeros(0, len(root))
+
+
+def _with_zeros(values: torch.Tensor, rank: int) -> torch.Tensor:
+    """Singular values (n,), of which those beyond `rank` are rounding errors, with zeros in their places."""
+    values[rank:] = 0
+    return values
 
 
 def stacked(kept: torch.Tensor, n: int, fused: int) -> torch.Tensor:

@@ -76,12 +76,21 @@ class PartOfMoment(NamedTuple):
 
 def gram(x: torch.Tensor) -> torch.Tensor:
     """Xᵀ X (n, n) for X (t, n), in its dtype: every product of two column blocks once, 9/16 of the work of X.T @ X."""
+    product = x.new_empty(x.shape[1], x.shape[1])
+    _fill_gram(x.detach(), product)
+    return product
+
+
+def _fill_gram(x: torch.Tensor, product: torch.Tensor) -> None:
     n = x.shape[1]
     if n <= SMALLEST_BLOCK:
-        return x.T @ x
-    first, second = x[:, : n // 2], x[:, n // 2 :]
-    across = first.T @ second
-    return torch.cat([torch.cat([gram(first), across], 1), torch.cat([across.T, gram(second)], 1)])
+        torch.mm(x.T, x, out=product)
+        return
+    first, second = slice(n // 2), slice(n // 2, n)
+    _fill_gram(x[:, first], product[first, first])
+    _fill_gram(x[:, second], product[second, second])
+    torch.mm(x[:, first].T, x[:, second], out=product[first, second])
+    product[second, first] = product[first, second].T
 
 
 def damped(eigenvalues: torch.Tensor, eigenvectors: torch.Tensor, damping: float) -> SecondMoment:
