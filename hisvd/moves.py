@@ -78,9 +78,9 @@ def storages(settings: "CompressionSettings") -> list[Storage]:
 
 def curves_of(problem: RankProblem, chosen: Sequence[Storage], ranked: bool, narrow: bool) -> Curves:
     """The choices of all linears, each in the storage `chosen` for it; see _least_loss."""
-    allowed, mlps = problem.settings.allowed_ranks, mlp_curves(problem, ranked, chosen) if narrow else []
+    allowed, spectra = problem.settings.allowed_ranks, problem.singular_values("two_sided_singular_values")
+    mlps = mlp_curves(problem, ranked, chosen) if narrow else []
     members = {member for mlp in mlps for member in mlp.members}
-    spectra = problem.singular_values("two_sided_singular_values")
     others = [
         None
         if k in members
