@@ -5,10 +5,11 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from hisvd.component.int6_linear import FEW_TOKENS, apply_except, first_tensor
+from hisvd.component.int6_linear import apply_except, first_tensor
 from hisvd.integer_codes import check_codes, dequantize_codes, empty_codes, unpack_codes
 
 BLOCK_SIZE = 2**22  # weights that are unpacked at once
+FEW_TOKENS = 12  # up to so many are quicker multiplied by the codes than by unpacked weights
 GROUP = 32  # columns that share an int4 scale
 CPU_ROWS = 16  # PyTorch's int4 product on CPUs takes multiples of these
 
@@ -17,7 +18,7 @@ class QuantizedLinear(nn.Module):
     """y = W x + bias in the dtype of x, with W (m, n) in the format `name`, a key of integer_codes.INTEGERS.
 
     W is unpacked whenever it is used, a block of rows at a time; but on CPUs in bfloat16, PyTorch multiplies a few
-    tokens by the codes themselves, which takes half of the time of a plain linear or less.
+    tokens by the codes themselves, which for one takes half of the time of a plain linear or less.
     """
 
     weight_scale: torch.Tensor

@@ -127,7 +127,7 @@ def int6_figures(codes: set[str], sizes_in_files: dict[str, int]) -> dict:
 
 
 def rank_table(plan: Plan, sublayers: list[Sublayer]) -> str:
-    """Ranks as a table: one row per decoder layer, one column per type; for experts the smallest and largest.
+    """Ranks and integers as a table: a row per decoder layer, a column per type; for experts the smallest and largest.
 
     Where neurons are removed, a last column says how many the MLPs keep.
     """
@@ -140,8 +140,11 @@ def rank_table(plan: Plan, sublayers: list[Sublayer]) -> str:
         return "–".join(dict.fromkeys([*texts[:1], *texts[-1:]]))
 
     def cell(members: list[Sublayer]) -> str:
-        members = sorted(members, key=lambda s: plan.ranks[s.name])
-        return ends(["dense" if plan.is_dense(s) else str(plan.ranks[s.name]) for s in members])
+        return ends([storage(s) for s in sorted(members, key=lambda s: plan.ranks[s.name])])
+
+    def storage(s: Sublayer) -> str:
+        rank, dtype = "dense" if plan.is_dense(s) else str(plan.ranks[s.name]), plan.dtypes.get(s.name)
+        return rank if dtype is None else dtype if rank == "dense" else f"{rank} {dtype}"
 
     def neurons(layer: int) -> str:
         inner = (s for s in sublayers if s.layer == layer and plan.shape(s)[1] != s.in_features)

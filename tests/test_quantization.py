@@ -236,7 +236,7 @@ def test_a_few_tokens_are_multiplied_by_the_codes(name, shape, monkeypatch):
     for seed in range(2):  # what was packed for the first weight is not used for the second
         entries = integer_entries({"weight": normal(rows, columns, seed=seed)}, torch.eye(columns), name)
         module.load_state_dict(entries | {"bias": normal(rows).bfloat16()}, assign=True)
-        x = normal(4, 2, columns).bfloat16()
+        x = normal(8, 2, columns).bfloat16()
         used.clear()
         many, few = module(x), [module(x[:1, :1]), module(x[:1])]
         assert used == ([1, 2] if columns % 32 == 0 else [])
