@@ -7,7 +7,6 @@ from hisvd.component.quantized_linear import QuantizedLinear
 from hisvd.errors import HiSVDError
 
 CODED_LINEARS = (INT6SparseLinear, QuantizedLinear)
-SCALES = ("scales", "weight_scale")  # the ends of the names of their tensors that no cast changes
 
 
 def check_coded_linears(model: nn.Module, prefix: str = "") -> None:

@@ -45,6 +45,7 @@ class INT6SparseLinear(nn.Module):
 
     format_name = FORMAT_NAME
     user_alias = USER_ALIAS
+    scale_name = "scales"  # the buffer whose dtype no cast changes
     packed_weight: torch.Tensor
     metadata: torch.Tensor
     scales: torch.Tensor
@@ -98,7 +99,7 @@ class INT6SparseLinear(nn.Module):
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
         """Moves and casts as usual, but the scales stay float32."""
-        return apply_except(self, "scales", fn, recurse)
+        return apply_except(self, self.scale_name, fn, recurse)
 
     def check(self) -> None:
         """Refuse a damaged weight.

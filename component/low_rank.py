@@ -80,10 +80,8 @@ class PivotedLinear(nn.Module):
         """
         if self.in_order or x.device.type != "cpu" or x.dtype.itemsize != 2 or x.numel() < MANY_TOKENS * x.shape[-1]:
             return False
-        plain = type(self.coefficients) is nn.Linear  # no adapter, no codes
-        return (
-            plain and self.coefficients.weight.device == x.device
-        )  # where accelerate offloads it, only in its forward
+        # A plain linear, without adapter or codes, whose weight accelerate does not bring in its forward alone.
+        return type(self.coefficients) is nn.Linear and self.coefficients.weight.device == x.device
 
     extra_repr = LowRankLinear.extra_repr
 

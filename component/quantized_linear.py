@@ -6,11 +6,10 @@ import torch
 from torch import nn
 
 from hisvd.component.int6_linear import apply_except, first_tensor
-from hisvd.integer_codes import check_codes, dequantize_codes, empty_codes, unpack_codes
+from hisvd.integer_codes import INT4_GROUP, SCALE, check_codes, dequantize_codes, empty_codes, unpack_codes
 
 BLOCK_SIZE = 2**22  # weights that are unpacked at once
 FEW_TOKENS = 12  # up to so many are quicker multiplied by the codes than by unpacked weights
-GROUP = 32  # columns that share an int4 scale
 CPU_ROWS = 16  # PyTorch's int4 product on CPUs takes multiples of these
 
 
@@ -22,6 +21,7 @@ class QuantizedLinear(nn.Module):
     """
 
     weight_scale: torch.Tensor
+    scale_name = SCALE
     qweight = property(first_tensor)  # as in INT6SparseLinear
 
     def __init__(self, in_features: int, out_features: int, name: str, bias: bool) -> None:
@@ -63,7 +63,7 @@ class QuantizedLinear(nn.Module):
 
     def _multiplies_codes(self, x: torch.Tensor) -> bool:
         """Whether PyTorch's product can be used; with other numbers of columns, that of int8 reads what it must not."""
-        few = 0 < x.numel() <= FEW_TOKENS * self.in_features and self.in_features % GROUP == 0
+        few = 0 < x.numel() <= FEW_TOKENS * self.in_features and self.in_features % INT4_GROUP == 0
         fitting = few and x.dtype == torch.bfloat16 and x.device.type == "cpu"
         return fitting and not (torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()))
 
@@ -74,15 +74,15 @@ class QuantizedLinear(nn.Module):
             y = torch._weight_int8pack_mm(x, self.codes, x.new_ones(self.out_features))
             return (y * self.weight_scale.flatten()).to(x.dtype)
         if not self._operands or self._operands[0] is not self.codes:
-            codes, scales = int4_operands(self, CPU_ROWS, GROUP)
+            codes, scales = int4_operands(self, CPU_ROWS, INT4_GROUP)
             packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
             self._operands = (self.codes, packed, scales.to(x.dtype))
         _, packed, scales = self._operands
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, GROUP, scales)[:, : self.out_features]
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, INT4_GROUP, scales)[:, : self.out_features]
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
         """Moves and casts as usual, but the scales keep their dtype."""
-        return apply_except(self, "weight_scale", fn, recurse)
+        return apply_except(self, self.scale_name, fn, recurse)
 
     def check(self) -> None:
         """Refuse damaged codes or scales.
@@ -103,6 +103,6 @@ def int4_operands(module: QuantizedLinear, rows: int, columns: int) -> tuple[tor
     """
     codes, scales = unpack_codes(module.codes, module.in_features), module.weight_scale
     codes = nn.functional.pad(codes, (0, -codes.shape[1] % columns, 0, -codes.shape[0] % rows)).int() + 8
-    missing = (0, codes.shape[1] // GROUP - scales.shape[1], 0, len(codes) - len(scales))
+    missing = (0, codes.shape[1] // INT4_GROUP - scales.shape[1], 0, len(codes) - len(scales))
     scales = nn.functional.pad(scales, missing)
     return codes, torch.stack([scales, torch.zeros_like(scales)], dim=-1).transpose(0, 1).contiguous()

@@ -3,8 +3,9 @@
 import torch
 from torch import nn
 
-from hisvd.component.quantized_linear import GROUP, QuantizedLinear, int4_operands
+from hisvd.component.quantized_linear import QuantizedLinear, int4_operands
 from hisvd.errors import HiSVDError
+from hisvd.integer_codes import INT4_GROUP
 
 ROWS, COLUMNS = 8, 1024  # the kernel for GPUs takes multiples of these
 
@@ -47,4 +48,4 @@ def _torchao_weight(module: QuantizedLinear, dtype: torch.dtype) -> torch.Tensor
         raise HiSVDError("torchao's int4 kernel needs a CUDA device; move the model there first, or use it as it is.")
     codes, scales = int4_operands(module, ROWS, COLUMNS)
     packed = torch.ops.aten._convert_weight_to_int4pack((codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8), 8)
-    return Int4TilePackedTo4dTensor(packed, scales, [1, GROUP], shape)
+    return Int4TilePackedTo4dTensor(packed, scales, [1, INT4_GROUP], shape)

@@ -87,9 +87,10 @@ def compress(
         >>> results[0].report["linear_kept"] <= 0.8
         True
     """
+    cache = opened_cache(cache)
     plans = plan(cache, targets, settings)
     with progress_shown(resources.progress), _locked([path for _, path in _outputs(output, plans, settings)]):
-        job = prepared(model, opened_cache(cache), output, plans, settings, resources)
+        job = prepared(model, cache, output, plans, settings, resources)
         open_job = _unfinished(job)
         if open_job.writers:
             factor_layers(open_job)

@@ -29,6 +29,10 @@ class IntegerFormat(NamedTuple):
         """What codes and scales of a weight take."""
         return rows * (-(-columns // self.per_byte) + self.groups(columns) * self.scale.itemsize)
 
+    def nearest(self, values: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+        """What codes can stand for next to `values`, where the codes 0 and 1 are `steps` apart."""
+        return (values / steps).round().clamp(-self.largest, self.largest) * steps
+
     def groups(self, columns: int) -> int:
         """Scales per row of that many columns."""
         return -(-columns // (self.group or columns))
@@ -38,7 +42,11 @@ class IntegerFormat(NamedTuple):
         return scales.repeat_interleave(self.group or columns, dim=1)[:, :columns]
 
 
-INTEGERS = {"int8": IntegerFormat(127, 1, None, torch.float32), "int4": IntegerFormat(7, 2, 32, torch.bfloat16)}
+INT4_GROUP = 32
+INTEGERS = {
+    "int8": IntegerFormat(127, 1, None, torch.float32),
+    "int4": IntegerFormat(7, 2, INT4_GROUP, torch.bfloat16),
+}
 SCALE = "weight_scale"
 CODES = {f"weight_{name}": name for name in INTEGERS}  # by the last part of a tensor's name
 

@@ -59,7 +59,7 @@ def fit_codes(weight: torch.Tensor, root: torch.Tensor, name: str) -> Codes:
     steps = form.of_columns(scales.double(), weight.shape[1])
 
     def nearest(column: torch.Tensor, j: int) -> torch.Tensor:
-        return (column / steps[:, j]).round().clamp(-form.largest, form.largest) * steps[:, j]
+        return form.nearest(column, steps[:, j])
 
     rounded = round_with_feedback(weight, root, nearest)
     return Codes((rounded / steps).round().to(torch.int8), scales, rounded)
@@ -73,7 +73,7 @@ def rounding_energy(weight: torch.Tensor, root: torch.Tensor, f: SecondMoment, n
     """
     form, importance = INTEGERS[name], root.diagonal().square()
     steps = form.of_columns(group_scales(weight, importance, name).double(), weight.shape[1])
-    error = (weight / steps).round().clamp(-form.largest, form.largest) * steps - weight
+    error = form.nearest(weight, steps) - weight
     rows = f.eigenvectors.square() @ f.eigenvalues
     return rows @ (error.double().square() @ importance)
 

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hisvd.component.adapter import Adapter
-from hisvd.component.coded_linears import CODED_LINEARS, SCALES
+from hisvd.component.coded_linears import CODED_LINEARS
 from hisvd.component.families import adapter_for
 from hisvd.component.int6_linear import FEW_TOKENS
 from hisvd.errors import HiSVDError
@@ -104,11 +104,11 @@ class StreamedModel:
         """Fill meta parameters of `module` in place; `names` maps each to its tensor in the checkpoint."""
         tensors = self.checkpoint.read(names.values())
         # Their scales are part of a format, as permutations are integers.
-        coded = {name for name, part in module.named_modules() if isinstance(part, CODED_LINEARS)}
+        linears = ((name, part) for name, part in module.named_modules() if isinstance(part, CODED_LINEARS))
+        fixed = {f"{name}.{part.scale_name}" for name, part in linears}
         weights = {}
         for name, stored in names.items():
-            fixed = name.endswith(SCALES) and name.rpartition(".")[0] in coded
-            cast = tensors[stored].is_floating_point() and not fixed
+            cast = tensors[stored].is_floating_point() and name not in fixed
             weights[name] = tensors[stored].to(self.device, self.dtype if cast else None)
         module.load_state_dict(weights, strict=False, assign=True)
         module.requires_grad_(False)
