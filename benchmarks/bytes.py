@@ -10,26 +10,27 @@ started again reuses the cache, the models and the figures that it finds in the 
 
 import shutil
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import click
 import torch
-from common import calibrated, compressed, evaluated, file_name
+from common import Texts, compressed, file_name, with_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hisvd import CompressionSettings
-from hisvd.cli.common import comma_separated, program
+from hisvd.cli.common import program
 from hisvd.integer_codes import INTEGERS
 from hisvd.shape_utils import PLAIN_BYTES, matrix_bytes
 from hisvd.tables import table
 from hisvd.utils.files import write_json
+from hisvd.utils.model_utils import open_checkpoint
 
 BYTES = [0.4, 0.35, 0.25, 0.2]  # shares of the linears' bytes in 16 bits, besides those of int8 and int4
 UPDATES = {"HiSVD --target_bytes, one shot": "none", "HiSVD --target_bytes": "sequential"}
 
 
-def rounded_by_torchao(model_path: str, linears: list[str], dtype: str, folder: Path) -> Path:
-    """The model with its linears rounded by torchao, written as plain weights of the same values."""
+def write_rounded(model_path: str, linears: list[str], dtype: str, folder: Path) -> None:
+    """Write the model with its linears rounded by torchao, as plain weights of the same values."""
     from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
     from torchao.quantization.granularity import PerGroup
 
@@ -41,7 +42,6 @@ def rounded_by_torchao(model_path: str, linears: list[str], dtype: str, folder: 
         linear.weight = torch.nn.Parameter(linear.weight.dequantize())
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(model_path).save_pretrained(folder)
-    return folder
 
 
 class Row(NamedTuple):
@@ -72,55 +72,42 @@ def plot(rows: list[Row], path: Path) -> None:
 
 
 @click.command()
-@click.option("--model_path", required=True, help="A folder with weights in 16 bits.")
-@click.option("--calibration_text", required=True, help="A file or the name of a data set.")
-@click.option("--datasets", required=True, help="Comma-separated files or names of data sets to evaluate on.")
-@click.option("--nsamples", default=192, show_default=True)
-@click.option("--grad_nsamples", default=48, show_default=True)
-@click.option("--eval_nsamples", default=16, show_default=True)
-@click.option("--work_dir", type=click.Path(path_type=Path), default="results/bytes", show_default=True)
+@with_texts("results/bytes")
 @program
-def main(
-    model_path: str,
-    calibration_text: str,
-    datasets: str,
-    nsamples: int,
-    grad_nsamples: int,
-    eval_nsamples: int,
-    work_dir: Path,
-) -> None:
+def main(**options: Any) -> None:
     """Calibrate once, store the model in several sizes, evaluate, and draw."""
-    cache = calibrated(model_path, calibration_text, work_dir, nsamples, grad_nsamples)
-    texts, linears = comma_separated(datasets), [s.name for s in cache.sublayers]
-    in_16_bits = PLAIN_BYTES * sum(s.size for s in cache.sublayers)
-    whole = weight_bytes(Path(model_path))
-    rows = [Row("16 bits", whole, *evaluated([model_path], texts, eval_nsamples, work_dir / "dense.json"))]
+    texts = Texts(**options)
+    cache, model_path, work_dir = texts.calibrated(), texts.model_path, texts.work_dir
+    linears, in_16_bits = [s.name for s in cache.sublayers], PLAIN_BYTES * sum(s.size for s in cache.sublayers)
+    whole = weight_bytes(model_path)
+    rows = [Row("16 bits", whole, *texts.evaluated([model_path], "dense.json"))]
     targets = list(BYTES)
     for dtype in INTEGERS:
-        figures, folder = work_dir / f"torchao_{dtype}.json", work_dir / f"torchao_{dtype}"
-        if not figures.exists():
-            rounded_by_torchao(model_path, linears, dtype, folder)
+        folder = work_dir / f"torchao_{dtype}"
+        figures = f"{folder.name}.json"
+        if not (work_dir / figures).exists():
+            write_rounded(model_path, linears, dtype, folder)
         stored = sum(matrix_bytes(*s.shape, dtype) for s in cache.sublayers)
         targets.append(round(stored / in_16_bits, 4))
-        perplexities = evaluated([folder], texts, eval_nsamples, figures)
-        rows.append(Row(f"torchao {dtype}, to nearest", whole - in_16_bits + stored, *perplexities))
+        rows.append(
+            Row(f"torchao {dtype}, to nearest", whole - in_16_bits + stored, *texts.evaluated([folder], figures))
+        )
         shutil.rmtree(folder, ignore_errors=True)
     for name, update in UPDATES.items():
         settings = CompressionSettings(budget="bytes", update=update)
         models = compressed(model_path, cache, work_dir / file_name(name), sorted(targets, reverse=True), settings)
-        perplexities = evaluated(models, texts, eval_nsamples, work_dir / f"{file_name(name)}.json")
-        sizes = map(weight_bytes, models)
-        rows += [Row(name, size, found) for size, found in zip(sizes, perplexities, strict=True)]
-    titles = ["linears", "MB", *(Path(dataset).stem for dataset in texts)]
+        perplexities = texts.evaluated(models, f"{file_name(name)}.json")
+        rows += [Row(name, weight_bytes(model), found) for model, found in zip(models, perplexities, strict=True)]
+    titles = ["linears", "MB", *(Path(dataset).stem for dataset in texts.names)]
     cells = [[row.name, f"{row.size / 1e6:.1f}", *(f"{p:.2f}" for p in row.perplexities.values())] for row in rows]
     click.echo(table(titles, cells))
     write_json(work_dir / "bytes.json", [row._asdict() for row in rows])
     plot(rows, work_dir / "bytes.png")
 
 
-def weight_bytes(folder: Path) -> int:
-    """The bytes of a model folder's weight files."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+def weight_bytes(model: str | Path) -> int:
+    """The bytes of a model's weight files."""
+    return open_checkpoint(str(model), compressed_too=True).count_bytes()
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -23,11 +23,52 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 import hisvd
 from hisvd import CalibrationSettings, CompressionSettings, EvaluationSettings
 from hisvd.calibration_cache import CalibrationCache, cache_folder
+from hisvd.cli.common import comma_separated
 from hisvd.utils.files import write_json
 
 ROOT = Path(__file__).parents[1]
 SEQLEN = 512  # tokens per window, of calibration and of evaluation
 one_shot = partial(CompressionSettings, update="none")
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The options of a benchmark that calibrates once and evaluates models on several texts."""
+
+    model_path: str
+    calibration_text: str
+    datasets: str
+    nsamples: int
+    grad_nsamples: int
+    eval_nsamples: int
+    work_dir: Path
+
+    @property
+    def names(self) -> list[str]:
+        """The data sets to evaluate on."""
+        return comma_separated(self.datasets)
+
+    def calibrated(self) -> CalibrationCache:
+        """See `calibrated`."""
+        return calibrated(self.model_path, self.calibration_text, self.work_dir, self.nsamples, self.grad_nsamples)
+
+    def evaluated(self, models: Sequence[str | Path], file: str) -> list[dict[str, float]]:
+        """See `evaluated`; `file` is in the work folder."""
+        return evaluated(models, self.names, self.eval_nsamples, self.work_dir / file)
+
+
+def with_texts(work_dir: str) -> Callable[[Callable], Callable]:
+    """Give a command the options of Texts, whose work folder is `work_dir` by default."""
+    options = [
+        click.option("--model_path", required=True),
+        click.option("--calibration_text", required=True, help="A file or the name of a data set."),
+        click.option("--datasets", required=True, help="Comma-separated files or names of data sets to evaluate on."),
+        click.option("--nsamples", default=192, show_default=True),
+        click.option("--grad_nsamples", default=48, show_default=True),
+        click.option("--eval_nsamples", default=16, show_default=True),
+        click.option("--work_dir", type=click.Path(path_type=Path), default=work_dir, show_default=True),
+    ]
+    return lambda command: reduce(lambda decorated, option: option(decorated), reversed(options), command)
 
 
 @dataclass(frozen=True)

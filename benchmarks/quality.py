@@ -10,12 +10,13 @@ that is started again reuses the cache, the models and the figures that it finds
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import click
-from common import calibrated, compressed, evaluated, file_name, one_shot
+from common import Texts, compressed, file_name, one_shot, with_texts
 
 from hisvd import CompressionSettings
-from hisvd.cli.common import comma_separated, program
+from hisvd.cli.common import program
 from hisvd.tables import table
 from hisvd.utils.files import write_json
 
@@ -53,34 +54,20 @@ def plot(curves: dict[str, dict[float, dict[str, float]]], dense: dict[str, floa
 
 
 @click.command()
-@click.option("--model_path", required=True)
-@click.option("--calibration_text", required=True, help="A file or the name of a data set.")
-@click.option("--datasets", required=True, help="Comma-separated files or names of data sets to evaluate on.")
-@click.option("--nsamples", default=192, show_default=True)
-@click.option("--grad_nsamples", default=48, show_default=True)
-@click.option("--eval_nsamples", default=16, show_default=True)
-@click.option("--work_dir", type=click.Path(path_type=Path), default="results/quality", show_default=True)
+@with_texts("results/quality")
 @program
-def main(
-    model_path: str,
-    calibration_text: str,
-    datasets: str,
-    nsamples: int,
-    grad_nsamples: int,
-    eval_nsamples: int,
-    work_dir: Path,
-) -> None:
+def main(**options: Any) -> None:
     """Calibrate once, compress by every method to every target, evaluate, and draw."""
-    cache = calibrated(model_path, calibration_text, work_dir, nsamples, grad_nsamples)
-    texts = comma_separated(datasets)
-    (dense,) = evaluated([model_path], texts, eval_nsamples, work_dir / "dense.json")
+    texts = Texts(**options)
+    cache, work_dir = texts.calibrated(), texts.work_dir
+    (dense,) = texts.evaluated([texts.model_path], "dense.json")
     curves = {}
     for method, settings in METHODS.items():
-        figures = work_dir / f"{file_name(method)}.json"
+        figures = f"{file_name(method)}.json"
         models = []
-        if not figures.exists():
-            models = compressed(model_path, cache, work_dir / file_name(method), TARGETS, settings)
-        curves[method] = dict(zip(TARGETS, evaluated(models, texts, eval_nsamples, figures), strict=True))
+        if not (work_dir / figures).exists():
+            models = compressed(texts.model_path, cache, work_dir / file_name(method), TARGETS, settings)
+        curves[method] = dict(zip(TARGETS, texts.evaluated(models, figures), strict=True))
         for path in models:
             shutil.rmtree(path)
     for dataset in dense:

@@ -47,7 +47,8 @@ class RankProblem:
 
     @cached_property
     def _spectra(self) -> list[dict[str, torch.Tensor]]:
-        return [self.cache.read_small(index, SPECTRA) for index in range(self.cache.num_layers)]
+        """By layer, the spectra and what rounding costs."""
+        return [self.cache.read_small(index, SPECTRA, ROUNDING) for index in range(self.cache.num_layers)]
 
     def singular_values(self, kind: str) -> list[torch.Tensor]:
         """Singular values (min(m, n),) of every sublayer, largest first.
@@ -76,17 +77,13 @@ class RankProblem:
         """`{path}.removal_order` and `{path}.removal_losses` of the MLPs of a layer, by their output linears."""
         return self._eliminations[layer]
 
-    @cached_property
-    def _rounding(self) -> list[dict[str, torch.Tensor]]:
-        return [self.cache.read_small(index, ROUNDING) for index in range(self.cache.num_layers)]
-
     def noise(self, sublayer: Sublayer, storage: Storage) -> float:
         """Energy of the rounding errors of its plain weight, as a fraction of that of F^{1/2} W H^{1/2}, discounted."""
         if storage.dtype is None:
             return 0.0
-        values = self._spectra[sublayer.layer][f"{sublayer.path}.two_sided_singular_values"]
-        energy = float(values.double().square().sum())
-        errors = self._rounding[sublayer.layer][f"{sublayer.path}.{ROUNDING}"]
+        known = self._spectra[sublayer.layer]
+        energy = float(known[f"{sublayer.path}.two_sided_singular_values"].double().square().sum())
+        errors = known[f"{sublayer.path}.{ROUNDING}"]
         return ROUNDING_DISCOUNT * float(errors[list(INTEGERS).index(storage.dtype)]) / energy if energy else 0.0
 
     @cached_property
