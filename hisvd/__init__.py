@@ -14,6 +14,7 @@ from hisvd.estimates import estimate
 from hisvd.evaluation import evaluate
 from hisvd.int6_export import export_sparse_int6_model
 from hisvd.plan import Plan, plan
+from hisvd.quality_search import compress_within
 from hisvd.settings import CalibrationSettings, CompressionSettings, EvaluationSettings, Resources, StudySettings
 from hisvd.utils.load_utils import load
 
@@ -29,6 +30,7 @@ __all__ = [
     "attention_residual_study",
     "calibrate",
     "compress",
+    "compress_within",
     "estimate",
     "evaluate",
     "export_sparse_int6_model",

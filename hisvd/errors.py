@@ -8,6 +8,10 @@ class HiSVDError(Exception):
     """Bad input or bad usage; the message is one sentence that names the culprit and the fix."""
 
 
+class TargetTooSmallError(HiSVDError):
+    """No plan stores as little as the target."""
+
+
 def first_line(error: Exception) -> str:
     """An exception's message cut to its first line, for one-sentence errors."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from hisvd.errors import HiSVDError
+from hisvd.errors import TargetTooSmallError
 from hisvd.factor_forms import FORMS, Shape
 from hisvd.shape_utils import Storage, Sublayer, largest_rank, next_rank, stored_parameters
 
@@ -80,11 +80,11 @@ def refuse_below(least: float, sublayers: Sequence[Sublayer], target: float, wha
     """Check that the budget holds `least`; `what` names the chosen way and what is the least it can leave.
 
     Raises:
-        HiSVDError: it does not.
+        TargetTooSmallError: it does not.
     """
     if least > budget_of(sublayers, target, per_weight):
         smallest = least / per_weight / sum(s.size for s in sublayers)
-        raise HiSVDError(
+        raise TargetTooSmallError(
             f"Target {target:g} is too small for {what} already stores {smallest:.4f} of the linear weights, so choose "
             f"a target of at least {math.ceil(smallest * 1e4) / 1e4:g}."
         )

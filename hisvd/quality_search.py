@@ -1,0 +1,185 @@
+"""The smallest model whose perplexity stays within a bound: bisection over targets, checked by measurement."""
+
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from hisvd.calibration_cache import CalibrationCache
+from hisvd.compression import CompressedModel, compress
+from hisvd.errors import HiSVDError, TargetTooSmallError
+from hisvd.plan import opened_cache, plan
+from hisvd.settings import CompressionSettings, Resources, check_at_least
+from hisvd.utils import distributed
+from hisvd.utils.data_utils import default_batch_size
+from hisvd.utils.eval_utils import streamed_perplexity
+from hisvd.utils.files import make_folder, read_json, sync_file, write_json
+from hisvd.utils.model_utils import local_folder, open_checkpoint, resolve_device
+from hisvd.utils.progress import progress_shown
+from hisvd.utils.save_utils import REPORT, is_pt
+from hisvd.utils.streaming import StreamedModel
+
+FIRST_TRY = 80  # percent kept
+EXPONENT = 2.0  # of the share removed, with which the mean loss grows until two tries say more
+INTERPOLATIONS = 6  # tries after which the search bisects
+
+
+def compress_within(
+    model: str | Path,
+    cache: str | Path | CalibrationCache,
+    output: str | Path,
+    max_ppl_increase: float,
+    settings: CompressionSettings = CompressionSettings(),
+    resources: Resources = Resources(),
+) -> CompressedModel | None:
+    """Compress a model as far as its perplexity on held-out calibration text allows.
+
+    Targets in whole percent are tried without an update, which takes a fraction of the time; the model is then made
+    with `settings` to the smallest target found, and measured again. Every measurement is kept beside the output, in
+    OUT.search, until the end, so that a killed run resumes.
+
+    Args:
+        model: The folder or Hub id that was calibrated.
+        cache: Its calibration cache, or the cache's folder.
+        output: A folder to create, or one file `X.pt`.
+        max_ppl_increase: By which fraction the perplexity may rise; 0.05: from 20 to 21.
+        settings: As for `hisvd.compress`; what targets are shares of is in `budget`.
+        resources: Device, memory for hidden states, progress bars.
+
+    Returns:
+        The model, whose report holds "quality_search": the bound, the perplexities of the original and of the model,
+        and those of all tries by percent. Under torchrun None in all processes but the first.
+
+    Raises:
+        HiSVDError: as `hisvd.compress`; the cache holds no held-out text; or the bound is negative, or so low that
+            nothing can be removed.
+    """
+    check_at_least("max_ppl_increase", max_ppl_increase, 0)
+    cache, output = opened_cache(cache), Path(output)
+    if is_pt(output):
+        raise HiSVDError(
+            f"--max_ppl_increase makes a folder, not a file such as {output}; choose another --save_model."
+        )
+    if output.exists():
+        raise HiSVDError(f"{output} already exists; delete it or choose another --save_model.")
+    search = _Search(str(model), cache, output, settings, resources)
+    quick = replace(settings, update="none")
+    original = search.measured("original", lambda: local_folder(search.model))
+    bound = (1 + max_ppl_increase) * original
+    percent = smallest_within(lambda p: search.tried(p, quick, "tried") / original, 1 + max_ppl_increase)
+    while percent < 100 and search.tried(percent, settings, "made") > bound:
+        percent += 1
+    if percent == 100:
+        raise HiSVDError(
+            f"No smaller model was found whose perplexity on held-out text rises by at most {max_ppl_increase:g} (from "
+            f"{original:.2f}); allow more with --max_ppl_increase."
+        )
+    return search.finish(percent, max_ppl_increase)
+
+
+def smallest_within(measure: Callable[[int], float], bound: float) -> int:
+    """The smallest percent kept at which `measure`, which falls to 1 at 100 percent, is at most `bound`.
+
+    The logarithm is taken to grow with a power of the share removed, so few measurements are needed.
+    """
+    fits, fails, tries = 100, 0, dict[int, float]()
+    percent = FIRST_TRY
+    while fits - fails > 1:
+        tries[percent] = math.log(measure(percent))
+        if tries[percent] <= math.log(bound):
+            fits = percent
+        else:
+            fails = percent
+        percent = min(max(_next_try(tries, math.log(bound)), fails + 1), fits - 1)
+    return fits
+
+
+def _next_try(tries: dict[int, float], goal: float) -> int:
+    """The percent at which the power law through the last two useful tries reaches `goal`."""
+    points = [(math.log(100 - p), math.log(x)) for p, x in tries.items() if 0 < x < math.inf]
+    if not points or goal <= 0 or len(tries) > INTERPOLATIONS:
+        fitting, others = ([p for p, x in tries.items() if (x <= goal) == small] for small in (True, False))
+        return (min(fitting, default=100) + max(others, default=0)) // 2
+    (removed, loss), exponent = points[-1], EXPONENT
+    if len(points) > 1 and points[-2][0] != removed:
+        exponent = min(max((loss - points[-2][1]) / (removed - points[-2][0]), 1.0), 4.0)
+    return math.ceil(100 - math.exp(removed + (math.log(goal) - loss) / exponent))
+
+
+@dataclass(frozen=True)
+class _Search:
+    """The models that are tried, one at a time in OUT.search, and what they measured there."""
+
+    model: str
+    cache: CalibrationCache
+    output: Path
+    settings: CompressionSettings
+    resources: Resources
+
+    @property
+    def folder(self) -> Path:
+        """Where the models lie that are tried."""
+        return self.output.with_name(f"{self.output.name}.search")
+
+    def tried(self, percent: int, settings: CompressionSettings, kind: str) -> float:
+        """The perplexity of the model that keeps so many percent; infinite where none can be as small."""
+        try:
+            plan(self.cache, percent / 100, settings)
+        except TargetTooSmallError:
+            return math.inf
+        path = self._path(percent, kind)
+
+        def made() -> Path:
+            compress(self.model, self.cache, path, percent / 100, settings, self.resources)
+            return path
+
+        perplexity = self.measured(path.name, made)
+        if kind == "tried" and distributed.is_first():
+            shutil.rmtree(path, ignore_errors=True)  # it was made for this alone
+        return perplexity
+
+    def measured(self, name: str, make: Callable[[], Path]) -> float:
+        """The perplexity on the held-out text of the model that `make` gives, measured unless it was before."""
+        make_folder(self.folder)
+        figures = read_json(self._figures) if self._figures.is_file() else {}
+        distributed.wait()  # until all have read
+        if name not in figures:
+            with progress_shown(self.resources.progress):
+                figures[name] = self._perplexity(make())
+            with distributed.first_alone():
+                if distributed.is_first():
+                    write_json(self._figures, figures)
+        return figures[name]
+
+    def finish(self, percent: int, bound: float) -> CompressedModel | None:
+        """Move the model to the output, with what was measured in its report, and delete the rest."""
+        made = self._path(percent, "made")
+        found = compress(self.model, self.cache, made, percent / 100, self.settings, self.resources)
+        if not distributed.is_first():
+            return None
+        figures = read_json(self._figures)
+        search = {
+            "max_ppl_increase": bound,
+            "perplexities": figures,
+            "tokens": self.cache.read_held_out()[:, 1:].numel(),
+        }
+        report = found[0].report | {"quality_search": search}
+        write_json(made / REPORT, report)
+        made.rename(self.output)
+        sync_file(self.output.parent)
+        shutil.rmtree(self.folder)
+        return replace(found[0], path=self.output, report=report)
+
+    @property
+    def _figures(self) -> Path:
+        return self.folder / "perplexities.json"
+
+    def _path(self, percent: int, kind: str) -> Path:
+        return self.folder / f"{kind}_{percent}p"
+
+    def _perplexity(self, path: Path) -> float:
+        tokens = self.cache.read_held_out()
+        device, batch_size = resolve_device(self.resources.device), default_batch_size(tokens.shape[1])
+        streamed = StreamedModel(open_checkpoint(str(path), compressed_too=True), batch_size, device, self.cache.dtype)
+        return streamed_perplexity(streamed, tokens, "held-out text", self.folder)["perplexity"]

@@ -1,0 +1,71 @@
+"""compress_within: the smallest model whose perplexity stays within a bound."""
+
+import json
+import math
+
+import pytest
+from conftest import saved_tensors
+
+import hisvd
+from hisvd import CompressionSettings, Resources, quality_search
+from hisvd.quality_search import smallest_within
+
+QUIET = Resources(progress=False)
+
+
+@pytest.mark.parametrize("exponent", [0.7, 1.3, 2, 3.5, 6])
+@pytest.mark.parametrize("bound", [1.001, 1.05, 1.5, 8])
+def test_the_search_finds_what_trying_all_would(exponent, bound):
+    tries = []
+
+    def ratio(percent):
+        tries.append(percent)
+        return math.exp(3 * ((100 - percent) / 100) ** exponent)
+
+    found = smallest_within(ratio, bound)
+    assert found == next(p for p in range(1, 101) if p == 100 or ratio(p) <= bound)
+    searched = tries[: tries.index(1)] if 1 in tries else tries
+    assert len(searched) <= 13 and len(set(searched)) == len(searched)
+
+
+@pytest.mark.parametrize("smallest", [1, 37, 80, 99, 100])
+def test_the_search_copes_with_steps_and_with_models_that_cannot_be(smallest):
+    assert smallest_within(lambda p: 1.0 if p >= smallest else math.inf, 1.05) == smallest
+    assert smallest_within(lambda p: 0.9 if p >= smallest else 2.0, 1.0) == smallest
+
+
+def test_the_model_is_measured_and_stays_within_the_bound(model_folders, caches, tmp_path, monkeypatch):
+    """An interruption in the middle costs no measurement; what the search made is deleted."""
+    settings = CompressionSettings(allocation="uniform")
+    where = (model_folders["llama"], caches["llama"], tmp_path / "out", 0.01, settings, QUIET)
+    measure, names = quality_search.streamed_perplexity, []
+
+    def interrupted(*arguments):
+        names.append(arguments[0].checkpoint.folder.name)
+        if len(names) == 3:
+            raise KeyboardInterrupt
+        return measure(*arguments)
+
+    monkeypatch.setattr(quality_search, "streamed_perplexity", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        hisvd.compress_within(*where)
+    model = hisvd.compress_within(*where)
+    assert len(set(names)) == len(names) - 1, "only the measurement that was interrupted is repeated"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    report = json.loads((tmp_path / "out" / "hisvd.json").read_text())
+    assert report == model.report and report["target_compression"] == model.plan.target
+    figures = report["quality_search"]["perplexities"]
+    percent = round(100 * model.plan.target)
+    assert figures[f"made_{percent}p"] <= 1.01 * figures["original"]
+    assert figures.get(f"tried_{percent - 1}p", math.inf) > 1.01 * figures["original"]
+    again = hisvd.compress(*where[:2], tmp_path / "again", percent / 100, settings, QUIET)[0]
+    assert saved_tensors(again.path).keys() == saved_tensors(model.path).keys()
+
+
+@pytest.mark.parametrize(
+    ("output", "increase", "message"),
+    [("out.pt", 0.1, "makes a folder"), ("out", -1.0, "--max_ppl_increase -1"), ("", 0.1, "already exists")],
+)
+def test_bad_input(model_folders, caches, tmp_path, output, increase, message):
+    with pytest.raises(hisvd.HiSVDError, match=message):
+        hisvd.compress_within(model_folders["llama"], caches["llama"], tmp_path / output, increase)
