@@ -16,6 +16,7 @@ from hisvd.whitening_svd import (
     H_DAMPING,
     cholesky_root,
     damped,
+    eigenpairs,
     left_singular_pairs,
     singular_values,
     whitened,
@@ -38,7 +39,7 @@ def layer_statistics(
     sublayers = []
     for group, paths in moments.groups.items():
         moment = moments.moments.pop(group).div_(moments.tokens[group])  # popped to free the largest tensors early
-        eigenvalues, eigenvectors = torch.linalg.eigh(moment)
+        eigenvalues, eigenvectors = eigenpairs(moment, torch.float64)
         if group in moments.sums:
             tensors[f"{group}.mean"] = _stored(moments.sums[group] / moments.tokens[group])
         tensors |= {f"{group}.eigenvalues": _stored(eigenvalues), f"{group}.eigenvectors": _stored(eigenvectors)}
@@ -68,7 +69,7 @@ def gradient_statistics(
     for members in cache.groups_of(index):
         root = cholesky_root(input_moment(members[0], forward, next(layer.parameters()).device), H_DAMPING)
         for path in (s.path for s in members):
-            eigenvalues, eigenvectors = torch.linalg.eigh(moments.moments.pop(path).div_(moments.tokens))
+            eigenvalues, eigenvectors = eigenpairs(moments.moments.pop(path).div_(moments.tokens), torch.float32)
             tensors |= {f"{path}.F_eigenvalues": _stored(eigenvalues), f"{path}.F_eigenvectors": _stored(eigenvectors)}
             f = damped(eigenvalues, eigenvectors, F_DAMPING)
             weight = layer.get_parameter(f"{path}.weight")

@@ -93,6 +93,19 @@ def _fill_gram(x: torch.Tensor, product: torch.Tensor) -> None:
     product[second, first] = product[first, second].T
 
 
+def eigenpairs(moment: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvalues (n,), the smallest first, and eigenvectors (n, n) of a second moment, found in `dtype`.
+
+    Float32 takes half the time, on most GPUs much less, and is enough for F, whose damping is far above its errors; H
+    needs float64 (measured in docs/ablations.md). What does not converge is found in float64 on the CPU.
+    """
+    try:
+        return torch.linalg.eigh(moment.to(dtype))
+    except torch.linalg.LinAlgError:
+        values, vectors = torch.linalg.eigh(moment.to("cpu", torch.float64))
+        return values.to(moment.device), vectors.to(moment.device)
+
+
 def damped(eigenvalues: torch.Tensor, eigenvectors: torch.Tensor, damping: float) -> SecondMoment:
     """Add damping · mean diagonal entry · I, SMALLEST at least; eigenvalues that rounding left below 0 count as 0."""
     values = eigenvalues.double().clamp_min(0)

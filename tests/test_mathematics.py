@@ -26,6 +26,7 @@ from hisvd.whitening_svd import (
     H_DAMPING,
     cholesky_root,
     damped,
+    eigenpairs,
     gram,
     left_singular_vectors,
     low_rank_factors,
@@ -310,6 +311,34 @@ def test_singular_values_and_vectors_agree_with_the_svd_also_when_rank_deficient
         basis = left_singular_vectors(matrix)
         torch.testing.assert_close(basis.T @ basis, torch.eye(12, dtype=torch.float64))
         torch.testing.assert_close(basis[:, :5] @ basis[:, :5].T, u[:, :5] @ u[:, :5].T)
+
+
+@pytest.mark.parametrize("spread", [1e1, 1e3, 1e6])
+def test_factors_lose_nothing_where_the_eigenpairs_of_f_are_found_in_float32(spread):
+    m, n, rank = 40, 60, 8
+    weight = torch.randn(m, n, generator=torch.Generator().manual_seed(0))
+    root, basis = cholesky_root(random_psd(n, 90, 1), H_DAMPING), torch.linalg.qr(random_psd(m, m, 2)).Q
+    moment = 1e-9 * (basis * torch.logspace(0, math.log10(spread), m, dtype=torch.float64)) @ basis.T
+    exact = damped(*torch.linalg.eigh(moment), F_DAMPING)
+    losses = []
+    for dtype in (torch.float64, torch.float32):
+        f = damped(*eigenpairs(moment, dtype), F_DAMPING)
+        left, right = low_rank_factors(weight, left_singular_vectors(whitened(weight, root, f)), rank, f)
+        losses.append(whitened(weight - left @ right, root, exact).square().sum())
+    assert losses[1] <= (1 + 1e-5) * losses[0]
+
+
+def test_eigenpairs_that_do_not_converge_are_found_in_float64(monkeypatch):
+    moment, eigh = random_psd(12, 20, 0), torch.linalg.eigh
+
+    def failing(matrix):
+        if matrix.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("did not converge")
+        return eigh(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", failing)
+    values, vectors = eigenpairs(moment, torch.float32)
+    torch.testing.assert_close((vectors * values) @ vectors.T, moment)
 
 
 # --- lossless packing ---
