@@ -3,13 +3,11 @@
 Memory counts what is alive at the worst moment of a stage, on one device: BASE for Python and its libraries, one layer
 (compress.py: one for the original and one per target), its second moments in float64, and the largest temporaries of a
 decomposition; or, while tokens are embedded and logits computed, what lies outside the decoder layers. n is the width
-of an input, m that of an output. Products in float64 count twice; decompositions are counted separately.
+of an input, m that of an output.
 """
 
 import os
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import PreTrainedModel
@@ -17,7 +15,8 @@ from transformers import PreTrainedModel
 from hisvd.component.families import adapter_for
 from hisvd.integer_codes import INTEGERS
 from hisvd.layer_statistics import NUM_LEADING_VECTORS
-from hisvd.neurons import spectrum_widths
+from hisvd.machine_rates import Rates, Work, measure_rates
+from hisvd.neurons import BLOCK, spectrum_widths
 from hisvd.settings import CalibrationSettings, Resources
 from hisvd.utils.data_utils import TOKENS_PER_BATCH
 from hisvd.utils.eval_utils import LOGITS_AT_ONCE
@@ -34,9 +33,11 @@ from hisvd.utils.streaming import decoder_layers
 
 BASE = 0.55 * 2**30  # bytes: torch, transformers, tokenizer, text
 EVALUATED_TOKENS = 341_469  # WikiText-2's test split by Llama 2's tokenizer
-FLOPS_OF_EIGH = 9  # times n³, with eigenvectors
-FLOPS_OF_EIGVALSH = 4 / 3
 GRAM = 9 / 16  # of a full product, see whitening_svd.gram
+# How often elementwise operations read or write: hidden states, in norms and sums; logits, in softmax, draws, losses
+# and their gradients; a weight, when it is rounded; the inverse, when a block of neurons goes.
+NORMS_AND_SUMS, LOGITS_MOVED, ROUNDING_MOVED, ELIMINATION_MOVED = 8, 16, 12, 1
+F32, F64 = torch.float32, torch.float64
 
 
 @dataclass(frozen=True)
@@ -95,30 +96,28 @@ class RunSizes:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of the chain: bytes of memory and of disk, floating-point operations by precision."""
+    """One stage of the chain: bytes of memory and of disk, and what there is to compute."""
 
     name: str
     memory: float
     disk: float
-    flops: float  # in the compute dtype
-    flops_of_decompositions: float  # in float64
+    work: Work
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What the stages take on a device with the given rates, in floating-point operations per second."""
+    """What the stages take on a device with the given rates."""
 
     model_type: str
     shapes: Shapes
     sizes: RunSizes
     device: torch.device
-    rate: float  # in the compute dtype
-    rate_of_decompositions: float  # in float64
+    rates: Rates
     stages: list[Stage]
 
     def seconds(self, stage: Stage) -> float:
         """The time that `stage` takes."""
-        return stage.flops / self.rate + stage.flops_of_decompositions / self.rate_of_decompositions
+        return self.rates.seconds(stage.work)
 
 
 def estimate(
@@ -155,8 +154,9 @@ def estimate(
     compute = resolve_dtype(settings.dtype, device, stored) or stored
     sizes = RunSizes(settings.nsamples, settings.gradient_windows, settings.seqlen, compute, stored)
     shapes = shapes_of(empty_model(config))
-    rates = measure_rates(device, compute)
-    return Estimate(config.model_type, shapes, sizes, device, *rates, estimated_stages(shapes, sizes))
+    stages = estimated_stages(shapes, sizes)
+    rates = measure_rates(device, sum((stage.work for stage in stages), Work()))
+    return Estimate(config.model_type, shapes, sizes, device, rates, stages)
 
 
 def shapes_of(model: PreTrainedModel) -> Shapes:
@@ -223,26 +223,6 @@ def stream_bytes(hidden: int, tokens: int, compute: torch.dtype, targets: int) -
     return 2 * (1 + targets) * tokens * hidden * compute.itemsize
 
 
-def measure_rates(device: torch.device, compute: torch.dtype) -> tuple[float, float]:
-    """Floating-point operations per second of products in `compute` and of eigh in float64, measured now."""
-    a = torch.randn(2048, 2048, device=device).to(compute)
-    b = torch.randn(1024, 1024, device=device, dtype=torch.float64)
-    b = b @ b.T
-    return 2 * 2048**3 / _seconds(lambda: a @ a), FLOPS_OF_EIGH * 1024**3 / _seconds(lambda: torch.linalg.eigh(b))
-
-
-def _seconds(function: Callable[[], object]) -> float:
-    """The time of the faster of two calls after a warm-up."""
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        function()
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
-
-
 def _memory(shapes: Shapes, sizes: RunSizes, in_layer: float, layers: int = 1) -> float:
     """BASE plus the worst of three moments: inside a layer, of which `layers` copies are held; outside the layers,
     while weights are converted; there with one layer loaded too, to see what it returns.
@@ -265,93 +245,144 @@ def _decomposition(m: int, n: int) -> float:
 
 
 def _forward(shapes: Shapes, sizes: RunSizes) -> Stage:
-    tokens, peak, decompositions = sizes.tokens, 0.0, 0.0
-    flops = 2.0 * tokens * (shapes.parameters - shapes.outside) + _attention_flops(shapes, sizes.nsamples, sizes.seqlen)
+    tokens, peak, work = sizes.tokens, 0.0, Work()
     for layer in shapes.layers:
         sums = sum(8 * n * n for n, _ in layer.inputs)
         eigenvectors = sum(4 * n * n for n, _ in layer.inputs)
         for n, outputs in layer.inputs:
             # The moment is among the sums; eigh adds the vectors and two matrices of workspace, Cholesky two.
-            work = max([24 * n * n, *(16 * n * n + _decomposition(m, n) for m in outputs)])
-            peak = max(peak, sums + max(_batch(shapes, sizes.compute, False) + 4 * n * n, eigenvectors + work))
-        decompositions += sum(FLOPS_OF_EIGH * n**3 for n, _ in layer.inputs)
-        decompositions += sum((FLOPS_OF_EIGVALSH + FLOPS_OF_EIGH) * min(s) ** 3 for s in layer.shapes)
-        flops += sum(GRAM * 2 * tokens * n * n + 2 / 3 * n**3 for n, _ in layer.inputs)
-        flops += sum(2 * (2 * m * n * n + 3 * 2 * m * n * min(m, n)) for m, n in layer.shapes)
+            held = max([24 * n * n, *(16 * n * n + _decomposition(m, n) for m in outputs)])
+            peak = max(peak, sums + max(_batch(shapes, sizes.compute, False) + 4 * n * n, eigenvectors + held))
+        _pass(work, layer, shapes, sizes, sizes.nsamples)
+        for n, _ in layer.inputs:
+            _gram(work, tokens, n, sizes.compute)
+            work.decompositions["eigh", F64, n] += 1
+            work.decompositions["cholesky", F64, n] += 1
+        for m, n in layer.shapes:
+            small = min(m, n)
+            work.products[F64] += 2 * m * n * (n + 2 * GRAM * small + NUM_LEADING_VECTORS)
+            work.decompositions["eigh", F64, small] += 1
+            work.decompositions["eigvalsh", F64, small] += 1
+    work.disk += activation_bytes(shapes, replace(sizes, grad_nsamples=0)) * len(shapes.layers)  # read and written
+    work.disk += _kept_bytes(shapes, sizes) + cache_bytes(shapes, False) + sizes.stored.itemsize * shapes.parameters
     disk = activation_bytes(shapes, sizes) + cache_bytes(shapes, False)
-    return Stage("calibrate: inputs", _memory(shapes, sizes, peak), disk, flops, decompositions)
+    return Stage("calibrate: inputs", _memory(shapes, sizes, peak), disk, work)
 
 
 def _backward(shapes: Shapes, sizes: RunSizes) -> Stage:
-    tokens, peak, decompositions = sizes.grad_nsamples * sizes.seqlen, 0.0, 0.0
+    tokens, peak, work = sizes.grad_nsamples * sizes.seqlen, 0.0, Work()
     top = (
         BASE + 6 * 4 * LOGITS_AT_ONCE + sizes.compute.itemsize * (shapes.outside + TOKENS_PER_BATCH * 4 * shapes.hidden)
     )
-    forward = 2.0 * tokens * (shapes.parameters - shapes.outside)
-    forward += _attention_flops(shapes, sizes.grad_nsamples, sizes.seqlen)
-    flops = 3 * forward + 12 * tokens * shapes.hidden * shapes.vocabulary
+    # Logits, and their gradients for two losses; softmax, sums, draws and gradients of them in float32.
+    work.products[sizes.compute] += 6 * tokens * shapes.hidden * shapes.vocabulary
+    work.memory += LOGITS_MOVED * 4 * tokens * shapes.vocabulary
     for layer in shapes.layers:
         sums = sum(8 * m * m for m, _ in layer.shapes)
         read = sum(4 * n * n for n, _ in layer.inputs)
         largest = max(max(m, n) for m, n in layer.shapes)
-        work = max(24 * m * m + 8 * n * n + _decomposition(m, n) for m, n in layer.shapes)
-        peak = max(peak, sums + max(_batch(shapes, sizes.compute, True) + 4 * largest**2, read + work))
-        decompositions += sum(FLOPS_OF_EIGH * m**3 + FLOPS_OF_EIGVALSH * min(m, n) ** 3 for m, n in layer.shapes)
-        flops += sum(2 * (2 + 1 / 3) * n**3 for n, _ in layer.inputs) + sum(
-            GRAM * 4 * tokens * m * m for m, _ in layer.shapes
-        )
-        flops += sum(2 * 2 * m * n * (m + n + min(m, n)) for m, n in layer.shapes)
+        held = max(24 * m * m + 8 * n * n + _decomposition(m, n) for m, n in layer.shapes)
+        peak = max(peak, sums + max(_batch(shapes, sizes.compute, True) + 4 * largest**2, read + held))
+        _pass(work, layer, shapes, sizes, sizes.grad_nsamples, backward=2)
+        for n, _ in layer.inputs:
+            work.products[F64] += 2 * n**3  # H from its eigenvectors
+            work.decompositions["cholesky", F64, n] += 1
+        for m, n in layer.shapes:
+            small = min(m, n)
+            _gram(work, 2 * tokens, m, sizes.compute)
+            work.products[F64] += 2 * m * n * (n + m + GRAM * small)
+            work.decompositions["eigh", F32, m] += 1
+            work.decompositions["eigvalsh", F64, small] += 1
+            work.memory += ROUNDING_MOVED * len(INTEGERS) * 8 * m * n
         for neurons, linears in layer.mlps:
             # Statistics of all its linears; C, its inverse and the part that is kept of it, or F and its root.
-            held = sum(4 * m * m for m, _ in linears) + 4 * neurons**2
-            peak = max(peak, held + 8 * (4 * max(max(s) for s in linears) ** 2 + 2 * sum(m * n for m, n in linears)))
-            flops += 2 * _elimination_flops(neurons, linears)
-            grams = [linears[-1][0], *(n for _, n in linears[:-1])]
-            decompositions += len(spectrum_widths(neurons)) * sum(FLOPS_OF_EIGVALSH * size**3 for size in grams)
+            kept = sum(4 * m * m for m, _ in linears) + 4 * neurons**2
+            peak = max(peak, kept + 8 * (4 * max(max(s) for s in linears) ** 2 + 2 * sum(m * n for m, n in linears)))
+            work.products[F64] += _elimination_flops(neurons, linears)
+            work.memory += ELIMINATION_MOVED * 8 * neurons**3 / BLOCK
+            work.decompositions["cholesky", F64, neurons] += 2
+            for size in (linears[-1][0], *(n for _, n in linears[:-1])):
+                work.decompositions["eigvalsh", F64, size] += len(spectrum_widths(neurons))
+    work.disk += 2 * _kept_bytes(shapes, sizes) + 4 * 2 * _kept_bytes(shapes, sizes) + 2 * cache_bytes(shapes, True)
     disk = activation_bytes(shapes, sizes) + cache_bytes(shapes, True)
     memory = max(top, _memory(shapes, sizes, peak))
-    return Stage("calibrate: gradients", memory, disk, flops, decompositions)
+    return Stage("calibrate: gradients", memory, disk, work)
+
+
+def _pass(work: Work, layer: Layer, shapes: Shapes, sizes: RunSizes, nsamples: float, backward: int = 0) -> None:
+    """Add `nsamples` windows through a layer, and `backward` times their gradients at its inputs.
+
+    The attention's products of queries and keys, and of probabilities and values, are of half the windows, since
+    attention is causal; its gradients take 2.5 times as long. Elementwise operations read and write what linears do.
+    """
+    tokens, times = nsamples * sizes.seqlen, 1 + backward
+    work.products[sizes.compute] += 2 * tokens * layer.parameters * times
+    work.products[sizes.compute] += 2 * nsamples * sizes.seqlen**2 * shapes.hidden * (1 + 2.5 * backward)
+    widths = NORMS_AND_SUMS * shapes.hidden + sum(n + sum(ms) for n, ms in layer.inputs)
+    work.memory += 2 * tokens * widths * sizes.compute.itemsize * times
+
+
+def _gram(work: Work, tokens: float, n: int, compute: torch.dtype) -> None:
+    """Add Xᵀ X of so many tokens, in float32, and its sum over batches in float64."""
+    work.products[F32] += GRAM * 2 * tokens * n * n
+    work.memory += 20 * n * n * tokens / TOKENS_PER_BATCH + (4 + compute.itemsize) * tokens * n
+
+
+def _kept_bytes(shapes: Shapes, sizes: RunSizes) -> float:
+    """The inputs of all layers of the windows with gradients."""
+    return sizes.grad_nsamples * sizes.seqlen * shapes.hidden * sizes.compute.itemsize * len(shapes.layers)
 
 
 def _elimination_flops(neurons: int, linears: list[tuple[int, int]]) -> float:
     """Products and solutions in float64: removing neurons one by one, then the Gram matrices at all widths."""
     *inputs, (m, _) = linears
-    flops = (2 + 1 / 3) * neurons**3 + m * neurons * (5 * neurons + 4 * m)
+    flops = 2 * neurons**3 + m * neurons * (5 * neurons + 4 * m)
     return flops + sum(rows * (2 * rows**2 + rows * n + 4 * n**2) for rows, n in inputs)
 
 
 def _compression(shapes: Shapes, sizes: RunSizes) -> Stage:
     tokens, targets, gradients = sizes.tokens, sizes.targets, sizes.grad_nsamples > 0
-    peak, decompositions, flops = 0.0, 0.0, 0.0
+    peak, work, statistics_read = 0.0, Work(), cache_bytes(shapes, gradients)
     for layer in shapes.layers:
         weights = layer.parameters * sizes.stored.itemsize * (1 + targets)
         for index, (n, outputs) in enumerate(layer.inputs):
             statistics = gradients * sum(4 * m * m for _, later in layer.inputs[index:] for m in later)
             sums = targets * 8 * (2 * n * n + shapes.hidden * n)
-            work = max(16 * n * n + gradients * 8 * m * m + _decomposition(m, n) for m in outputs)
+            held = max(16 * n * n + gradients * 8 * m * m + _decomposition(m, n) for m in outputs)
             batch = _batch(shapes, sizes.compute, False) + 4 * n * (
                 3 * TOKENS_PER_BATCH + n
             )  # x, x', x − x', a product
-            peak = max(peak, statistics + weights + sums + max(work, batch))
-            flops += 4 / 3 * targets * n**3
-            flops += 2 * tokens * (targets * 2 * n * n + (1 + targets) * layer.parameters / 2)  # half a layer before it
-        decompositions += targets * sum(FLOPS_OF_EIGH * min(s) ** 3 for s in layer.shapes)
-        products = sum(m * n * (3 * n + 3 * gradients * m + 3 * min(m, n)) for m, n in layer.shapes)
-        flops += targets * 2 * 2 * products + 2 * tokens * (1 + targets) * layer.parameters
-    flops += 3 * (1 + targets) * _attention_flops(shapes, sizes.nsamples, sizes.seqlen)
+            peak = max(peak, statistics + weights + sums + max(held, batch))
+            # The layer up to these linears, of the original and of every target: on average half of it.
+            _pass(work, layer, shapes, sizes, (1 + targets) * sizes.nsamples / 2)
+            for _ in range(targets):
+                _gram(work, tokens, n, sizes.compute)
+                work.products[F32] += 2 * tokens * n * n
+                work.memory += 12 * tokens * n + 20 * n * n * tokens / TOKENS_PER_BATCH
+                work.decompositions["cholesky", F64, n] += 2
+        for m, n in layer.shapes:
+            small = min(m, n)
+            update, whitening = 2 * m * n * 3 * n, 2 * m * n * (n + 2 * gradients * m + (GRAM + 2) * small)
+            work.products[F64] += targets * (update + whitening)
+            work.decompositions["eigh", F64, small] += targets
+        stream = sum(2 * tokens * shapes.hidden * n for n, outputs in layer.inputs if shapes.hidden in outputs) / 2
+        work.products[F32] += targets * stream
+        _pass(work, layer, shapes, sizes, (1 + targets) * sizes.nsamples)
     disk = targets * shapes.parameters * sizes.stored.itemsize
-    disk += stream_bytes(shapes.hidden, tokens, sizes.compute, targets)
-    return Stage("compress", _memory(shapes, sizes, peak, 1 + targets), disk, flops, decompositions)
+    work.disk += statistics_read + 2 * disk
+    streams = stream_bytes(shapes.hidden, tokens, sizes.compute, targets)
+    work.disk += streams / 2 * len(shapes.layers) * (len(shapes.layers[0].inputs) + 2)
+    return Stage("compress", _memory(shapes, sizes, peak, 1 + targets), disk + streams, work)
 
 
 def _evaluation(shapes: Shapes, sizes: RunSizes) -> Stage:
     top = BASE + 3 * 4 * LOGITS_AT_ONCE + sizes.compute.itemsize * shapes.outside
     memory = max(top, _memory(shapes, sizes, _batch(shapes, sizes.compute, False)))
-    flops = 2.0 * EVALUATED_TOKENS * (shapes.parameters - shapes.outside + shapes.hidden * shapes.vocabulary)
-    flops += _attention_flops(shapes, EVALUATED_TOKENS // sizes.seqlen, sizes.seqlen)
+    work = Work()
+    for layer in shapes.layers:
+        _pass(work, layer, shapes, sizes, EVALUATED_TOKENS / sizes.seqlen)
+    work.products[sizes.compute] += 2 * EVALUATED_TOKENS * shapes.hidden * shapes.vocabulary
+    work.memory += 4 * 4 * EVALUATED_TOKENS * shapes.vocabulary
     disk = 2 * EVALUATED_TOKENS * shapes.hidden * sizes.compute.itemsize
-    return Stage("evaluate --offload_folder", memory, disk, flops, 0.0)
-
-
-def _attention_flops(shapes: Shapes, nsamples: int, seqlen: int) -> float:
-    return 4.0 * nsamples * seqlen**2 * shapes.hidden * len(shapes.layers)
+    work.disk += disk * len(shapes.layers) + sizes.stored.itemsize * shapes.parameters
+    return Stage("evaluate --offload_folder", memory, disk, work)

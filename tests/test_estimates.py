@@ -13,6 +13,7 @@ from transformers import LlamaConfig, MixtralConfig
 import hisvd
 from hisvd.calibration_cache import read_cache
 from hisvd.estimates import RunSizes, activation_bytes, cache_bytes, estimated_stages, shapes_of, stream_bytes
+from hisvd.machine_rates import Rates, Work, measure_rates
 from hisvd.utils import save_utils
 from hisvd.utils.activation_files import ActivationFile
 from hisvd.utils.model_utils import empty_model, open_checkpoint
@@ -98,8 +99,9 @@ def test_estimates_grow_with_what_they_depend_on():
     for base, deep, long in zip(one, deeper, longer, strict=True):
         assert base.memory == deep.memory == long.memory  # that of one layer
         assert base.disk < deep.disk and base.disk < long.disk
-        assert base.flops < long.flops or "gradients" in base.name  # whose number of sequences is unchanged
-        assert deep.flops_of_decompositions == pytest.approx(10 * base.flops_of_decompositions)
+        more = [long.work.products[d] > base.work.products[d] for d in (torch.float32, torch.float64)]
+        assert more == ["gradients" not in base.name, False]  # whose number of sequences is unchanged
+        assert deep.work.decompositions == {kind: 10 * count for kind, count in base.work.decompositions.items()}
     wider, more = peak(intermediate_size=16000), peak(targets=3)
     assert all(a.memory < b.memory for a, b in zip(one, wider, strict=True)) and one[2].memory < more[2].memory
 
@@ -127,3 +129,21 @@ def test_large_shards_go_into_several_files(model_folders, caches, tmp_path, mon
         torch.testing.assert_close(
             hisvd.load(tmp_path / output)(ids).logits, hisvd.load(tmp_path / "whole")(ids).logits
         )
+
+
+def test_seconds_add_up_from_rates_and_scale_decompositions_from_the_nearest_size():
+    f64, work = torch.float64, Work(memory=6.0, disk=8.0)
+    work.products[f64] = 100.0
+    work.decompositions["eigh", f64, 512] = 3
+    both = work + work
+    rates = Rates({f64: 50.0}, {("eigh", f64, 256): 1.0, ("eigh", f64, 2048): 100.0}, memory=2.0, disk=4.0)
+    assert rates.seconds(work) == 2 + 3 * 8 + 3 + 2 and rates.seconds(both) == 2 * rates.seconds(work)
+
+
+def test_rates_are_measured_for_all_that_is_to_be_done():
+    work = Work(memory=1.0)
+    work.products[torch.bfloat16] = 1.0
+    work.decompositions["cholesky", torch.float64, 300] = 1
+    rates = measure_rates(torch.device("cpu"), work)
+    assert rates.products.keys() == {torch.bfloat16} and 0 < rates.seconds(work) < 60
+    assert list(rates.decompositions) == [("cholesky", torch.float64, 256)]

@@ -86,11 +86,11 @@ def main(**options: Any) -> None:
 
 def estimate_table(needs: Estimate) -> str:
     """A table of memory, disk and time per stage, under a line that describes the run."""
-    sizes, rates = needs.sizes, (needs.rate / 1e9, needs.rate_of_decompositions / 1e9)
+    sizes, rate = needs.sizes, needs.rates.products[needs.sizes.compute]
     title = (
         f"{needs.model_type}, {needs.shapes.parameters:,} parameters, {len(needs.shapes.layers)} decoder layers; "
-        f"{sizes.nsamples} × {sizes.seqlen} tokens, gradients of {sizes.grad_nsamples} sequences; {rates[0]:,.0f} "
-        f"GFLOP/s in {sizes.compute}, {rates[1]:,.0f} in decompositions, as measured now on {needs.device}"
+        f"{sizes.nsamples} × {sizes.seqlen} tokens, gradients of {sizes.grad_nsamples} sequences; "
+        f"{rate / 1e9:,.0f} GFLOP/s in {sizes.compute}, as measured now on {needs.device}"
     )
     rows = [
         [s.name, f"{s.memory / 2**30:.1f}", f"{s.disk / 1e9:.1f}", f"{needs.seconds(s) / 3600:.2f}"]
@@ -106,7 +106,12 @@ def estimate_figures(needs: Estimate) -> dict:
         "nsamples": needs.sizes.nsamples,
         "grad_nsamples": needs.sizes.grad_nsamples,
         "seqlen": needs.sizes.seqlen,
-        "flops_a_second": [needs.rate, needs.rate_of_decompositions],
+        "rates": {
+            "products": {str(dtype): rate for dtype, rate in needs.rates.products.items()},
+            "decompositions": {f"{name} {dtype} {n}": t for (name, dtype, n), t in needs.rates.decompositions.items()},
+            "memory": needs.rates.memory,
+            "disk": needs.rates.disk,
+        },
         "stages": [
             {"stage": s.name, "memory_bytes": s.memory, "disk_bytes": s.disk, "seconds": needs.seconds(s)}
             for s in needs.stages
