@@ -2,8 +2,10 @@
 
 import os
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
 
 import torch
@@ -37,32 +39,53 @@ class ActivationFile:
         other.batches, self.batches = self.batches, []
 
     def write(self, batches: Iterator[torch.Tensor], head: "ActivationFile | None" = None) -> None:
-        """Write consecutive batches (b, seqlen, hidden) and fsync; `head` receives the first sequences too."""
+        """Write consecutive batches (b, seqlen, hidden) and fsync; `head` receives the first sequences too.
+
+        A thread writes one batch while the next is computed.
+        """
         with ExitStack() as stack:
             missing = {self: self.shape[0], **({head: head.shape[0]} if head else {})}
             files = {target: stack.enter_context(open(target.path, "wb")) for target in missing}
+            writer, written = stack.enter_context(ThreadPoolExecutor(1)), list[Future]()
             for target in missing:
                 target.batches.clear()
             for batch in batches:
                 stored = batch.detach().to("cpu", self.dtype).contiguous()
+                while written:  # at most one batch waits
+                    written.pop().result()
                 for target in missing:
                     part = stored[: missing[target]]
                     missing[target] -= len(part)
-                    files[target].write(part.view(torch.uint8).numpy().data)
+                    written.append(writer.submit(files[target].write, part.view(torch.uint8).numpy().data))
                     if target.in_memory and len(part):
                         target.batches.append(part)
+            for future in written:
+                future.result()
         for target in missing:
             sync_file(target.path)
         release_freed_memory()
 
     def read(self, batch_size: int, device: torch.device) -> Iterator[torch.Tensor]:
-        """Yield consecutive batches (b, seqlen, hidden) on `device`; from memory, batches as they were written."""
+        """Yield consecutive batches (b, seqlen, hidden) on `device`; from memory, batches as they were written.
+
+        A thread reads one batch while another is in use.
+        """
         if self.batches:
             yield from (batch.to(device, copy=True) for batch in self.batches)
             return
-        with open(self.path, "rb") as file:
-            while data := bytearray(file.read(batch_size * self.bytes_per_sequence)):
-                yield torch.frombuffer(data, dtype=self.dtype).view(-1, *self.shape[1:]).to(device)
+        with open(self.path, "rb", buffering=0) as file, ThreadPoolExecutor(1) as reader:
+            coming = reader.submit(self._next_batch, file, batch_size)
+            while len(batch := coming.result()):
+                coming = reader.submit(self._next_batch, file, batch_size)
+                yield batch.to(device)
+
+    def _next_batch(self, file: RawIOBase, batch_size: int) -> torch.Tensor:
+        """Up to `batch_size` sequences from where `file` stands."""
+        batch = torch.empty(batch_size, *self.shape[1:], dtype=self.dtype)
+        data, filled = batch.view(torch.uint8).numpy().reshape(-1).data, 0
+        while count := file.readinto(data[filled:]):
+            filled += count
+        return batch[: filled // self.bytes_per_sequence]
 
 
 def is_reusable(path: Path, processes: int) -> bool:
