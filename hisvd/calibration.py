@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Iterable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,11 +22,13 @@ from hisvd.utils import distributed
 from hisvd.utils.activation_files import AGAIN, ActivationFile, ActivationPair, is_reusable
 from hisvd.utils.data_utils import (
     CALIBRATION_SPLIT,
+    HELD_OUT_WINDOWS,
     calibration_tokens,
     check_vocabulary,
     default_batch_size,
+    join_documents,
     leading_bos,
-    load_text,
+    load_documents,
     token_fingerprint,
     tokenize,
 )
@@ -42,6 +45,7 @@ from hisvd.utils.model_utils import (
 )
 from hisvd.utils.progress import progress_bar, progress_shown
 from hisvd.utils.streaming import Arguments, StreamedModel
+from hisvd.utils.text_mixture import interleaved, shared_out, weighted_sources
 
 
 def calibrate(
@@ -133,14 +137,28 @@ def check_shares(settings: CalibrationSettings) -> None:
 def calibration_text(checkpoint: Checkpoint, settings: CalibrationSettings) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids (nsamples, seqlen) to calibrate on, and windows (k, seqlen) of the same text held out from them.
 
+    Several sources share the windows by their weights, and take turns in them.
+
     Raises:
-        HiSVDError: the data set or the tokenizer cannot be read, or the text is too short.
+        HiSVDError: a data set or the tokenizer cannot be read, a text is too short, or a source would get no window.
     """
-    text = load_text(settings.dataset, CALIBRATION_SPLIT, settings.data_dir)
-    tokenizer = load_tokenizer(checkpoint.folder)
-    ids = tokenize(text, tokenizer)
-    check_vocabulary(ids, checkpoint.config, str(checkpoint.folder))
-    return calibration_tokens(ids, settings, leading_bos(checkpoint.config, tokenizer))
+    tokenizer, sources = load_tokenizer(checkpoint.folder), weighted_sources(settings.dataset)
+    bos = leading_bos(checkpoint.config, tokenizer)
+    shares = list(sources.values())
+    counts = [shared_out(number, shares) for number in (settings.nsamples, HELD_OUT_WINDOWS)]
+    found = []
+    for name, nsamples, held_out in zip(sources, *counts, strict=True):
+        if not nsamples:
+            raise HiSVDError(
+                f"--nsamples {settings.nsamples} leaves no window for {name}; raise it, or raise the source's weight."
+            )
+        documents = load_documents(name, CALIBRATION_SPLIT, settings.data_dir)
+        ids = tokenize(join_documents(documents, tokenizer), tokenizer)
+        check_vocabulary(ids, checkpoint.config, str(checkpoint.folder))
+        windows, kept = calibration_tokens(ids, replace(settings, dataset=name, nsamples=nsamples), bos)
+        found.append((windows, kept[:held_out]))
+    windows, held_out = map(torch.cat, zip(*found, strict=True))
+    return windows[interleaved(counts[0])], held_out
 
 
 def open_or_create_cache(cache: CalibrationCache, locks: ExitStack) -> CalibrationCache:

@@ -17,6 +17,7 @@ from hisvd.settings import EvaluationSettings, Resources
 from hisvd.utils import distributed
 from hisvd.utils.data_utils import (
     EVALUATION_SPLIT,
+    Document,
     check_vocabulary,
     default_batch_size,
     evaluation_windows,
@@ -50,7 +51,7 @@ from hisvd.utils.speed_utils import (
 from hisvd.utils.streaming import StreamedModel
 from hisvd.utils.task_utils import load_tasks, task_figures
 
-Texts = dict[str, list[str]]  # data set → its documents
+Texts = dict[str, list[Document]]  # data set → its documents
 
 
 def evaluate(
@@ -265,7 +266,7 @@ def tokens_for(model: str, texts: Texts, settings: EvaluationSettings, default_s
     config, tokenizer = config_of(model), tokenizer_of(model)
     seqlen, bos = window_length(config, settings.seqlen, default_seqlen, model), leading_bos(config, tokenizer)
     protocol = settings.protocol if bos is None else "default"  # otherwise the first window would have two
-    ids = {name: tokenize(join_documents(texts[name]), tokenizer, protocol) for name in texts}
+    ids = {name: tokenize(join_documents(texts[name], tokenizer), tokenizer, protocol) for name in texts}
     for found in ids.values():
         check_vocabulary(found, config, model)
     return TokenizedTexts(ids, seqlen, bos)

@@ -54,8 +54,9 @@ class CalibrationSettings:
     Attributes:
         nsamples: Number of calibration windows, each one sequence. Default: 256.
         seqlen: Tokens per window, at most as many as the model has positions. Default: 2048.
-        dataset: "wikitext2", "c4", "ptb" or "python-docs", or the path of a .txt, .json or .jsonl file. Default:
-            "wikitext2".
+        dataset: "wikitext2", "c4", "ptb" or "python-docs"; or the path of a file (.json and .jsonl: on every line a
+            "text", or the "messages" of a chat, which the tokenizer's chat template renders), or of a folder of such
+            files. Several sources share the windows by their weights: "c4=3,chats.jsonl=1". Default: "wikitext2".
         data_dir: Folder with local copies of the named data sets (wikitext2-train.txt, ptb-train.txt, c4-train.json);
             what it lacks comes from the Hub. None (the default): the environment variable HISVD_DATA_DIR, else "data".
         sampling: "random" (windows drawn with `seed`) or "first" (from the start of the text). Default: "random".

@@ -329,7 +329,7 @@ def test_texts(tmp_path, content, ending):
 
 @pytest.mark.parametrize("name", ["", "a\udcff", "a\0b"])
 def test_names_that_no_file_has(files, name):
-    expect_sentence(calibrate(files, "--dataset", name), "neither a file nor")
+    expect_sentence(calibrate(files, "--dataset", name), "neither a file, a folder, nor")
     for program, options in (("calibrate", ["--model_name", "x"]), ("evaluate", [])):
         expect_sentence(run(program, "--model_path", name, *options))
 

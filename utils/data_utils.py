@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from hisvd.component.families import ADAPTERS
-from hisvd.errors import HiSVDError
+from hisvd.errors import HiSVDError, first_line
 
 if TYPE_CHECKING:  # the settings take their choices from the protocols, so they import this module
     from hisvd.settings import CalibrationSettings
@@ -36,23 +36,22 @@ def default_data_dir() -> str:
     return os.environ.get("HISVD_DATA_DIR", "data")
 
 
-def load_documents(dataset: str, splits: dict[str, str], data_dir: str | None = None) -> list[str]:
-    """The documents of a named data set (its split taken from `splits`) or of a local text file.
+Document = str | list[dict]  # a text, or the messages of a chat
+
+
+def load_documents(dataset: str, splits: dict[str, str], data_dir: str | None = None) -> list[Document]:
+    """The documents of a named data set (its split taken from `splits`), of a local file or of a folder of files.
 
     A named data set is looked for in `data_dir` (None: `default_data_dir()`), then on the Hugging Face Hub; either way
     its documents are the Hub's rows: lines of WikiText-2, sentences of PTB, web pages of C4. A file is one document, or
-    one per line if it is .json or .jsonl.
+    one per line if it is .json or .jsonl: a text, or the messages of a chat. Of a folder the files with the suffixes
+    FOLDER_SUFFIXES are read, those in folders inside it too, by name.
 
     Raises:
-        HiSVDError: an unknown name, a missing or unreadable file, or the Hub cannot be reached.
+        HiSVDError: an unknown name, a missing or unreadable file, a folder without text, or the Hub cannot be reached.
     """
     if dataset not in splits:
-        path = Path(dataset)
-        if not path.is_file():
-            raise HiSVDError(
-                f"'{dataset}' is neither a file nor one of the data sets {', '.join(splits)}; pass one of those."
-            )
-        return _read_file(path, FILE_READERS.get(path.suffix, _whole_text))
+        return [document for path in _text_files(Path(dataset), splits) for document in _read_text_file(path)]
     split = splits[dataset]
     if dataset in BUNDLED_READERS:
         return BUNDLED_READERS[dataset](split)
@@ -71,48 +70,101 @@ def load_documents(dataset: str, splits: dict[str, str], data_dir: str | None = 
 
 
 def load_text(dataset: str, splits: dict[str, str], data_dir: str | None = None) -> str:
-    """What `load_documents` returns, joined with blank lines."""
+    """What `load_documents` returns, as one text."""
     return join_documents(load_documents(dataset, splits, data_dir))
 
 
-def join_documents(documents: Iterable[str]) -> str:
-    """One text, with blank lines between the documents."""
-    return "\n\n".join(documents)
+def join_documents(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase | None = None) -> str:
+    """One text: documents with blank lines between them, chats in the tokenizer's template, one after the other.
+
+    Raises:
+        HiSVDError: the template does not take a chat, or the tokenizer has none.
+    """
+    texts = [d if isinstance(d, str) else _rendered(d, tokenizer) for d in documents]
+    chats = len(documents) > 0 and not any(isinstance(d, str) for d in documents)
+    return ("" if chats else "\n\n").join(texts)
 
 
-def _read_file(path: Path, reader: Callable[[TextIO], Iterable[str]], limit: int | None = None) -> list[str]:
+def _rendered(messages: list[dict], tokenizer: PreTrainedTokenizerBase | None) -> str:
+    if tokenizer is None or not tokenizer.chat_template:
+        raise HiSVDError("The data set holds chats, but the model's tokenizer has no chat template; pass plain text.")
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception as error:  # jinja2's, or whatever the template raises
+        raise HiSVDError(
+            f"The model's chat template does not take a chat that starts with {messages[0]} ({first_line(error)}); "
+            "change the data set."
+        ) from None
+
+
+def _text_files(path: Path, names: Iterable[str]) -> list[Path]:
+    """The file `path`, or the text files in the folder `path`, by name.
+
+    Raises:
+        HiSVDError: there is none.
+    """
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise HiSVDError(
+            f"'{path}' is neither a file, a folder, nor one of the data sets {', '.join(names)}; pass one of those."
+        )
+    files = sorted(file for file in path.rglob("*") if file.suffix in FOLDER_SUFFIXES and file.is_file())
+    if not files:
+        raise HiSVDError(f"The folder {path} holds no text ({', '.join(FOLDER_SUFFIXES)}); pass another one.")
+    return files
+
+
+def _read_text_file(path: Path) -> list[Document]:
+    return _read_file(path, FILE_READERS.get(path.suffix, _whole_text))
+
+
+def _read_file(path: Path, reader: Callable[[TextIO], Iterable[Document]], limit: int | None = None) -> list[Document]:
     """The documents that `reader` finds in a file, at most the first `limit` of them.
 
     Raises:
-        HiSVDError: the file is not UTF-8 text, or a line is not a JSON object with a `text` string.
+        HiSVDError: the file is not UTF-8 text, or a line is not a JSON object with a text or a chat.
     """
     try:
         with open(path, encoding="utf-8") as file:
             documents = list(islice(reader(file), limit))
         for document in documents:
-            document.encode()  # JSON can spell half a surrogate pair, which is no character
+            _written(document).encode()  # JSON can spell half a surrogate pair, which is no character
     except UnicodeError:
         raise HiSVDError(f"{path} is not UTF-8 text; convert it first.") from None
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise HiSVDError(f"{path} must hold one JSON object with a 'text' string on every line.") from None
+        raise HiSVDError(
+            f"{path} must hold one JSON object on every line, with a 'text' string, or a list of 'messages' with "
+            "'role' and 'content' strings."
+        ) from None
     except OSError as error:
         raise HiSVDError(f"Cannot read {path}: {error.strerror}.") from None
-    if any("\0" in document for document in documents):
+    if any("\0" in _written(document) for document in documents):
         raise HiSVDError(f"{path} is not text: it holds NUL characters; pass a text file.")
     return documents
+
+
+def _written(document: Document) -> str:
+    """The words of a document.
+
+    Raises:
+        TypeError, KeyError: it is neither a text nor a chat.
+    """
+    return document if isinstance(document, str) else "".join(m["role"] + m["content"] for m in document)
 
 
 def _whole_text(file: TextIO) -> Iterator[str]:
     yield file.read()
 
 
-def _json_lines(file: TextIO) -> Iterator[str]:
+def _json_lines(file: TextIO) -> Iterator[Document]:
     for line in file:
         if line.strip():
-            text = json.loads(line)["text"]
-            if not isinstance(text, str):
-                raise TypeError
-            yield text
+            record = json.loads(line)
+            document = record["messages"] if "messages" in record else record["text"]
+            if not isinstance(document, str):
+                _written(document)
+            yield document
 
 
 def _wikitext2_lines(file: TextIO) -> Iterator[str]:
@@ -125,11 +177,11 @@ def _ptb_lines(file: TextIO) -> Iterator[str]:
     return map(str.strip, file)
 
 
-def _python_docs(split: str) -> list[str]:
+def _python_docs(split: str) -> list[Document]:
     """The language reference that ships with CPython; the first 80 % of its topics are the training split."""
     from pydoc_data.topics import topics
 
-    texts = [topics[name] for name in sorted(topics)]
+    texts: list[Document] = [topics[name] for name in sorted(topics)]
     cut = int(len(texts) * PYTHON_DOCS_TRAIN_SHARE)
     return {"train": texts[:cut], "test": texts[cut:]}[split]
 
@@ -157,9 +209,14 @@ def _hub_c4(split: str) -> Iterable[str]:
 
 C4_SHARDS = {"train": 1024, "validation": 8}
 FILE_READERS = {".json": _json_lines, ".jsonl": _json_lines}  # by suffix; every other file is one document
-BUNDLED_READERS = {"python-docs": _python_docs}
+FOLDER_SUFFIXES = (".txt", ".md", *FILE_READERS)  # of the files that are read from a folder
+BUNDLED_READERS: dict[str, Callable[[str], list[Document]]] = {"python-docs": _python_docs}
 LOCAL_SUFFIXES = {"wikitext2": ".txt", "ptb": ".txt", "c4": ".json"}
-LOCAL_READERS = {"wikitext2": _wikitext2_lines, "ptb": _ptb_lines, "c4": _json_lines}
+LOCAL_READERS: dict[str, Callable[[TextIO], Iterable[Document]]] = {
+    "wikitext2": _wikitext2_lines,
+    "ptb": _ptb_lines,
+    "c4": _json_lines,
+}
 HUB_READERS = {"wikitext2": _hub_wikitext2, "ptb": _hub_ptb, "c4": _hub_c4}
 
 
