@@ -51,7 +51,7 @@ def load_documents(dataset: str, splits: dict[str, str], data_dir: str | None = 
         HiSVDError: an unknown name, a missing or unreadable file, a folder without text, or the Hub cannot be reached.
     """
     if dataset not in splits:
-        return [document for path in _text_files(Path(dataset), splits) for document in _read_text_file(path)]
+        return [document for path in _text_files(dataset, splits) for document in _read_text_file(path)]
     split = splits[dataset]
     if dataset in BUNDLED_READERS:
         return BUNDLED_READERS[dataset](split)
@@ -97,17 +97,18 @@ def _rendered(messages: list[dict], tokenizer: PreTrainedTokenizerBase | None) -
         ) from None
 
 
-def _text_files(path: Path, names: Iterable[str]) -> list[Path]:
-    """The file `path`, or the text files in the folder `path`, by name.
+def _text_files(dataset: str, names: Iterable[str]) -> list[Path]:
+    """The file of this name, or the text files in the folder of this name, in order.
 
     Raises:
         HiSVDError: there is none.
     """
+    path = Path(dataset)
     if path.is_file():
         return [path]
-    if not path.is_dir():
+    if not dataset or not path.is_dir():
         raise HiSVDError(
-            f"'{path}' is neither a file, a folder, nor one of the data sets {', '.join(names)}; pass one of those."
+            f"'{dataset}' is neither a file, a folder, nor one of the data sets {', '.join(names)}; pass one of those."
         )
     files = sorted(file for file in path.rglob("*") if file.suffix in FOLDER_SUFFIXES and file.is_file())
     if not files:
