@@ -1,10 +1,12 @@
 """Stream text through the model layer by layer and store what compression needs to know of each layer."""
 
+import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -197,12 +199,36 @@ def open_or_create_cache(cache: CalibrationCache, locks: ExitStack) -> Calibrati
     return found
 
 
+class Turns:
+    """Deals layers out to the processes: each keeps the moments of one, then all decompose theirs at the same time."""
+
+    def __init__(self, cache: CalibrationCache, add: Callable[[list[dict]], None], layers: int) -> None:
+        """For so many `layers` of `cache`, to whose manifest `add` adds what it says of them."""
+        self.cache, self.add, self.left = cache, add, layers
+        self.dealt, self.mine = 0, list[Callable[[], dict]]()
+
+    def take(self, write: Callable[[], dict]) -> None:
+        """One more layer; `write` writes its file and returns its entry in the manifest."""
+        if self.dealt == distributed.index():
+            self.mine.append(write)
+        self.dealt, self.left = self.dealt + 1, self.left - 1
+        if self.dealt < distributed.count() and self.left:
+            return
+        entries = distributed.gathered(json.dumps(self.mine.pop()()) if self.mine else "")
+        self.dealt = 0
+        if distributed.is_first():
+            self.add([json.loads(entry) for entry in entries if entry])
+        distributed.wait()
+        if not distributed.is_first():
+            self.cache.refresh()
+
+
 class Calibration:
     """One calibration run: the model layer by layer, the tokens, and the files that hold their states.
 
     Memory: one decoder layer, its moments and one batch. Hidden states and gradients pass through files in the cache
-    folder. A killed run resumes at its first missing layer; where its files are missing, or belong to another number
-    of processes, the tokens first pass through the finished layers.
+    folder. A killed run resumes at its first missing layer; where its files are missing, or there are several
+    processes, whose files may be a few layers ahead, the tokens first pass through the finished layers.
     """
 
     def __init__(self, streamed: StreamedModel, tokens: torch.Tensor, cache: CalibrationCache) -> None:
@@ -233,24 +259,26 @@ class Calibration:
 
     def forward_pass(self) -> None:
         """Moments of the inputs."""
-        streamed, cache = self.streamed, self.cache
-        arguments = self._resume_forward()
-        for index in _progress("calibrating layers", len(cache.layers), cache.num_layers):
+        streamed, cache, first = self.streamed, self.cache, len(self.cache.layers)
+        arguments, turns = self._resume_forward(), Turns(cache, cache.add_layers, cache.num_layers - first)
+        for index in _progress("calibrating layers", first, cache.num_layers):
             layer, name = streamed.layer(index), streamed.layer_name(index)
             moments = InputMoments(layer, name, streamed.adapter)
             outputs = streamed.outputs(layer, index, self.hidden[index], arguments[index], moments.add_batch)
             self.hidden[index + 1].write(outputs, self._kept(index + 1))
             moments.finish()
-            if distributed.is_first():
-                cache.add_layer(*layer_statistics(layer, name, index, moments), streamed.adapter.mlps_of(layer))
-            self._wait_for_the_first()
+            turns.take(partial(self._layer_entry, layer, name, index, moments))
+
+    def _layer_entry(self, layer: nn.Module, name: str, index: int, moments: InputMoments) -> dict:
+        tensors, sublayers = layer_statistics(layer, name, index, moments)
+        return self.cache.write_layer(index, tensors, sublayers, self.streamed.adapter.mlps_of(layer))
 
     def _resume_forward(self) -> list[list[Arguments]]:
         """Provide what the first missing layer reads; returns the arguments of all layers, finished ones included."""
         streamed, done = self.streamed, len(self.cache.layers)
         unfinished = done < self.cache.num_layers
         needed = [*self.kept[: done + 1], *([self.hidden[done]] if unfinished else [])]
-        if done and distributed.everywhere(all(file.is_whole() for file in needed)):
+        if done and distributed.count() == 1 and all(file.is_whole() for file in needed):
             return streamed.embed(self.tokens, None) if unfinished else []
         # Not into the run's own files: after a kill in between they would pass for those of layer `done`.
         files = self._pair(f"hidden{AGAIN}", self.tokens) if done else self.hidden
@@ -267,20 +295,23 @@ class Calibration:
         streamed, cache = self.streamed, self.cache
         gradients = self._pair("gradient", self.gradient_tokens, 2)
         arguments = streamed.embed(self.gradient_tokens, None)
+        first = len(cache.gradients)
         self._resume_backward(gradients, arguments)
-        for done in _progress("gradients of layers", len(cache.gradients), cache.num_layers):
+        turns = Turns(cache, cache.add_gradients, cache.num_layers - first)
+        for done in _progress("gradients of layers", first, cache.num_layers):
             index = cache.num_layers - 1 - done
             layer = streamed.layer(index)
             moments = self._descend(layer, index, gradients, arguments)
             moments.finish()
-            if distributed.is_first():
-                cache.add_gradients(gradient_statistics(layer, cache, index, moments))
-            self._wait_for_the_first()
+            turns.take(partial(self._gradients_entry, layer, index, moments))
+
+    def _gradients_entry(self, layer: nn.Module, index: int, moments: OutputGradientMoments) -> dict:
+        return self.cache.write_gradients(index, gradient_statistics(layer, self.cache, index, moments))
 
     def _resume_backward(self, gradients: ActivationPair, arguments: list[list[Arguments]]) -> None:
         """Provide the gradients that the first missing layer starts from."""
         streamed, top, done = self.streamed, self.cache.num_layers, len(self.cache.gradients)
-        if done and distributed.everywhere(gradients[top - done].is_whole()):
+        if done and distributed.count() == 1 and gradients[top - done].is_whole():
             return
         files = self._pair(f"gradient{AGAIN}", self.gradient_tokens, 2) if done else gradients
         with streamed.outside_weights():
@@ -301,12 +332,6 @@ class Calibration:
         name = streamed.layer_name(index)
         gradients[index].write(input_gradients(layer, name, moments, inputs, arguments[index], above))
         return moments
-
-    def _wait_for_the_first(self) -> None:
-        """Let the other processes see the layer that the first has written."""
-        distributed.wait()
-        if not distributed.is_first():
-            self.cache.refresh()
 
     def _path(self, name: str, suffix: str = "") -> Path:
         return self.cache.folder / f"{distributed.own_name(name)}{suffix}"

@@ -119,18 +119,25 @@ class CalibrationCache:
             any(name.endswith(ROUNDING) for name in entry["small_tensors_sha256"]) for entry in self.gradients
         )
 
-    def add_layer(self, tensors: dict[str, torch.Tensor], sublayers: list[Sublayer], mlps: list[Mlp]) -> None:
-        """Write the forward pass's next layer, then the manifest that lists it."""
-        entry = self._write(f"layer_{len(self.layers):03d}.safetensors", tensors)
-        self.layers.append(
-            {**entry, "sublayers": [_record(s) for s in sublayers], "mlps": [asdict(mlp) for mlp in mlps]}
-        )
+    def write_layer(
+        self, index: int, tensors: dict[str, torch.Tensor], sublayers: list[Sublayer], mlps: list[Mlp]
+    ) -> dict:
+        """Write a layer of the forward pass; returns what the manifest says of it."""
+        entry = self._write(f"layer_{index:03d}.safetensors", tensors)
+        return {**entry, "sublayers": [_record(s) for s in sublayers], "mlps": [asdict(mlp) for mlp in mlps]}
+
+    def write_gradients(self, index: int, tensors: dict[str, torch.Tensor]) -> dict:
+        """Write a layer of the gradient pass; returns what the manifest says of it."""
+        return self._write(f"gradients_{index:03d}.safetensors", tensors)
+
+    def add_layers(self, entries: list[dict]) -> None:
+        """List the forward pass's next layers, which are written, in the manifest."""
+        self.layers += entries
         self.write_manifest()
 
-    def add_gradients(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Write the gradient pass's next layer (from the top down), then the manifest that lists it."""
-        index = self.num_layers - 1 - len(self.gradients)
-        self.gradients.append(self._write(f"gradients_{index:03d}.safetensors", tensors))
+    def add_gradients(self, entries: list[dict]) -> None:
+        """List the gradient pass's next layers (from the top down), which are written, in the manifest."""
+        self.gradients += entries
         self.write_manifest()
 
     def _write(self, file: str, tensors: dict[str, torch.Tensor]) -> dict:

@@ -30,7 +30,7 @@ def interrupted(model_folders, tmp_path, monkeypatch):
             return add
 
         with monkeypatch.context() as patch:
-            for method, done, limit in (("add_layer", "layers", layers), ("add_gradients", "gradients", gradients)):
+            for method, done, limit in (("add_layers", "layers", layers), ("add_gradients", "gradients", gradients)):
                 patch.setattr(CalibrationCache, method, stopping(getattr(CalibrationCache, method), done, limit))
             expect_sentence(run("calibrate", *arguments), "interrupted")
         cache = read_cache(tmp_path / CACHE)

@@ -282,3 +282,41 @@ def test_moments_are_those_of_one_process(cache, caches):
                 assert (a - b).norm() <= 1e-5 * a.norm(), name
             elif name.endswith("singular_values"):
                 torch.testing.assert_close(left[name], right[name], rtol=0, atol=1e-5 * float(left[name].max()))
+
+
+GATHERING = """
+from hisvd.utils import distributed
+distributed.join()
+print(distributed.gathered(["", "äpfel", "x" * 1000][distributed.index()]) == ["", "äpfel", "x" * 1000])
+distributed.leave()
+"""
+
+
+def test_every_process_gets_the_texts_of_all(tmp_path):
+    (tmp_path / "gathering.py").write_text(GATHERING)
+    ended = outcomes(start_processes(3, tmp_path / "gathering.py"), within=100)
+    assert [(code, output) for code, output, _ in ended] == [(0, "True\n")] * 3, ended
+
+
+def test_layers_are_decomposed_by_all_processes(model_folders, tmp_path):
+    """Three processes share four layers: each writes files of its own, at the same time as the others."""
+    writing = f"""
+import sys
+from hisvd.calibration_cache import CalibrationCache
+from hisvd.cli.calibrate import main
+from hisvd.utils import distributed
+write = CalibrationCache._write
+def noting(cache, file, tensors):
+    with open(f"{tmp_path}/by_{{distributed.index()}}", "a") as notes:
+        notes.write(file + " ")
+    return write(cache, file, tensors)
+CalibrationCache._write = noting
+main()
+"""
+    (tmp_path / "writing.py").write_text(writing)
+    arguments = calibrate_arguments(model_folders["llama"], tmp_path)
+    ended = outcomes(start_processes(3, tmp_path / "writing.py", *arguments), within=200)
+    assert [code for code, _, _ in ended] == [0] * 3, ended
+    written = [(tmp_path / f"by_{i}").read_text().replace(".safetensors", "").split() for i in range(3)]
+    assert written[0] == ["layer_000", "layer_003", "gradients_003", "gradients_000"]
+    assert written[1:] == [["layer_001", "gradients_002"], ["layer_002", "gradients_001"]]

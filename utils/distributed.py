@@ -161,6 +161,19 @@ def total(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def gathered(text: str) -> list[str]:
+    """The texts of all processes, in their order."""
+    if count() == 1:
+        return [text]
+    data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) if text else torch.zeros(0, dtype=torch.uint8)
+    sizes = torch.zeros(count(), dtype=torch.long)
+    sizes[index()] = len(data)
+    sizes = total(sizes)
+    rows = torch.zeros(count(), int(sizes.max()), dtype=torch.uint8)
+    rows[index(), : len(data)] = data
+    return [bytes(row[:size].tolist()).decode() for row, size in zip(total(rows), sizes.tolist(), strict=True)]
+
+
 def everywhere(flag: bool) -> bool:
     """Whether `flag` is set in every process."""
     return int(total(torch.tensor(int(flag)))) == count()
