@@ -78,7 +78,7 @@ class OutputGradientMoments:
     def add(self, tokens: int, gradients: dict[str, torch.Tensor]) -> None:
         """Add the gradients (..., m) of one batch of `tokens` tokens."""
         for path, gradient in gradients.items():
-            rows = gradient.reshape(-1, gradient.shape[-1]).float()
+            rows = gradient.reshape(-1, gradient.shape[-1])
             self.moments[path] += gram(rows)
             self.tokens_at[path] += rows.shape[0]
         self.tokens += tokens

@@ -63,11 +63,11 @@ class InputMoments:
             group = self._name(paths)
             if group not in self.moments:
                 self._start(group, x)
-            rows = x.reshape(-1, x.shape[-1]).float()
+            rows = x.reshape(-1, x.shape[-1])
             self.moments[group] += gram(rows)
             self.tokens[group] += rows.shape[0]
             if group in self.sums:
-                self.sums[group] += rows.sum(0)
+                self.sums[group] += rows.sum(0, dtype=torch.float32)
 
     def _name(self, paths: list[str]) -> str:
         name = next((n for n, members in self.groups.items() if sorted(members) == sorted(paths)), None)

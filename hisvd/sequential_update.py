@@ -101,7 +101,7 @@ def input_and_stream(
     finally:
         for handle in handles:
             handle.remove()
-    return arrived[0].flatten(0, -2).float(), sum(written, hidden).flatten(0, -2).float()
+    return arrived[0].flatten(0, -2), sum(written, hidden).flatten(0, -2)
 
 
 class SequentialUpdate:
@@ -244,17 +244,17 @@ class SequentialUpdate:
                 x_c, stream_c = input_and_stream(layer, path, writers, hidden_c, arguments)
                 left = {"own": x_c}
                 if target in fits:
-                    left["residual"] = dense.outputs(x) - fits[target].outputs(x_c)
+                    left["residual"] = dense.outputs(x.float()) - fits[target].outputs(x_c.float())
                 else:
-                    left["lag"] = x - x_c
+                    left["lag"] = x.float() - x_c.float()
                 if any(s.path in writers for s in group):
-                    left["stream"] = stream - stream_c
+                    left["stream"] = stream.float() - stream_c.float()
                 if not sums[target]:
                     sums[target] = {
                         name: x.new_zeros(a.shape[1], x_c.shape[1], dtype=torch.float64) for name, a in left.items()
                     }
                 for name, a in left.items():
-                    sums[target][name] += gram(x_c) if a is x_c else a.T @ x_c
+                    sums[target][name] += gram(x_c) if a is x_c else a.T @ x_c.float()
         tokens = int(distributed.total(torch.tensor(tokens)))
         return {
             target: UpdateMoments(**{name: distributed.total(m).div_(tokens) for name, m in moments.items()})

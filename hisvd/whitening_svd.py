@@ -8,6 +8,8 @@ With F = E[g gᵀ] of the output gradients as well, ½ ‖F^{1/2} (W − W_r) H^
 loss added (Kronecker-factored Fisher, arXiv 1503.05671), A = F^{1/2} W H^{1/2} and W_r = F^{−1/2} U_r U_rᵀ F^{1/2} W.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -75,10 +77,28 @@ class PartOfMoment(NamedTuple):
 
 
 def gram(x: torch.Tensor) -> torch.Tensor:
-    """Xᵀ X (n, n) for X (t, n), in its dtype: every product of two column blocks once, 9/16 of the work of X.T @ X."""
+    """Xᵀ X (n, n) for X (t, n): every product of two column blocks once, 9/16 of the work of X.T @ X.
+
+    In X's dtype, in float32 if that has 16 bits. TF32 holds such values whole and sums their products in float32, so
+    GPUs may use it for them, at several times the speed.
+    """
+    short = x.dtype.itemsize == 2
+    x = x.detach().float() if short else x.detach()
     product = x.new_empty(x.shape[1], x.shape[1])
-    _fill_gram(x.detach(), product)
+    with tf32_allowed() if short else nullcontext():
+        _fill_gram(x, product)
     return product
+
+
+@contextmanager
+def tf32_allowed() -> Iterator[None]:
+    """Within the context, products of float32 matrices on GPUs may round their factors to TF32's 11 bits."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _fill_gram(x: torch.Tensor, product: torch.Tensor) -> None:

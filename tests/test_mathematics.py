@@ -365,9 +365,18 @@ def test_packing_picks_rows_of_the_product_with_coefficients_of_about_one():
 
 
 @pytest.mark.parametrize("shape", [(5, 3), (3, 400), (50, 1001)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_gram_is_the_product(shape, dtype):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_gram_is_the_product(shape, dtype, monkeypatch):
+    """Values of 16 bits alone may be multiplied in TF32, which holds them whole."""
+    allowed, mm = [], torch.mm
+
+    def watched(*args, **kwargs):
+        allowed.append(torch.backends.cuda.matmul.allow_tf32)
+        return mm(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "mm", watched)
     x = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     product = gram(x)
-    assert product.dtype == dtype
-    torch.testing.assert_close(product, x.T @ x, rtol=1e-5, atol=1e-4)
+    assert product.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(product.double(), x.double().T @ x.double(), rtol=1e-5, atol=1e-4)
+    assert set(allowed) == {dtype.itemsize == 2} and not torch.backends.cuda.matmul.allow_tf32
