@@ -1,6 +1,7 @@
 """The only author of hisvd.json: how a plan and its result are recorded, printed and described on the model card."""
 
 import math
+import re
 from collections import Counter
 from contextlib import suppress
 from importlib.metadata import version
@@ -24,6 +25,7 @@ from hisvd.utils.save_utils import REPORT, ModelWriter
 
 # Parameters per element of these dtypes: permutations and metadata hold none, a byte of INT6 holds 4/3 values.
 PARAMETERS_PER_ENTRY = {"I32": 0, "U8": 4 / 3}
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 STAGES = ("rank_method", "alpha", "modulation", "lwe_strength", "tail_redundancy_weight", "cluster_by")  # settings
 INTEGER_KEYS = (*CODES, SCALE)  # the last parts of names of tensors that the plan's parameters are stored in
 
@@ -245,9 +247,10 @@ def exported_linears(exported: list[str], sublayers: list[Sublayer]) -> list[str
 def model_card(report: dict, original: Path) -> str:
     """README.md of a compressed folder; `original` is the folder of the model that was compressed."""
     source = report["source_model"]
+    name = source if HUB_ID.fullmatch(source) and not Path(source).exists() else Path(source).name
     settings = "\n".join(f"| {key} | {value} |" for key, value in effective_settings(report["settings"]).items())
     entries = ModelCardData(
-        base_model=Path(source).name if Path(source).exists() else source,
+        base_model=name,
         **license_of(original),
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -258,7 +261,7 @@ def model_card(report: dict, original: Path) -> str:
 ---
 # {Path(source).name}, {report["linear_kept"]:.1%} of its linear weights
 
-Compressed without training by HiSVD {version("hisvd")} from `{Path(source).name}`; the original's license applies.
+Compressed without training by HiSVD {version("hisvd")} from `{name}`; the original's license applies.
 
 ```python
 from transformers import AutoModelForCausalLM  # the package hisvd must be installed
@@ -279,7 +282,7 @@ Calibrated on {report["calibration"]["nsamples"]} × {report["calibration"]["seq
     return str(ModelCard(content))
 
 
-def license_of(original: Path) -> dict[str, str]:
+def license_of(original: Path) -> dict[str, Any]:
     """The license that a model's card or else its config.json names, as entries of a card."""
     entries = read_json(original / "config.json")
     with suppress(Exception):  # no card, or whatever a damaged one raises
@@ -289,7 +292,7 @@ def license_of(original: Path) -> dict[str, str]:
 
 def effective_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings without those that the others leave without effect."""
-    ignored = set() if settings["allocation"] == "hisvd" else set(STAGES)
+    ignored: set[str] = set() if settings["allocation"] == "hisvd" else set(STAGES)
     ignored |= set() if settings["allocation"] == "loss" else {"rank_multiple", "min_saving"}
     ignored |= set() if settings["export"] == "int6" else {"int6_mode", "quality_gate_delta"}
     ignored |= set() if settings["export"] == "plain" else {"width_multiple"}

@@ -122,7 +122,12 @@ def test_what_is_written_goes_to_json_and_nothing_else_is_said(model_folders, tm
     arguments = calibrate_arguments(model_folders["llama"], tmp_path)
     made = run("calibrate", *arguments, "--quiet", "--json", tmp_path / "c.json")
     cache = tmp_path / "tiny_n6_s32_with_hessian"
-    assert made.code == 0 and made.error == "" and len(made.output.splitlines()) == 1 and str(cache) in made.output
+    assert (
+        made.code == 0
+        and made.error == ""
+        and made.output.splitlines()[1:] == [f"Figures written to {tmp_path / 'c.json'}"]
+    )
+    assert made.output.count("\n") == 2 and str(cache) in made.output.splitlines()[0]
     figures = json.loads((tmp_path / "c.json").read_text())
     assert (figures["cache"], figures["layers"], figures["tokens"], figures["gradients"]) == (str(cache), 4, 192, True)
 

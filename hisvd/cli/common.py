@@ -22,9 +22,11 @@ import click
 from hisvd.errors import HiSVDError
 
 if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
+    from hisvd.settings import CalibrationSettings, CompressionSettings, EvaluationSettings, Resources, StudySettings
 
-Settings = TypeVar("Settings", bound="DataclassInstance")
+    Settings = TypeVar(
+        "Settings", CalibrationSettings, CompressionSettings, EvaluationSettings, Resources, StudySettings
+    )
 STDOUT = Path("-")
 
 
@@ -110,7 +112,7 @@ def stop(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-def settings_from(options: Mapping[str, Any], cls: type[Settings], **others: Any) -> Settings:
+def settings_from(options: Mapping[str, Any], cls: "type[Settings]", **others: Any) -> "Settings":
     """The settings dataclass `cls` made of the options that have its fields' names, and of `others`."""
     return cls(**{field.name: options[field.name] for field in fields(cls) if field.name in options}, **others)
 
@@ -138,7 +140,7 @@ def check_json(path: Path | None) -> None:
     """
     from hisvd.utils.files import check_writable_file
 
-    if path not in (None, STDOUT):
+    if path is not None and path != STDOUT:
         check_writable_file(path)
 
 
@@ -151,7 +153,7 @@ def write_figures(path: Path | None, figures: Any, last: bool = True) -> None:
     if path != STDOUT:
         write_json(path, figures)
         if last:
-            say(f"Figures written to {path}")
+            say(f"Figures written to {path}", always=True)
     elif last:
         click.echo(json.dumps(figures, indent=2))
 

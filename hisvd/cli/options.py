@@ -9,7 +9,7 @@ import click
 
 from hisvd.choices import DTYPES
 
-HELP_NAMES = {"help_option_names": ["-h", "--help"]}
+HELP_NAMES: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
 COMMON, EXPERT, OUTPUT = "Common options", "Expert options", "Output"
 
 
