@@ -24,8 +24,8 @@ class Option(click.Option):
 class Program(click.Command):
     """A command whose help page has its options in groups and `examples` at the end; `--a-b` is the same as `--a_b`."""
 
-    def __init__(self, *args: Any, examples: str, **kwargs: Any) -> None:
-        super().__init__(*args, context_settings=HELP_NAMES, **kwargs)
+    def __init__(self, *, examples: str, **kwargs: Any) -> None:
+        super().__init__(context_settings=HELP_NAMES, **kwargs)
         self.examples = examples
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
