@@ -22,6 +22,7 @@ from hisvd.cli.options import (
 if TYPE_CHECKING:
     from hisvd.calibration_cache import CalibrationCache
     from hisvd.estimates import Estimate
+    from hisvd.settings import CalibrationSettings, Resources
 
 EXAMPLES = """
 hisvd calibrate --model_path /models/Llama-2-7b-hf --model_name llama-7b
@@ -63,35 +64,36 @@ def main(**options: Any) -> None:
 
     Started again after an interruption, the same command resumes at the first missing layer.
     """
-    from hisvd.calibration import calibrate
-    from hisvd.calibration_cache import MANIFEST, cache_folder, read_cache
     from hisvd.estimates import estimate
     from hisvd.settings import CalibrationSettings, Resources
-    from hisvd.utils.data_utils import file_safe
 
     settings, resources = settings_from(options, CalibrationSettings), settings_from(options, Resources)
-    model, json_path = options["model_path"], options["json_path"]
-    check_json(json_path)
+    check_json(options["json_path"])
     if options["dry_run"]:
-        needs = estimate(model, settings, resources)
+        needs = estimate(options["model_path"], settings, resources)
         say(estimate_table(needs))
-        write_figures(json_path, estimate_figures(needs))
-        return
-    name = file_safe(options["model_name"])
+        write_figures(options["json_path"], estimate_figures(needs))
+    else:
+        measure(options, settings, resources)
+
+
+def measure(options: dict[str, Any], settings: "CalibrationSettings", resources: "Resources") -> None:
+    """Make the cache, and print and write what it holds."""
+    from hisvd.calibration import calibrate
+    from hisvd.calibration_cache import MANIFEST, cache_folder, read_cache
+    from hisvd.utils.data_utils import file_safe
+
+    name, model = file_safe(options["model_name"]), options["model_path"]
     folder = cache_folder(options["output_dir"], name, settings.nsamples, settings.seqlen)
     finished = (folder / MANIFEST).exists() and read_cache(folder).complete
-    cache = calibrate(model, folder, settings, resources)
-    figures = cache_figures(cache)
+    figures = cache_figures(calibrate(model, folder, settings, resources))
     if finished:
         say(f"{folder} is already complete: nothing to do.", always=True)
     else:
-        say(
-            f"Calibration of {figures['layers']} layers on {figures['tokens']} tokens of {settings.dataset}: {folder}",
-            True,
-        )
-    write_figures(json_path, figures)
-    out = Path("compressed_models", f"{name}_80p")
-    goal = {"target_compression": 0.8, "save_model": out}
+        read = f"{figures['layers']} layers on {figures['tokens']} tokens of {settings.dataset}"
+        say(f"Calibration of {read}: {folder}", always=True)
+    write_figures(options["json_path"], figures)
+    goal = {"target_compression": 0.8, "save_model": Path("compressed_models", f"{name}_80p")}
     say(f"Next: {command('compress', model_path=model, calib_cache=folder, **goal)}")
 
 
