@@ -12,7 +12,7 @@ from hisvd.exports import EXPORTS
 from hisvd.factoring import CompressionJob, factor_layer
 from hisvd.int6_gate import export_within
 from hisvd.layer_tensors import layer_tensor_names
-from hisvd.plan import Plan, opened_cache, plan
+from hisvd.planning import Plan, opened_cache, plan
 from hisvd.report import finished_report, model_card, plan_report
 from hisvd.settings import CompressionSettings, Resources
 from hisvd.updates import UPDATES
@@ -216,5 +216,6 @@ def _finish(job: CompressionJob, target: float, writer: ModelWriter) -> dict:
         report, codes = finished_report(writer, gate)
         for name, form in writer.coded_modules(job.checkpoint, codes).items():
             modules[name] = modules.get(name, {}) | {"form": form}
-        writer.complete(job.checkpoint, job.config_changes(target, modules), report, model_card(report))
+        card = model_card(report, job.checkpoint.folder)
+        writer.complete(job.checkpoint, job.config_changes(target, modules), report, card)
     return writer.finish()

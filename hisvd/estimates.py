@@ -165,6 +165,7 @@ def shapes_of(model: PreTrainedModel) -> Shapes:
     Raises:
         HiSVDError: the family cannot be compressed.
     """
+    model.tie_weights()  # the meta device has undone it, and a tied head would count twice
     adapter = adapter_for(model)
     layers = []
     for layer in decoder_layers(model, adapter):

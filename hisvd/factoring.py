@@ -33,7 +33,7 @@ from hisvd.whitening_svd import (
 )
 
 if TYPE_CHECKING:  # the settings take their choices from the updates, so they import this module
-    from hisvd.plan import Plan
+    from hisvd.planning import Plan
     from hisvd.settings import CompressionSettings
 
 Tensors = dict[str, torch.Tensor]

@@ -9,7 +9,7 @@ from pathlib import Path
 from hisvd.calibration_cache import CalibrationCache
 from hisvd.compression import CompressedModel, compress
 from hisvd.errors import HiSVDError, TargetTooSmallError
-from hisvd.plan import opened_cache, plan
+from hisvd.planning import opened_cache, plan
 from hisvd.settings import CompressionSettings, Resources, check_at_least
 from hisvd.utils import distributed
 from hisvd.utils.data_utils import default_batch_size

@@ -1,25 +1,32 @@
 """The only author of hisvd.json: how a plan and its result are recorded, printed and described on the model card."""
 
 import math
+import re
 from collections import Counter
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
 
 from hisvd.calibration_cache import CalibrationCache
 from hisvd.component.experts import kind_of
 from hisvd.exports import EXPORTS
 from hisvd.factor_forms import coded_modules
 from hisvd.integer_codes import CODES, SCALE
-from hisvd.plan import Plan
+from hisvd.planning import Plan
 from hisvd.settings import CompressionSettings
 from hisvd.shape_utils import PLAIN_BYTES, Sublayer
 from hisvd.sparse_int6 import COLUMNS, FORMAT_NAME, USER_ALIAS
 from hisvd.tables import table
+from hisvd.utils.files import read_json
 from hisvd.utils.save_utils import REPORT, ModelWriter
 
 # Parameters per element of these dtypes: permutations and metadata hold none, a byte of INT6 holds 4/3 values.
 PARAMETERS_PER_ENTRY = {"I32": 0, "U8": 4 / 3}
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+STAGES = ("rank_method", "alpha", "modulation", "lwe_strength", "tail_redundancy_weight", "cluster_by")  # settings
 INTEGER_KEYS = (*CODES, SCALE)  # the last parts of names of tensors that the plan's parameters are stored in
 
 
@@ -127,9 +134,10 @@ def int6_figures(codes: set[str], sizes_in_files: dict[str, int]) -> dict:
 
 
 def rank_table(plan: Plan, sublayers: list[Sublayer]) -> str:
-    """Ranks and integers as a table: a row per decoder layer, a column per type; for experts the smallest and largest.
+    """Ranks and integers as a table: a row for decoder layers that are alike, a column per type; for experts the
+    smallest and largest.
 
-    Where neurons are removed, a last column says how many the MLPs keep.
+    Where neurons are removed, a last column says how many the MLPs keep. A line below names layers without changes.
     """
     types = list(dict.fromkeys(kind_of(s.path) for s in sublayers))
     found: dict[tuple[int, str], list[Sublayer]] = {}
@@ -150,12 +158,30 @@ def rank_table(plan: Plan, sublayers: list[Sublayer]) -> str:
         inner = (s for s in sublayers if s.layer == layer and plan.shape(s)[1] != s.in_features)
         return ends([f"{plan.shape(s)[1]} of {s.in_features}" for s in sorted(inner, key=lambda s: plan.shape(s)[1])])
 
-    rows: list[list[Any]] = [[i, *(cell(found.get((i, t), [])) for t in types)] for i in range(1 + sublayers[-1].layer)]
-    titles = ["layer", *(t.rpartition(".")[2] for t in types)]
-    if plan.shapes:
-        titles.append("neurons")
-        rows = [[*row, neurons(row[0]) or "all"] for row in rows]
-    return table(titles, rows)
+    layers: dict[tuple[str, ...], list[int]] = {}  # those alike share a row
+    for i in range(1 + sublayers[-1].layer):
+        cells = [cell(found.get((i, t), [])) for t in types]
+        layers.setdefault((*cells, *([neurons(i) or "all"] if plan.shapes else [])), []).append(i)
+    unchanged = layers.pop(next((row for row in layers if {*row} <= {"dense", "all", ""}), ()), [])
+    titles = ["layer", *(t.rpartition(".")[2] for t in types), *(["neurons"] if plan.shapes else [])]
+    lines = [table(titles, [[ranges(numbers), *row] for row, numbers in layers.items()])] if layers else []
+    return "\n".join([*lines, *([f"Unchanged: all linears of {layers_called(unchanged)}"] if unchanged else [])])
+
+
+def ranges(numbers: list[int]) -> str:
+    """Ascending numbers with runs cut short: "0–3, 7"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def layers_called(numbers: list[int]) -> str:
+    """ "layer 7" or "layers 0–3, 7"."""
+    return f"layer{'s' if len(numbers) > 1 else ''} {ranges(numbers)}"
 
 
 def parameter_table(report: dict) -> str:
@@ -192,8 +218,8 @@ def size_summary(report: dict) -> str:
     )
 
 
-def int6_summary(report: dict) -> str:
-    """What the INT6 export stored, and what the quality gate said."""
+def int6_summary(report: dict, sublayers: list[Sublayer]) -> str:
+    """What the INT6 export stored, what the quality gate said, and which linears it let through."""
     figures, gate = report.get("int6"), report.get("quality_gate")
     lines = ["INT6: no weight was exported."]
     if figures:
@@ -205,19 +231,37 @@ def int6_summary(report: dict) -> str:
             f"{len(gate['exported']) + len(gate['not_exported'])} linears exported, perplexity on held-out text "
             f"{gate['perplexity_before']:.2f} → {gate['perplexity_after']:.2f} ({gate['tokens']} tokens)"
         )
+        lines += exported_linears(gate["exported"], sublayers)
     return "\n".join(lines)
 
 
-def model_card(report: dict) -> str:
-    """README.md of a compressed folder."""
-    settings = "\n".join(f"| {key} | {value} |" for key, value in report["settings"].items())
-    return f"""---
-library_name: transformers
-tags: [hisvd, low-rank, compression]
----
-# {Path(report["source_model"]).name}, {report["linear_kept"]:.1%} of its linear weights
+def exported_linears(exported: list[str], sublayers: list[Sublayer]) -> list[str]:
+    """A line for every sublayer type with the layers in which it was exported."""
+    layers: dict[str, list[int]] = {}
+    for s in sublayers:
+        if s.name in exported:
+            layers.setdefault(kind_of(s.path), []).append(s.layer)
+    return [f"  {kind} of {layers_called(sorted(set(numbers)))}" for kind, numbers in layers.items()]
 
-Compressed without training by HiSVD {version("hisvd")} from `{report["source_model"]}`; the original's license applies.
+
+def model_card(report: dict, original: Path) -> str:
+    """README.md of a compressed folder; `original` is the folder of the model that was compressed."""
+    source = report["source_model"]
+    name = source if HUB_ID.fullmatch(source) and not Path(source).exists() else Path(source).name
+    settings = "\n".join(f"| {key} | {value} |" for key, value in effective_settings(report["settings"]).items())
+    entries = ModelCardData(
+        base_model=name,
+        **license_of(original),
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["hisvd", "low-rank", "compression"],
+    )
+    content = f"""---
+{entries.to_yaml()}
+---
+# {Path(source).name}, {report["linear_kept"]:.1%} of its linear weights
+
+Compressed without training by HiSVD {version("hisvd")} from `{name}`; the original's license applies.
 
 ```python
 from transformers import AutoModelForCausalLM  # the package hisvd must be installed
@@ -235,3 +279,21 @@ in the whole model: {report["model_numbers_after"]:,} of {report["model_numbers_
 Calibrated on {report["calibration"]["nsamples"]} × {report["calibration"]["seqlen"]} tokens of
 {report["calibration"]["dataset"]}. The ranks of all sublayers are in `{REPORT}`.
 """
+    return str(ModelCard(content))
+
+
+def license_of(original: Path) -> dict[str, Any]:
+    """The license that a model's card or else its config.json names, as entries of a card."""
+    entries = read_json(original / "config.json")
+    with suppress(Exception):  # no card, or whatever a damaged one raises
+        entries |= ModelCard.load(original / "README.md").data.to_dict()
+    return {key: entries[key] for key in ("license", "license_name", "license_link") if entries.get(key)}
+
+
+def effective_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings without those that the others leave without effect."""
+    ignored: set[str] = set() if settings["allocation"] == "hisvd" else set(STAGES)
+    ignored |= set() if settings["allocation"] == "loss" else {"rank_multiple", "min_saving"}
+    ignored |= set() if settings["export"] == "int6" else {"int6_mode", "quality_gate_delta"}
+    ignored |= set() if settings["export"] == "plain" else {"width_multiple"}
+    return {key: value for key, value in settings.items() if key not in ignored and value is not None}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from hisvd.allocations import ALLOCATIONS, CLUSTERINGS
 from hisvd.calibration_cache import CalibrationCache
+from hisvd.choices import BUDGETS, DTYPES, INT6_MODES, SAMPLINGS
 from hisvd.errors import HiSVDError
 from hisvd.exports import EXPORTS, LINEAR_DTYPES
 from hisvd.factor_forms import FORMS
@@ -20,10 +21,6 @@ from hisvd.updates import UPDATES
 from hisvd.utils.data_utils import PROTOCOLS
 from hisvd.whitening_svd import WHITENINGS
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-SAMPLINGS = ("random", "first")
-INT6_MODES = ("calibrated", "magnitude")
-BUDGETS = ("parameters", "bytes")
 # Rows of so many 16-bit numbers are what the kernels of GPUs and CPUs are made for (cuBLAS: 16 bytes), and of so many
 # codes; linears whose smaller side is below the last number would lose too many choices.
 ALIGNED, ALIGNED_CODES, SMALLEST_ALIGNED = 8, 32, 128
@@ -39,12 +36,21 @@ class Resources:
             "auto".
         activation_budget_gb: Hidden states up to this size, in GB (1e9 bytes), are read from memory. They lie in files
             in any case, so 0 costs time at most. `evaluate` and `estimate` do not use it. Default: 0.0.
-        progress: Whether tqdm bars are shown on standard error. Default: True.
+        progress: Whether tqdm bars are shown on standard error (a line for every stage where that is no terminal).
+            Default: True.
+
+    Raises:
+        HiSVDError: `activation_budget_gb` is negative or not a number.
     """
 
     device: str = "auto"
     activation_budget_gb: float = 0.0
     progress: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse what no run could use."""
+        if not self.activation_budget_gb >= 0:  # nor NaN
+            raise HiSVDError(f"--activation_budget_gb {self.activation_budget_gb} is not a number of at least 0.")
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,8 @@ class CalibrationSettings:
         check_at_least("seqlen", self.seqlen, 2)
         check_at_least("grad_nsamples", self.grad_nsamples, 1)
         check_at_least("batch_size", self.batch_size, 1)
+        if not -(2**63) <= self.seed < 2**63:
+            raise HiSVDError(f"--seed {self.seed} has more than 64 bits; choose a smaller one.")
 
     @property
     def gradient_windows(self) -> int:

@@ -10,7 +10,7 @@ from tempfile import NamedTemporaryFile
 import torch
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload([f"hisvd.cli.{name}" for name in ("calibrate", "compress", "evaluate")])
+SERVER.set_forkserver_preload([f"hisvd.{name}" for name in ("calibration", "cli.compression_tables", "estimates")])
 
 
 class Started:

@@ -65,7 +65,7 @@ def test_pivoted_equals_svd_of_the_same_ranks(model_folders, caches, tmp_path):
     """Same ranks in both forms: from one plan, so that only the packing differs."""
     from hisvd.calibration_cache import read_cache
     from hisvd.compression import factor_layers, prepared
-    from hisvd.plan import Plan
+    from hisvd.planning import Plan
     from hisvd.settings import CompressionSettings, Resources
 
     cache = read_cache(caches["llama"])

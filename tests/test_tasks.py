@@ -11,7 +11,7 @@ from conftest import expect_sentence, run
 from transformers import AutoTokenizer
 
 import hisvd
-from hisvd.cli.evaluate import result_table
+from hisvd.cli.evaluation_tables import result_table
 from hisvd.utils import distributed
 
 TEXT = ("--datasets", "python-docs", "--seqlen", 32, "--nsamples", 1)

@@ -7,13 +7,14 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from hisvd.component.families import ADAPTERS
 from hisvd.errors import HiSVDError, first_line
+from hisvd.utils.progress import is_progress_shown
 
 if TYPE_CHECKING:  # the settings take their choices from the protocols, so they import this module
     from hisvd.settings import CalibrationSettings
@@ -187,24 +188,32 @@ def _python_docs(split: str) -> list[Document]:
     return {"train": texts[:cut], "test": texts[cut:]}[split]
 
 
-def _hub_wikitext2(split: str) -> Iterable[str]:
-    from datasets import load_dataset
+def _from_hub(path: str, **options: Any) -> Any:
+    """`datasets.load_dataset`, with its progress bars only where ours are shown."""
+    import datasets
 
-    return load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)["text"]
+    silenced = not is_progress_shown() and not datasets.are_progress_bars_disabled()
+    if silenced:
+        datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(path, **options)
+    finally:
+        if silenced:
+            datasets.enable_progress_bars()
+
+
+def _hub_wikitext2(split: str) -> Iterable[str]:
+    return _from_hub("Salesforce/wikitext", name="wikitext-2-raw-v1", split=split)["text"]
 
 
 def _hub_ptb(split: str) -> Iterable[str]:
-    from datasets import load_dataset
-
     # The repository's loading script no longer runs; the Hub keeps its output as parquet on this branch.
-    return load_dataset("ptb-text-only/ptb_text_only", split=split, revision="refs/convert/parquet")["sentence"]
+    return _from_hub("ptb-text-only/ptb_text_only", split=split, revision="refs/convert/parquet")["sentence"]
 
 
 def _hub_c4(split: str) -> Iterable[str]:
-    from datasets import load_dataset
-
     file = f"en/c4-{split}.00000-of-{C4_SHARDS[split]:05d}.json.gz"
-    stream = load_dataset("allenai/c4", data_files={split: file}, split=split, streaming=True)
+    stream = _from_hub("allenai/c4", data_files={split: file}, split=split, streaming=True)
     return (document["text"] for document in stream)
 
 

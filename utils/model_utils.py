@@ -36,7 +36,7 @@ from hisvd.utils.files import check_regular, read_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-HUB_SIDE_FILES = ("*.json", "*.model", "*.txt", "*.jinja")  # what is fetched besides the weights
+HUB_SIDE_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "README.md")  # what is fetched besides the weights
 INDEX = {"weight_map": {"*": SHARD}}
 # Left out, transformers asks on standard input whether to run the code that a folder brings.
 NO_CODE: dict[str, Any] = {"trust_remote_code": False}

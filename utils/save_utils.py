@@ -181,10 +181,12 @@ class ModelWriter:
                     shutil.copyfile(file, self.folder / file.name)
         write_json(self.folder / "config.json", read_json(checkpoint.folder / "config.json") | changes)
         weight_map: dict[str, str] = {}
+        total_size = 0  # of tensors, without the files' headers, as transformers counts
         for path in self.shard_files():
             with open_safetensors(path) as shard:
                 weight_map |= dict.fromkeys(shard.keys(), path.name)
-        index = {"metadata": {"total_size": report["weight_bytes_after"]}, "weight_map": weight_map}
+                total_size += sum(shard.get_tensor(name).nbytes for name in shard.keys())  # noqa: SIM118 (not a dict)
+        index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
         write_json(self.folder / INDEX_NAME, index)
         (self.folder / "README.md").write_text(card, encoding="utf-8")
         write_json(self.folder / REPORT, report)

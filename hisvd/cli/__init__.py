@@ -1,1 +1,1 @@
-"""The three programs: parse options, call, print."""
+"""The programs: parse options, call, print."""

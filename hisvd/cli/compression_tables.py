@@ -1,0 +1,41 @@
+"""What compress.py prints of plans and of finished models."""
+
+from shlex import quote
+
+from hisvd.calibration_cache import CalibrationCache
+from hisvd.cli.common import command, say
+from hisvd.compression import CompressedModel
+from hisvd.exports import EXPORTS
+from hisvd.planning import plan
+from hisvd.report import int6_summary, parameter_table, plan_report, rank_table, size_summary, summary
+from hisvd.settings import CompressionSettings
+
+
+def print_plans(cache: CalibrationCache, targets: list[float], settings: CompressionSettings) -> list[dict]:
+    """Print the ranks that every target would get; returns the figures."""
+    reports = []
+    for p in plan(cache, targets, settings):
+        reports.append(plan_report(cache, p, settings.resolved(cache)))
+        say(f"{rank_table(p, cache.sublayers)}\n\n{parameter_table(reports[-1])}\n{summary(reports[-1])}")
+    return reports
+
+
+def print_model(model: CompressedModel, cache: CalibrationCache) -> dict:
+    """Print the ranks and sizes of a finished model; returns its figures."""
+    say(f"{rank_table(model.plan, cache.sublayers)}\n\n{parameter_table(model.report)}")
+    say(f"{summary(model.report)}\n{size_summary(model.report)}")
+    if EXPORTS[model.report["settings"]["export"]].encode:
+        say(int6_summary(model.report, cache.sublayers))
+    say(f"Saved to {model.path}", always=True)
+    return model.report
+
+
+def next_steps(original: str, model: CompressedModel) -> str:
+    """What can be done with a finished model, a line each."""
+    needs = "" if model.report["settings"]["export"] in ("dense", "plain") else " (hisvd must be installed)"
+    lines = [f"Next: {command('evaluate', model_path=original)} --model_path {quote(str(model.path))}"]
+    if model.path.suffix == ".pt":
+        return f"{lines[0]}\nIn Python: hisvd.load({str(model.path)!r})"
+    lines.append(f"Talk to it: transformers serve, and in another terminal: transformers chat {quote(str(model.path))}")
+    loading = f'AutoModelForCausalLM.from_pretrained({str(model.path)!r}, dtype="auto")'
+    return "\n".join([*lines, f"In Python: transformers.{loading}{needs}"])
