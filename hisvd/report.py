@@ -16,7 +16,8 @@ from hisvd.settings import CompressionSettings
 from hisvd.shape_utils import PLAIN_BYTES, Sublayer
 from hisvd.sparse_int6 import COLUMNS, FORMAT_NAME, USER_ALIAS
 from hisvd.tables import table
-from hisvd.utils.save_utils import REPORT, ModelWriter
+from hisvd.utils.checksums import CHECKSUMS, REPORT, checksums
+from hisvd.utils.save_utils import ModelWriter, is_pt
 
 # Parameters per element of these dtypes: permutations and metadata hold none, a byte of INT6 holds 4/3 values.
 PARAMETERS_PER_ENTRY = {"I32": 0, "U8": 4 / 3}
@@ -96,6 +97,8 @@ def finished_report(writer: ModelWriter, gate: dict | None) -> tuple[dict, dict[
     report["model_numbers_after"] += sum(row["numbers"] for row in report["sublayers"] if "dtype" in row)
     report["model_kept"] = report["model_numbers_after"] / report["model_numbers_before"]
     report["weight_bytes_after"] = sum(path.stat().st_size for path in writer.shard_files())
+    if not is_pt(writer.output):  # that has checksums of its own
+        report[CHECKSUMS] = checksums(writer.shard_files())
     report["bits_per_number"] = 8 * report["weight_bytes_after"] / report["model_numbers_before"]
     sparse = {name for name, form in codes.items() if form == "int6"}
     if sparse:

@@ -11,14 +11,13 @@ import torch
 from safetensors.torch import load_file
 
 from hisvd.errors import HiSVDError
-from hisvd.schema import SIZE, check
+from hisvd.schema import check
+from hisvd.utils.checksums import REPORT, REPORT_SCHEMA
 from hisvd.utils.files import atomic_path, make_folder, read_json, sync_file, write_json, write_tensors
 from hisvd.utils.load_utils import PT_FILE_PREFIX, PT_FORMAT, read_pt
 from hisvd.utils.model_utils import INDEX_NAME, Checkpoint, open_safetensors
 
-REPORT = "hisvd.json"
 PLAN = "plan.json"
-REPORT_SCHEMA = {"linear_numbers_before": SIZE}  # what is read again
 # What a run killed at its very start leaves, and what later runs keep in `work` besides.
 START_FILES = re.compile(rf"\.hisvd_probe_\d+|\.{re.escape(PLAN)}\.tmp")
 WORK_FILES = re.compile(

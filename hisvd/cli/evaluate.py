@@ -27,7 +27,7 @@ from hisvd.utils.files import check_writable_file, write_json
 from hisvd.utils.task_utils import main_metric
 
 STUDY_OPTIONS = ("layers", "d_r", "n_blocks", "calib_blocks", "plot")
-PERPLEXITY_OPTIONS = ("nsamples", "speed", "reference", "offload_folder", "tasks", "task_limit")
+PERPLEXITY_OPTIONS = ("nsamples", "speed", "reference", "offload_folder", "tasks", "task_limit", "verify")
 
 
 @click.command()
@@ -63,6 +63,9 @@ PERPLEXITY_OPTIONS = ("nsamples", "speed", "reference", "offload_folder", "tasks
     help="Also score these tasks of lm-evaluation-harness: comma-separated names or .yaml files.",
 )
 @click.option("--task_limit", type=click.IntRange(1), help="Only the first N documents of each task.")
+@click.option(
+    "--verify", is_flag=True, help="First compare the weight files of compressed models with their checksums."
+)
 @click.option(
     "--attention_residual",
     is_flag=True,
