@@ -69,7 +69,7 @@ def test_a_flipped_bit_in_a_file_is_found_unless_nothing_reads_it(outputs, tmp_p
     file, draw, found = tmp_path / "out.pt", random.Random(0), 0
     whole = (outputs / "out.pt").read_bytes()
     intact = torch.load(outputs / "out.pt", weights_only=True)
-    for _ in range(40):
+    for _ in range(12):
         file.write_bytes(whole)
         flip(file, draw.randrange(8 * len(whole)))
         try:
@@ -83,7 +83,7 @@ def test_a_flipped_bit_in_a_file_is_found_unless_nothing_reads_it(outputs, tmp_p
                 torch.equal(v, content[k]) if isinstance(v, torch.Tensor) else v == content[k]
                 for k, v in intact.items()
             )
-    assert found >= 30
+    assert found >= 9
     weight = intact["model.embed_tokens.weight"]
     file.write_bytes(whole)
     flip(file, 8 * whole.index(weight.numpy().tobytes()) + 5)
