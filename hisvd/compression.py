@@ -20,7 +20,7 @@ from hisvd.utils import distributed
 from hisvd.utils.files import check_disk, locked, make_folder
 from hisvd.utils.model_utils import open_checkpoint, resolve_device
 from hisvd.utils.progress import progress_bar, progress_shown
-from hisvd.utils.save_utils import ModelWriter, is_pt, output_path
+from hisvd.utils.save_utils import ModelWriter, is_pt, output_path, side_files
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,9 @@ class CompressedModel:
         path: The model's folder, or its .pt file.
         plan: The ranks that it follows.
         report: What its hisvd.json says: "linear_kept" (share of the linear parameters that are stored), "model_kept"
-            (share of all parameters), "weight_bytes_before" and "weight_bytes_after", "settings", "calibration", one
-            row per linear in "sublayers", and for INT6 "int6" and "quality_gate".
+            (share of all parameters), "weight_bytes_before" and "weight_bytes_after" (of a .pt, those of the shards
+            that are packed into it), "settings", "calibration", one row per linear in "sublayers", and for INT6 "int6"
+            and "quality_gate".
     """
 
     path: Path
@@ -135,6 +136,7 @@ def prepared(
     device = resolve_device(resources.device)
     checkpoint = open_checkpoint(str(model))
     check_same_model(cache, checkpoint)
+    side_files(checkpoint.folder)  # refuses now what it would refuse at the end
     if cache.identity["nsamples"] < distributed.count():
         raise HiSVDError(
             f"{cache.folder} holds {cache.identity['nsamples']} sequences, fewer than the {distributed.count()} "

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from hisvd.utils import distributed
-from hisvd.utils.files import sync_file
+from hisvd.utils.files import sync_file, writing
 from hisvd.utils.memory import release_freed_memory
 
 AGAIN = "_again"  # marks files from a repeated pass over finished layers
@@ -37,7 +37,11 @@ class ActivationFile:
         other.batches, self.batches = self.batches, []
 
     def write(self, batches: Iterator[torch.Tensor], head: "ActivationFile | None" = None) -> None:
-        """Write consecutive batches (b, seqlen, hidden) and fsync; `head` receives the first sequences too."""
+        """Write consecutive batches (b, seqlen, hidden) and fsync; `head` receives the first sequences too.
+
+        Raises:
+            HiSVDError: a file cannot be written.
+        """
         with ExitStack() as stack:
             missing = {self: self.shape[0], **({head: head.shape[0]} if head else {})}
             files = {target: stack.enter_context(open(target.path, "wb")) for target in missing}
@@ -48,11 +52,14 @@ class ActivationFile:
                 for target in missing:
                     part = stored[: missing[target]]
                     missing[target] -= len(part)
-                    files[target].write(part.view(torch.uint8).numpy().data)
+                    with writing(target.path):
+                        files[target].write(part.view(torch.uint8).numpy().data)
+                        files[target].flush()  # here, and not while the file is closed
                     if target.in_memory and len(part):
                         target.batches.append(part)
         for target in missing:
-            sync_file(target.path)
+            with writing(target.path):
+                sync_file(target.path)
         release_freed_memory()
 
     def read(self, batch_size: int, device: torch.device) -> Iterator[torch.Tensor]:

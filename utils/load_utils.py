@@ -26,6 +26,7 @@ from hisvd.errors import HiSVDError, first_line, naming
 from hisvd.schema import is_plain_name
 from hisvd.utils.checksums import verify_weights
 from hisvd.utils.config_checks import check_config
+from hisvd.utils.files import writing
 from hisvd.utils.model_utils import (
     NO_CODE,
     SINGLE_NAME,
@@ -273,10 +274,15 @@ def bytes_in_memory(path: Path, dtype: torch.dtype | None) -> int:
 
 
 def unpack_side_files(path: Path, folder: Path) -> None:
-    """Write the side files of a `.pt` model into `folder`."""
+    """Write the side files of a `.pt` model into `folder`.
+
+    Raises:
+        HiSVDError: one cannot be written.
+    """
     for name, content in read_pt(path)[0].items():
         data = content.encode() if isinstance(content, str) else content.numpy().tobytes()
-        (folder / name).write_bytes(data)
+        with writing(folder / name):
+            (folder / name).write_bytes(data)
 
 
 def tokenizer_of(path: str) -> PreTrainedTokenizerBase:
