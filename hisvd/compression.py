@@ -215,8 +215,8 @@ def _finish(job: CompressionJob, target: float, writer: ModelWriter) -> dict:
         gate = export_within(job, target, writer) if job.settings.gated else None
         stock = job.export.multiply or job.export.stock
         modules = {} if stock else job.plans[target].modules(job.cache.sublayers)
-        report, codes = finished_report(writer, gate)
-        for name, form in writer.coded_modules(job.checkpoint, codes).items():
+        report, codes = finished_report(writer, job.checkpoint, gate)
+        for name, form in codes.items():
             modules[name] = modules.get(name, {}) | {"form": form}
         writer.complete(job.checkpoint, job.config_changes(target, modules), report, model_card(report))
     return writer.finish()

@@ -15,7 +15,7 @@ from hisvd.schema import FILE_NAME, check
 from hisvd.utils.checksums import REPORT, REPORT_SCHEMA
 from hisvd.utils.files import atomic_path, make_folder, read_json, sync_file, write_json, write_tensors, write_text
 from hisvd.utils.load_utils import PT_FILE_PREFIX, PT_FORMAT, read_pt
-from hisvd.utils.model_utils import INDEX_NAME, Checkpoint, open_safetensors
+from hisvd.utils.model_utils import INDEX_NAME, Checkpoint, open_safetensors, safetensors_header
 
 PLAN = "plan.json"
 WRITTEN = "written.json"  # the names of the files beside the shards, which are all that is deleted with a .pt's shards
@@ -25,6 +25,7 @@ WORK_FILES = re.compile(
     rf"{START_FILES.pattern}|{re.escape(PLAN)}|\.?{re.escape(WRITTEN)}(\.tmp)?|int6_gate\.json|int6_.+\.safetensors|\.int6_.+\.tmp"
     r"|(hidden|original|held_out)\w*\.bin"
 )
+COUNTED = ("linear_numbers_after", "linear_kept")  # in a finished report these are what the shards hold
 MAX_SHARD_BYTES = 5 * 10**9
 # What a model folder holds besides config and weights.
 SIDE_FILES = (
@@ -100,7 +101,8 @@ class ModelWriter:
             write_json(plan_file, plan)
 
     def _follows_plan(self, report: dict | None) -> bool:
-        return report is not None and all(key in report and report[key] == value for key, value in self.plan.items())
+        due = {key: value for key, value in self.plan.items() if key not in COUNTED}
+        return report is not None and all(key in report and report[key] == value for key, value in due.items())
 
     @property
     def is_complete(self) -> bool:
@@ -189,10 +191,12 @@ class ModelWriter:
                 shutil.copyfile(file, temporary)
         write_json(self.folder / "config.json", read_json(checkpoint.folder / "config.json") | changes)
         weight_map: dict[str, str] = {}
+        total = 0
         for path in self.shard_files():
             with open_safetensors(path) as shard:
                 weight_map |= dict.fromkeys(shard.keys(), path.name)
-        index = {"metadata": {"total_size": report["weight_bytes_after"]}, "weight_map": weight_map}
+            total += path.stat().st_size - safetensors_header(path)[0]
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(self.folder / INDEX_NAME, index)
         write_text(self.folder / "README.md", card)
         write_json(self.folder / REPORT, report)
