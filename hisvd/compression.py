@@ -17,7 +17,7 @@ from hisvd.report import finished_report, model_card, plan_report
 from hisvd.settings import CompressionSettings, Resources
 from hisvd.updates import UPDATES
 from hisvd.utils import distributed
-from hisvd.utils.files import check_disk, locked, make_folder
+from hisvd.utils.files import check_disk, is_left_behind, locked, make_folder
 from hisvd.utils.model_utils import open_checkpoint, resolve_device
 from hisvd.utils.progress import progress_bar, progress_shown
 from hisvd.utils.save_utils import ModelWriter, is_pt, output_path, side_files
@@ -114,8 +114,9 @@ def _locked(paths: list[Path]) -> Iterator[None]:
     """
     with ExitStack() as locks:
         for path in paths if distributed.is_first() else ():
-            if not path.exists():
-                locks.enter_context(locked(make_folder(path.parent) / f".{path.name}.lock", str(path)))
+            lock = path.with_name(f".{path.name}.lock")
+            if not path.exists() or is_left_behind(lock):
+                locks.enter_context(locked(make_folder(path.parent) / lock.name, str(path)))
         yield
 
 

@@ -162,6 +162,11 @@ def locked(path: Path, what: str) -> Iterator[None]:
         os.close(descriptor)
 
 
+def is_left_behind(lock: Path) -> bool:
+    """Whether there is a lock file beside something finished: its run is ending, or was killed before it deleted it."""
+    return os.access(lock, os.W_OK)
+
+
 def check_disk(folders: Sequence[Path], needed: float, purpose: str) -> None:
     """Make sure there is room for a run that fills `folders` with `needed` bytes, existing files included.
 
