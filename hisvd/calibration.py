@@ -34,7 +34,7 @@ from hisvd.utils.data_utils import (
     token_fingerprint,
     tokenize,
 )
-from hisvd.utils.files import check_disk, locked, make_folder
+from hisvd.utils.files import check_disk, is_left_behind, locked, make_folder
 from hisvd.utils.load_utils import check_tensors
 from hisvd.utils.model_utils import (
     Checkpoint,
@@ -179,7 +179,8 @@ def open_or_create_cache(cache: CalibrationCache, locks: ExitStack) -> Calibrati
             raise HiSVDError(
                 f"{folder} exists and is not a calibration cache; choose another --model_name or --output_dir."
             )
-    if distributed.is_first() and not (manifest.exists() and read_cache(folder).complete):
+    is_complete = manifest.exists() and read_cache(folder).complete
+    if distributed.is_first() and (not is_complete or is_left_behind(folder / LOCK)):
         locks.enter_context(locked(folder / LOCK, str(folder)))
     if not manifest.exists():
         cache.write_manifest()

@@ -16,7 +16,7 @@ from hisvd.errors import HiSVDError
 from hisvd.schema import COUNT, FILE_NAME, OBJECT, SIZE, TEXT, one_of
 from hisvd.shape_utils import Sublayer
 from hisvd.utils.data_utils import token_fingerprint
-from hisvd.utils.files import read_json, sha256_of_file, sha256_of_tensor, write_json, write_tensors
+from hisvd.utils.files import check_regular, read_json, sha256_of_file, sha256_of_tensor, write_json, write_tensors
 from hisvd.utils.model_utils import Checkpoint, open_safetensors
 from hisvd.whitening_svd import F_DAMPING, PartOfMoment, SecondMoment, damped
 
@@ -227,10 +227,9 @@ class CalibrationCache:
 
     def _read_checked(self, entry: dict) -> dict[str, torch.Tensor]:
         path = self.folder / entry["file"]
-        tensors = self._read(path)
-        if sha256_of_file(path) != entry["sha256"]:
+        if sha256_of_file(check_regular(path)) != entry["sha256"]:
             raise _damaged(path)
-        return tensors
+        return self._read(path)
 
     def read_small(self, index: int, *endings: str) -> dict[str, torch.Tensor]:
         """The tensors of one layer with these `endings`, each checked; only a small part of the files is read.

@@ -17,10 +17,10 @@ from hisvd.report import finished_report, model_card, plan_report
 from hisvd.settings import CompressionSettings, Resources
 from hisvd.updates import UPDATES
 from hisvd.utils import distributed
-from hisvd.utils.files import check_disk, locked, make_folder
+from hisvd.utils.files import check_disk, is_left_behind, locked, make_folder
 from hisvd.utils.model_utils import open_checkpoint, resolve_device
 from hisvd.utils.progress import progress_bar, progress_shown
-from hisvd.utils.save_utils import ModelWriter, is_pt, output_path
+from hisvd.utils.save_utils import ModelWriter, is_pt, output_path, side_files
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,9 @@ class CompressedModel:
         path: The model's folder, or its .pt file.
         plan: The ranks that it follows.
         report: What its hisvd.json says: "linear_kept" (share of the linear parameters that are stored), "model_kept"
-            (share of all parameters), "weight_bytes_before" and "weight_bytes_after", "settings", "calibration", one
-            row per linear in "sublayers", and for INT6 "int6" and "quality_gate".
+            (share of all parameters), "weight_bytes_before" and "weight_bytes_after" (of a .pt, those of the shards
+            that are packed into it), "settings", "calibration", one row per linear in "sublayers", and for INT6 "int6"
+            and "quality_gate".
     """
 
     path: Path
@@ -113,8 +114,9 @@ def _locked(paths: list[Path]) -> Iterator[None]:
     """
     with ExitStack() as locks:
         for path in paths if distributed.is_first() else ():
-            if not path.exists():
-                locks.enter_context(locked(make_folder(path.parent) / f".{path.name}.lock", str(path)))
+            lock = path.with_name(f".{path.name}.lock")
+            if not path.exists() or is_left_behind(lock):
+                locks.enter_context(locked(make_folder(path.parent) / lock.name, str(path)))
         yield
 
 
@@ -135,6 +137,7 @@ def prepared(
     device = resolve_device(resources.device)
     checkpoint = open_checkpoint(str(model))
     check_same_model(cache, checkpoint)
+    side_files(checkpoint.folder)  # refuses now what it would refuse at the end
     if cache.identity["nsamples"] < distributed.count():
         raise HiSVDError(
             f"{cache.folder} holds {cache.identity['nsamples']} sequences, fewer than the {distributed.count()} "
@@ -213,8 +216,8 @@ def _finish(job: CompressionJob, target: float, writer: ModelWriter) -> dict:
         gate = export_within(job, target, writer) if job.settings.gated else None
         stock = job.export.multiply or job.export.stock
         modules = {} if stock else job.plans[target].modules(job.cache.sublayers)
-        report, codes = finished_report(writer, gate)
-        for name, form in writer.coded_modules(job.checkpoint, codes).items():
+        report, codes = finished_report(writer, job.checkpoint, gate)
+        for name, form in codes.items():
             modules[name] = modules.get(name, {}) | {"form": form}
         card = model_card(report, job.checkpoint.folder)
         writer.complete(job.checkpoint, job.config_changes(target, modules), report, card)

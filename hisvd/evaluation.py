@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from hisvd.errors import HiSVDError, naming
 from hisvd.settings import EvaluationSettings, Resources
 from hisvd.utils import distributed
+from hisvd.utils.checksums import verify_weights
 from hisvd.utils.data_utils import (
     EVALUATION_SPLIT,
     Document,
@@ -87,7 +88,8 @@ def evaluate(
             the members of a group also have "subtask_of".
 
     Raises:
-        HiSVDError: a model, text or task cannot be read; weights are missing or left over; windows are longer than the
+        HiSVDError: a model, text or task cannot be read; weights are missing, left over or, with settings.verify,
+            damaged; windows are longer than the
             model's positions or the text; the memory is too small; or a perplexity is not finite.
 
     Example:
@@ -121,6 +123,7 @@ def evaluate_texts(model: str | Path, texts: Texts, settings: EvaluationSettings
         if settings.tasks:
             check_tasks(settings.tasks)
         path = weights_at(name)
+        report = checked_report(path, settings)
         device = resolve_device(resources.device)
         tokens = tokens_for(path, texts, settings, DEFAULT_SEQLEN)
         windows = {
@@ -142,7 +145,6 @@ def evaluate_texts(model: str | Path, texts: Texts, settings: EvaluationSettings
                 ppl = {name: perplexity(loaded, w, name) for name, w in windows.items()}
             if settings.tasks:
                 measured["tasks"] = task_figures(loaded, tokenizer_of(path), settings.tasks, settings.task_limit)
-        report = saved_report(Path(path))
         if report:  # without its removed neurons a model no longer shows how large it was
             dense = report["linear_numbers_before"]
         return {
@@ -187,6 +189,8 @@ def compared_speeds(
         names.insert(0, os.fspath(settings.reference))
     with progress_shown(resources.progress), exhaustion_explained(" or ".join(names), None):
         device, paths = resolve_device(resources.device), list(map(weights_at, names))
+        if len(paths) > len(models):  # the rows have been checked
+            checked_report(paths[0], settings)
         prompts = [prompt_for(path, texts, settings) for path in paths]
         compute = resolve_dtype(settings.dtype, device, None)
         needed = [bytes_in_memory(Path(path), compute) for path in paths]
@@ -275,6 +279,18 @@ def tokens_for(model: str, texts: Texts, settings: EvaluationSettings, default_s
 def weights_at(model: str) -> str:
     """The path of a model's local files: a folder (in the Hub's cache, for an id) or a `.pt`."""
     return model if Path(model).is_file() else os.fspath(local_folder(model))
+
+
+def checked_report(model: str, settings: EvaluationSettings) -> dict | None:
+    """The hisvd.json of a compressed model, whose weights are verified first where the settings say so; else None.
+
+    Raises:
+        HiSVDError: it is damaged, or does not match its checksums or has none.
+    """
+    report = saved_report(Path(model))
+    if settings.verify and (report or Path(model).is_file()):
+        verify_weights(Path(model))
+    return report
 
 
 def whole_model(model: str, device: torch.device, dtype: str) -> PreTrainedModel:

@@ -3,6 +3,7 @@
 import math
 import re
 from collections import Counter
+from collections.abc import Collection
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -13,21 +14,23 @@ from huggingface_hub import ModelCard, ModelCardData
 from hisvd.calibration_cache import CalibrationCache
 from hisvd.component.experts import kind_of
 from hisvd.exports import EXPORTS
-from hisvd.factor_forms import coded_modules
+from hisvd.factor_forms import FORMS, coded_modules
 from hisvd.integer_codes import CODES, SCALE
 from hisvd.planning import Plan
 from hisvd.settings import CompressionSettings
 from hisvd.shape_utils import PLAIN_BYTES, Sublayer
 from hisvd.sparse_int6 import COLUMNS, FORMAT_NAME, USER_ALIAS
 from hisvd.tables import table
+from hisvd.utils.checksums import CHECKSUMS, REPORT, checksums
 from hisvd.utils.files import read_json
-from hisvd.utils.save_utils import REPORT, ModelWriter
+from hisvd.utils.model_utils import Checkpoint
+from hisvd.utils.save_utils import ModelWriter, is_pt
 
-# Parameters per element of these dtypes: permutations and metadata hold none, a byte of INT6 holds 4/3 values.
-PARAMETERS_PER_ENTRY = {"I32": 0, "U8": 4 / 3}
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 STAGES = ("rank_method", "alpha", "modulation", "lwe_strength", "tail_redundancy_weight", "cluster_by")  # settings
-INTEGER_KEYS = (*CODES, SCALE)  # the last parts of names of tensors that the plan's parameters are stored in
+INT6_KEYS = ("packed_weight", "metadata", "scales")
+# The last parts of names of tensors that do not show how many parameters they hold; of these, the plan says it.
+CODE_KEYS = (*CODES, SCALE, *INT6_KEYS)
 
 
 def plan_report(cache: CalibrationCache, plan: Plan, settings: CompressionSettings) -> dict:
@@ -85,8 +88,8 @@ def parameters_by_type(plan: Plan, sublayers: list[Sublayer]) -> dict[str, dict[
     return found
 
 
-def finished_report(writer: ModelWriter, gate: dict | None) -> tuple[dict, dict[str, str]]:
-    """The plan's report with what the shards actually hold, and the forms of the weights in codes by stored names.
+def finished_report(writer: ModelWriter, checkpoint: Checkpoint, gate: dict | None) -> tuple[dict, dict[str, str]]:
+    """The plan's report with what the shards actually hold, and the forms of the weights in codes by their names.
 
     `gate` is what the quality gate says about its choice.
     """
@@ -94,31 +97,46 @@ def finished_report(writer: ModelWriter, gate: dict | None) -> tuple[dict, dict[
     report = dict(writer.plan)
     if gate:
         report["quality_gate"] = gate
-    codes = coded_modules(stored)
-    counted = {name: entry for name, entry in stored.items() if name.rpartition(".")[2] not in INTEGER_KEYS}
-    report["model_numbers_after"] = sum(
-        round(math.prod(shape) * PARAMETERS_PER_ENTRY.get(dtype, 1)) for dtype, shape in counted.values()
+    stored_codes = coded_modules(stored)
+    codes = writer.coded_modules(checkpoint, stored_codes)
+    sparse = [name for name, form in stored_codes.items() if form == "int6"]
+    kept, left_out = int6_values([name for name, form in codes.items() if form == "int6"], report["sublayers"])
+    report["linear_numbers_after"] -= left_out
+    report["linear_kept"] = report["linear_numbers_after"] / report["linear_numbers_before"]
+    plain = (
+        shape for name, (dtype, shape) in stored.items() if name.rpartition(".")[2] not in CODE_KEYS and dtype != "I32"
     )
-    # Only the plan says what padding there is in integers.
+    report["model_numbers_after"] = kept + sum(math.prod(shape) for shape in plain)  # permutations are no parameters
     report["model_numbers_after"] += sum(row["numbers"] for row in report["sublayers"] if "dtype" in row)
     report["model_kept"] = report["model_numbers_after"] / report["model_numbers_before"]
     report["weight_bytes_after"] = sum(path.stat().st_size for path in writer.shard_files())
+    if not is_pt(writer.output):  # that has checksums of its own
+        report[CHECKSUMS] = checksums(writer.shard_files())
     report["bits_per_number"] = 8 * report["weight_bytes_after"] / report["model_numbers_before"]
-    sparse = {name for name, form in codes.items() if form == "int6"}
     if sparse:
         report["int6"] = int6_figures(sparse, {name: math.prod(shape) for name, (_, shape) in stored.items()})
     return report, codes
 
 
-def int6_figures(codes: set[str], sizes_in_files: dict[str, int]) -> dict:
+def int6_values(codes: Collection[str], rows: list[dict]) -> tuple[int, int]:
+    """How many values the INT6 weights `codes` keep and leave out, padding aside; `rows` are those of the plan."""
+    by_name, kept, total = {row["name"]: row for row in rows}, 0, 0
+    for code in codes:
+        row = by_name.get(code) or by_name[code.rpartition(".")[0]]
+        size = math.prod(row.get("stored_shape", row["shape"]))
+        if row["name"] != code:
+            inner = row["rank"] * row.get("stored_shape", row["shape"])[1]
+            size = inner if code.endswith(f".{FORMS[row['form']].inner}") else row["numbers"] - inner
+        kept, total = kept + size // 2, total + size
+    return kept, total - kept
+
+
+def int6_figures(codes: Collection[str], sizes_in_files: dict[str, int]) -> dict:
     """What hisvd.json says about the INT6 weights `codes`, from the sizes of all tensors in the files.
 
     Bits are per weight of those linears, padding columns included.
     """
-    sizes = {
-        part: sum(sizes_in_files[f"{name}.{part}"] for name in codes)
-        for part in ("packed_weight", "metadata", "scales")
-    }
+    sizes = {part: sum(sizes_in_files[f"{name}.{part}"] for name in codes) for part in INT6_KEYS}
     weights = COLUMNS * sizes["metadata"]
     payload, metadata = 8 * sizes["packed_weight"] / weights, 32 * sizes["metadata"] / weights
     return {
@@ -204,8 +222,11 @@ def summary(report: dict) -> str:
         bits, total = report["linear_bytes_after"], report["linear_bytes_before"]
         counts = ", ".join(f"{count} in {dtype}" for dtype, count in report["linear_dtypes"].items())
         line += f", {bits:,} of {total:,} bytes ({bits / total:.3%}; linears: {counts})"
-    if report["linear_numbers_planned"] != after:
-        line += f"; multiplied back from {report['linear_numbers_planned']:,} factored parameters (--export dense)"
+    planned = report["linear_numbers_planned"]
+    if planned > after:
+        line += f"; {planned:,} before INT6 left out half of the values of {report['int6']['weights']} weights"
+    elif planned < after:
+        line += f"; multiplied back from {planned:,} factored parameters (--export dense)"
     return line
 
 

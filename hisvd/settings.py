@@ -331,6 +331,7 @@ class EvaluationSettings:
         tasks: Tasks of lm-evaluation-harness to score too, by name or as .yaml files; needs the package lm_eval, and
             excludes `offload_folder`. Default: ().
         task_limit: Documents per task, from its start. None (the default): all.
+        verify: Whether the weight files of compressed models are first compared with their checksums. Default: False.
 
     Raises:
         HiSVDError: a name is not one of its choices, a number is too small, `offload_folder` is combined with `speed`
@@ -348,6 +349,7 @@ class EvaluationSettings:
     dtype: str = "auto"
     tasks: tuple[str, ...] = ()
     task_limit: int | None = None
+    verify: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what no run could use."""

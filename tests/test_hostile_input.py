@@ -359,3 +359,24 @@ def test_a_perplexity_that_is_no_number_names_the_model_and_the_text(files, opti
     save_file(tensors, files / "model" / "model.safetensors", metadata={"format": "pt"})
     where = ["--model_path", files / "model", "--datasets", short_text(), "--nsamples", 1]
     expect_sentence(run("evaluate", *where, *options), str(files / "model"), short_text())
+
+
+def test_links_out_of_the_model_folder_are_not_followed_into_the_result(files, tmp_path):
+    """Links of a Hub snapshot lead to the blobs beside it, which are part of the model."""
+    snapshot, blobs = tmp_path / "models--org--tiny" / "snapshots" / "abc", tmp_path / "models--org--tiny" / "blobs"
+    snapshot.parent.mkdir(parents=True)
+    blobs.mkdir()
+    (files / "model").rename(snapshot)
+    for number, file in enumerate(sorted(snapshot.iterdir())):
+        file.rename(blobs / str(number))
+        file.symlink_to(f"../../blobs/{number}")
+    (files / "model").symlink_to(snapshot)
+    (snapshot / "tokenizer.same.json").symlink_to("tokenizer.json")
+    assert compress(files, "linked").code == 0
+    for name in ("tokenizer.json", "tokenizer.same.json"):
+        assert (files / "linked" / name).read_bytes() == (files / "out" / "tokenizer.json").read_bytes()
+        assert not (files / "linked" / name).is_symlink()
+    (tmp_path / "id_rsa").write_text("secret")
+    (snapshot / "tokenizer.model").symlink_to(tmp_path / "id_rsa")
+    expect_sentence(compress(files, "refused"), "tokenizer.model", str(tmp_path / "id_rsa"), "outside")
+    assert not list(files.glob("*refused*"))

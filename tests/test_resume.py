@@ -9,6 +9,7 @@ from conftest import expect_sentence, run, saved_tensors
 from hisvd import compression, int6_gate
 from hisvd.sequential_update import SequentialUpdate
 from hisvd.utils import save_utils
+from hisvd.utils.load_utils import read_pt
 from hisvd.utils.save_utils import ModelWriter
 
 
@@ -197,12 +198,32 @@ def test_what_someone_puts_beside_the_working_files_stays(command, tmp_path, mon
     kill_once(monkeypatch, ModelWriter, "write_shard", lambda writer, index, tensors: index == 2)
     assert command("0.6", output=output).code == 130
     partial = tmp_path / f"{output}.partial"
-    for place in ("work/thesis.bin", "work/thesis.safetensors", "thesis.txt"):
+    others = ["thesis.txt", "tokenizer_thesis.txt", "model-of-mine.safetensors", "model-00001-of-00005.b.safetensors"]
+    for place in ("work/thesis.bin", "work/thesis.safetensors", *others):
         (partial / place).write_text("years of work")
     assert command("0.6", output=output).code == 0
     kept = partial if output.endswith(".pt") else tmp_path / output
     assert sorted(path.name for path in (kept / "work").iterdir()) == ["thesis.bin", "thesis.safetensors"]
-    assert (kept / "thesis.txt").read_text() == "years of work"
+    assert all((kept / name).read_text() == "years of work" for name in others)
+    if kept == partial:
+        assert sorted(path.name for path in kept.iterdir()) == sorted(["work", *others])
+        assert not any("thesis" in name for name in read_pt(tmp_path / output)[0])
+
+
+@pytest.mark.parametrize("foreign", ["folder", "link"])
+def test_beside_a_finished_file_a_folder_of_someone_else_stays(command, tmp_path, foreign):
+    assert command("0.6", "--update", "none", output="out.pt").code == 0
+    mine, partial = tmp_path / "mine", tmp_path / "out.pt.partial"
+    mine.mkdir()
+    names = ["config.json", "hisvd.json", "README.md", "tokenizer.json", "model-00001-of-00005.safetensors"]
+    for name in names:
+        (mine / name).write_text("{}")
+    if foreign == "link":
+        partial.symlink_to(mine)
+    else:
+        mine.rename(partial)
+    assert command("0.6", "--update", "none", output="out.pt").code == 0
+    assert sorted(path.name for path in partial.iterdir()) == sorted(names)
 
 
 def test_a_folder_called_work_that_is_not_ours_is_refused(command, tmp_path):

@@ -7,11 +7,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from io import RawIOBase
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
 from hisvd.utils import distributed
-from hisvd.utils.files import sync_file
+from hisvd.utils.files import sync_file, writing
 from hisvd.utils.memory import release_freed_memory
 
 AGAIN = "_again"  # marks files from a repeated pass over finished layers
@@ -42,6 +43,9 @@ class ActivationFile:
         """Write consecutive batches (b, seqlen, hidden) and fsync; `head` receives the first sequences too.
 
         A thread writes one batch while the next is computed.
+
+        Raises:
+            HiSVDError: a file cannot be written.
         """
         with ExitStack() as stack:
             missing = {self: self.shape[0], **({head: head.shape[0]} if head else {})}
@@ -56,13 +60,14 @@ class ActivationFile:
                 for target in missing:
                     part = stored[: missing[target]]
                     missing[target] -= len(part)
-                    written.append(writer.submit(files[target].write, part.view(torch.uint8).numpy().data))
+                    written.append(writer.submit(_append, files[target], target.path, part))
                     if target.in_memory and len(part):
                         target.batches.append(part)
             for future in written:
                 future.result()
         for target in missing:
-            sync_file(target.path)
+            with writing(target.path):
+                sync_file(target.path)
         release_freed_memory()
 
     def read(self, batch_size: int, device: torch.device) -> Iterator[torch.Tensor]:
@@ -86,6 +91,12 @@ class ActivationFile:
         while count := file.readinto(data[filled:]):
             filled += count
         return batch[: filled // self.bytes_per_sequence]
+
+
+def _append(file: BinaryIO, path: Path, part: torch.Tensor) -> None:
+    with writing(path):
+        file.write(part.view(torch.uint8).numpy().data)
+        file.flush()  # here, and not while the file is closed
 
 
 def is_reusable(path: Path, processes: int) -> bool:

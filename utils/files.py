@@ -20,14 +20,35 @@ from hisvd.schema import OBJECT, check
 
 
 @contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Within the context, say which file cannot be written; the errors of open files do not.
+
+    Raises:
+        HiSVDError: the disk is full, say.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise HiSVDError(
+            f"Cannot write {path}: {error.strerror or error}; free some space or choose another disk, and run the same "
+            "command again."
+        ) from None
+
+
+@contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`; on success it is fsynced and renamed to `path`, else removed."""
+    """A temporary name beside `path`; on success it is fsynced and renamed to `path`, else removed.
+
+    Raises:
+        HiSVDError: it cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        yield temporary
-        sync_file(temporary)
-        os.replace(temporary, path)
-        sync_file(path.parent)
+        with writing(path):
+            yield temporary
+            sync_file(temporary)
+            os.replace(temporary, path)
+            sync_file(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -42,9 +63,22 @@ def sync_file(path: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically."""
+    """Write `value` as indented JSON, atomically.
+
+    Raises:
+        HiSVDError: it cannot be written.
+    """
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, atomically.
+
+    Raises:
+        HiSVDError: it cannot be written.
+    """
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -126,6 +160,11 @@ def locked(path: Path, what: str) -> Iterator[None]:
                 path.unlink(missing_ok=True)
     finally:
         os.close(descriptor)
+
+
+def is_left_behind(lock: Path) -> bool:
+    """Whether there is a lock file beside something finished: its run is ending, or was killed before it deleted it."""
+    return os.access(lock, os.W_OK)
 
 
 def check_disk(folders: Sequence[Path], needed: float, purpose: str) -> None:

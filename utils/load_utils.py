@@ -24,7 +24,9 @@ from transformers import (
 
 from hisvd.errors import HiSVDError, first_line, naming
 from hisvd.schema import is_plain_name
+from hisvd.utils.checksums import verify_weights
 from hisvd.utils.config_checks import check_config
+from hisvd.utils.files import writing
 from hisvd.utils.model_utils import (
     NO_CODE,
     SINGLE_NAME,
@@ -49,7 +51,10 @@ MAX_NAMED_TENSORS = 3  # that a message lists for each fault
 
 
 def load(
-    path: str | os.PathLike, dtype: torch.dtype | None = None, device: str | torch.device | None = None
+    path: str | os.PathLike,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    verify: bool = False,
 ) -> PreTrainedModel:
     """Load a compressed model, or any other Hugging Face causal language model, in eval mode.
 
@@ -58,12 +63,15 @@ def load(
         dtype: The dtype of its weights. None keeps the stored one.
         device: Where it is put. None is the CPU. Weights go straight to an accelerator, without a copy of the whole
             model on the CPU.
+        verify: Whether the weight files of a compressed model are first read once to compare them with their checksums,
+            which finds every flipped bit. Default: False.
 
     Returns:
         The model, as `AutoModelForCausalLM.from_pretrained` gives it: `forward`, `generate`, KV cache and SDPA work.
 
     Raises:
-        HiSVDError: nothing is there, the file is not one of ours, or weights are missing, misshapen or left over.
+        HiSVDError: nothing is there, the file is not one of ours, or weights are missing, misshapen or left over; with
+            `verify`, a weight file is damaged, missing or surplus, or the model has no checksums.
         torch.OutOfMemoryError: the accelerator's memory does not hold the model.
 
     Example:
@@ -77,7 +85,10 @@ def load(
     options = NO_CODE | {"dtype": dtype or "auto", "output_loading_info": True, "ignore_mismatched_sizes": True}
     if place.type != "cpu":
         options["device_map"] = {"": place}
-    config, name = config_of(path), os.fspath(path)
+    name = os.fspath(path)
+    if verify:
+        verify_weights(Path(path) if Path(path).is_file() else local_folder(name))
+    config = config_of(path)
     try:
         if Path(path).is_file():
             side_files, tensors = read_pt(Path(path))
@@ -263,10 +274,15 @@ def bytes_in_memory(path: Path, dtype: torch.dtype | None) -> int:
 
 
 def unpack_side_files(path: Path, folder: Path) -> None:
-    """Write the side files of a `.pt` model into `folder`."""
+    """Write the side files of a `.pt` model into `folder`.
+
+    Raises:
+        HiSVDError: one cannot be written.
+    """
     for name, content in read_pt(path)[0].items():
         data = content.encode() if isinstance(content, str) else content.numpy().tobytes()
-        (folder / name).write_bytes(data)
+        with writing(folder / name):
+            (folder / name).write_bytes(data)
 
 
 def tokenizer_of(path: str) -> PreTrainedTokenizerBase:

@@ -10,21 +10,22 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from hisvd.errors import HiSVDError
-from hisvd.schema import SIZE, check
-from hisvd.utils.files import atomic_path, make_folder, read_json, sync_file, write_json, write_tensors
+from hisvd.errors import HiSVDError, first_line
+from hisvd.schema import FILE_NAME, check
+from hisvd.utils.checksums import REPORT, REPORT_SCHEMA
+from hisvd.utils.files import atomic_path, make_folder, read_json, sync_file, write_json, write_tensors, write_text
 from hisvd.utils.load_utils import PT_FILE_PREFIX, PT_FORMAT, read_pt
-from hisvd.utils.model_utils import INDEX_NAME, Checkpoint, open_safetensors
+from hisvd.utils.model_utils import INDEX_NAME, Checkpoint, open_safetensors, safetensors_header
 
-REPORT = "hisvd.json"
 PLAN = "plan.json"
-REPORT_SCHEMA = {"linear_numbers_before": SIZE}  # what is read again
+WRITTEN = "written.json"  # the names of the files beside the shards, which are all that is deleted with a .pt's shards
 # What a run killed at its very start leaves, and what later runs keep in `work` besides.
 START_FILES = re.compile(rf"\.hisvd_probe_\d+|\.{re.escape(PLAN)}\.tmp")
 WORK_FILES = re.compile(
-    rf"{START_FILES.pattern}|{re.escape(PLAN)}|int6_gate\.json|int6_.+\.safetensors|\.int6_.+\.tmp"
+    rf"{START_FILES.pattern}|{re.escape(PLAN)}|\.?{re.escape(WRITTEN)}(\.tmp)?|int6_gate\.json|int6_.+\.safetensors|\.int6_.+\.tmp"
     r"|(hidden|original|held_out)\w*\.bin"
 )
+COUNTED = ("linear_numbers_after", "linear_kept")  # in a finished report these are what the shards hold
 MAX_SHARD_BYTES = 5 * 10**9
 # What a model folder holds besides config and weights.
 SIDE_FILES = (
@@ -80,7 +81,9 @@ class ModelWriter:
                 raise HiSVDError(f"{output} already exists; delete it or choose another --save_model.")
             return
         plan_file = self.work / PLAN
-        found = next((read_json(file) for file in (plan_file, self.folder / REPORT) if file.is_file()), None)
+        # A folder may have lost its plan already; `work` stays beside a .pt's shards.
+        plans = (plan_file,) if is_pt(output) else (plan_file, self.folder / REPORT)
+        found = next((read_json(file) for file in plans if file.is_file()), None)
         if found is not None and not self._follows_plan(found):
             raise HiSVDError(
                 f"{self.folder} holds an unfinished run with other settings or from another version; run that "
@@ -98,7 +101,8 @@ class ModelWriter:
             write_json(plan_file, plan)
 
     def _follows_plan(self, report: dict | None) -> bool:
-        return report is not None and all(key in report and report[key] == value for key, value in self.plan.items())
+        due = {key: value for key, value in self.plan.items() if key not in COUNTED}
+        return report is not None and all(key in report and report[key] == value for key, value in due.items())
 
     @property
     def is_complete(self) -> bool:
@@ -142,7 +146,8 @@ class ModelWriter:
         return self._transpose({k: t for path in self._files_of(index) for k, t in load_file(path).items()})
 
     def _files_of(self, index: int) -> list[Path]:
-        return sorted(self.folder.glob(f"{self._shard(index).stem}.*safetensors"))
+        ours = re.compile(rf"{re.escape(self._shard(index).stem)}(\.\d+)?\.safetensors")
+        return sorted(path for path in self.folder.glob("*.safetensors") if ours.fullmatch(path.name))
 
     def shard_files(self) -> list[Path]:
         """The files of all shards, in order."""
@@ -174,21 +179,26 @@ class ModelWriter:
         """Add configuration, tokenizer, index, model card, and last the report.
 
         `changes` are the entries of config.json that differ from the original's.
+
+        Raises:
+            HiSVDError: a file cannot be written, or see `side_files`.
         """
-        for pattern in SIDE_FILES:
-            for file in checkpoint.folder.glob(pattern):
-                if file.is_file():
-                    shutil.copyfile(file, self.folder / file.name)
+        copied = side_files(checkpoint.folder)
+        names = [*(file.name for file in copied), "config.json", INDEX_NAME, "README.md", REPORT]
+        write_json(self.work / WRITTEN, {"files": names})
+        for file in copied:
+            with atomic_path(self.folder / file.name) as temporary:
+                shutil.copyfile(file, temporary)
         write_json(self.folder / "config.json", read_json(checkpoint.folder / "config.json") | changes)
         weight_map: dict[str, str] = {}
-        total_size = 0  # of tensors, without the files' headers, as transformers counts
+        total = 0  # bytes of the tensors, as transformers counts
         for path in self.shard_files():
             with open_safetensors(path) as shard:
                 weight_map |= dict.fromkeys(shard.keys(), path.name)
-                total_size += sum(shard.get_tensor(name).nbytes for name in shard.keys())  # noqa: SIM118 (not a dict)
-        index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+            total += path.stat().st_size - safetensors_header(path)[0]
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(self.folder / INDEX_NAME, index)
-        (self.folder / "README.md").write_text(card, encoding="utf-8")
+        write_text(self.folder / "README.md", card)
         write_json(self.folder / REPORT, report)
 
     def finish(self) -> dict:
@@ -198,14 +208,17 @@ class ModelWriter:
             HiSVDError: the disk is full.
         """
         if not self.is_finished:
-            self._remove_work()
             if is_pt(self.output):
                 try:
                     with atomic_path(self.output) as temporary:
                         torch.save(self._flat_content(), temporary)
                 except RuntimeError as error:  # what PyTorch's zip writer raises when a disk is full
-                    raise HiSVDError(f"Cannot write {self.output}: {error}.") from None
+                    raise HiSVDError(
+                        f"Cannot write {self.output} (is the disk full?): {first_line(error)}; free some space, and "
+                        "run the same command again."
+                    ) from None
             else:
+                self._remove_work()
                 self.folder.rename(self.output)
                 sync_file(self.output.parent)
             self.is_finished = True
@@ -216,28 +229,36 @@ class ModelWriter:
         return report
 
     def _remove_work(self) -> None:
-        """Delete the working files; anything else in their folder stays."""
-        for path in self.work.glob("*"):
+        """Delete the working files, the plan last; anything else in their folder stays."""
+        for path in sorted(self.work.glob("*"), key=lambda path: path.name == PLAN):
             if WORK_FILES.fullmatch(path.name):
                 path.unlink()
         with suppress(OSError):  # not empty, or gone already
             self.work.rmdir()
 
     def _remove_partial(self) -> None:
-        """Delete what was written to OUT.partial; anything else in it stays."""
-        if not self.folder.is_dir():
+        """Delete what was written to OUT.partial; anything else in it, and a folder of someone else's, stays."""
+        plan, is_linked = self.work / PLAN, self.folder.is_symlink() or self.work.is_symlink()
+        if is_linked or not plan.is_file() or not self._follows_plan(read_json(plan)):
             return
-        for pattern in ("model-*.safetensors", INDEX_NAME, "config.json", "README.md", REPORT, *SIDE_FILES):
-            for path in self.folder.glob(pattern):
-                path.unlink()
+        for path in (*self.shard_files(), *self._written()):
+            path.unlink(missing_ok=True)
+        self._remove_work()
         with suppress(OSError):  # not empty
             self.folder.rmdir()
+
+    def _written(self) -> list[Path]:
+        """The files that `complete` has written."""
+        if not (self.work / WRITTEN).is_file():
+            return []
+        names = read_json(self.work / WRITTEN, {"files": [FILE_NAME]})["files"]
+        return [self.folder / name for name in sorted(names)]
 
     def _flat_content(self) -> dict[str, str | torch.Tensor]:
         """What the .pt file holds; the weights are mapped from the shards, not read into memory."""
         content: dict[str, str | torch.Tensor] = {"format": PT_FORMAT}
-        for path in sorted(self.folder.iterdir()):
-            if path.suffix == ".safetensors" or path.name == INDEX_NAME or not path.is_file():
+        for path in self._written():
+            if path.name == INDEX_NAME:
                 continue
             data = path.read_bytes()
             try:
@@ -266,6 +287,26 @@ def saved_report(output: Path) -> dict | None:
         raise HiSVDError(f"The {REPORT} in {output} is damaged; create the file again.") from None
     check(report, REPORT_SCHEMA, f"{output}/{REPORT}")
     return report
+
+
+def side_files(folder: Path) -> list[Path]:
+    """What a model folder holds besides config and weights, for the compressed model.
+
+    Links are followed inside the folder and into the Hub's cache, where a snapshot consists of them.
+
+    Raises:
+        HiSVDError: one leads elsewhere; its target would be copied into a folder that may be published.
+    """
+    found = sorted({path for pattern in SIDE_FILES for path in folder.glob(pattern) if path.is_file()})
+    for path in found:
+        target = path.resolve()
+        is_blob = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+        if folder.resolve() not in target.parents and not is_blob:
+            raise HiSVDError(
+                f"{path} is a link to {target}, outside the model folder; put a copy there if it belongs to the model, "
+                "or delete the link."
+            )
+    return found
 
 
 def _foreign(folder: Path) -> Iterator[Path]:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 SPEED, TASKS, STUDY = "Speed and memory", "Tasks", "Study of attention"
 STUDY_OPTIONS = ("layers", "d_r", "n_blocks", "calib_blocks", "plot")
-PERPLEXITY_OPTIONS = ("nsamples", "speed", "reference", "offload_folder", "tasks", "task_limit")
+PERPLEXITY_OPTIONS = ("nsamples", "speed", "reference", "offload_folder", "tasks", "task_limit", "verify")
 EXAMPLES = """
 hisvd evaluate --model_path M --model_path OUT --datasets wikitext2,c4 --speed --json results.json
 hisvd evaluate --model_path OUT --datasets mine.txt --offload_folder /tmp/states
@@ -77,6 +77,7 @@ hisvd evaluate --model_path M --attention_residual --layers 27,28,29 --plot stud
     help="Only the first N documents of each task.",
     show_default="all",
 )
+@option("--verify", is_flag=True, help="First compare the weight files of compressed models with their checksums.")
 @option(
     "--attention_residual",
     is_flag=True,
