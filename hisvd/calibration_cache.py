@@ -186,8 +186,9 @@ class CalibrationCache:
         held_out = self._read_tokens("held_out", "held_out") if "held_out" in self.identity else torch.empty(0)
         if not len(held_out):
             raise HiSVDError(
-                f"{self.folder} holds no text for the quality gate (its text was too short to hold any out, or an "
-                "older version made it); calibrate again on a longer text, or pass --quality_gate_delta none."
+                f"{self.folder} holds no held-out text to measure on (its text was too short, or an older version made "
+                "it); calibrate again on a longer text, or use --quality_gate_delta none, or a target in the place of "
+                "--max_ppl_increase."
             )
         return held_out
 

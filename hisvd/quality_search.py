@@ -32,7 +32,7 @@ def compress_within(
     max_ppl_increase: float,
     settings: CompressionSettings = CompressionSettings(),
     resources: Resources = Resources(),
-) -> CompressedModel | None:
+) -> list[CompressedModel]:
     """Compress a model as far as its perplexity on held-out calibration text allows.
 
     Targets in whole percent are tried without an update, which takes a fraction of the time; the model is then made
@@ -48,8 +48,8 @@ def compress_within(
         resources: Device, memory for hidden states, progress bars.
 
     Returns:
-        The model, whose report holds "quality_search": the bound, the perplexities of the original and of the model,
-        and those of all tries by percent. Under torchrun None in all processes but the first.
+        The model alone in a list, as `hisvd.compress` returns it. Its report holds "quality_search": the bound, the
+        perplexities of the original and of the model, and those of all tries by percent.
 
     Raises:
         HiSVDError: as `hisvd.compress`; the cache holds no held-out text; or the bound is negative, or so low that
@@ -152,12 +152,12 @@ class _Search:
                     write_json(self._figures, figures)
         return figures[name]
 
-    def finish(self, percent: int, bound: float) -> CompressedModel | None:
+    def finish(self, percent: int, bound: float) -> list[CompressedModel]:
         """Move the model to the output, with what was measured in its report, and delete the rest."""
         made = self._path(percent, "made")
         found = compress(self.model, self.cache, made, percent / 100, self.settings, self.resources)
         if not distributed.is_first():
-            return None
+            return []
         figures = read_json(self._figures)
         search = {
             "max_ppl_increase": bound,
@@ -169,7 +169,7 @@ class _Search:
         made.rename(self.output)
         sync_file(self.output.parent)
         shutil.rmtree(self.folder)
-        return replace(found[0], path=self.output, report=report)
+        return [replace(found[0], path=self.output, report=report)]
 
     @property
     def _figures(self) -> Path:

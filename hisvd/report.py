@@ -239,6 +239,19 @@ def size_summary(report: dict) -> str:
     )
 
 
+def search_summary(report: dict) -> str:
+    """What the search for the smallest model within a bound found."""
+    found = report["quality_search"]
+    before, after = (
+        found["perplexities"]["original"],
+        found["perplexities"][f"made_{100 * report['target_compression']:g}p"],
+    )
+    return (
+        f"Perplexity on held-out text {before:.2f} → {after:.2f} ({after / before - 1:+.1%}, at most "
+        f"{found['max_ppl_increase']:+.1%} were allowed; {found['tokens']} tokens)"
+    )
+
+
 def int6_summary(report: dict, sublayers: list[Sublayer]) -> str:
     """What the INT6 export stored, what the quality gate said, and which linears it let through."""
     figures, gate = report.get("int6"), report.get("quality_gate")

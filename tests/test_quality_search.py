@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from conftest import saved_tensors
+from conftest import expect_sentence, run, saved_tensors
 
 import hisvd
 from hisvd import CompressionSettings, Resources, quality_search
@@ -49,7 +49,7 @@ def test_the_model_is_measured_and_stays_within_the_bound(model_folders, caches,
     monkeypatch.setattr(quality_search, "streamed_perplexity", interrupted)
     with pytest.raises(KeyboardInterrupt):
         hisvd.compress_within(*where)
-    model = hisvd.compress_within(*where)
+    (model,) = hisvd.compress_within(*where)
     assert len(set(names)) == len(names) - 1, "only the measurement that was interrupted is repeated"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     report = json.loads((tmp_path / "out" / "hisvd.json").read_text())
@@ -69,3 +69,19 @@ def test_the_model_is_measured_and_stays_within_the_bound(model_folders, caches,
 def test_bad_input(model_folders, caches, tmp_path, output, increase, message):
     with pytest.raises(hisvd.HiSVDError, match=message):
         hisvd.compress_within(model_folders["llama"], caches["llama"], tmp_path / output, increase)
+
+
+def test_the_program_takes_a_bound_in_the_place_of_a_target(model_folders, caches, tmp_path):
+    where = ["--model_path", model_folders["llama"], "--calib_cache", caches["llama"], "--update", "none"]
+    output = ["--save_model", tmp_path / "out", "--json", tmp_path / "out.json"]
+    result = run("compress", *where, *output, "--max_ppl_increase", 0.02)
+    assert result.code == 0, result
+    (figures,) = json.loads((tmp_path / "out.json").read_text())
+    percent = round(100 * figures["target_compression"])
+    before, after = (figures["quality_search"]["perplexities"][n] for n in ("original", f"made_{percent}p"))
+    assert after <= 1.02 * before and f"{before:.2f} → {after:.2f}" in result.output
+    hisvd.load(tmp_path / "out", verify=True)
+    expect_sentence(run("compress", *where, *output), "Pass one of --target_compression")
+    both = ("--max_ppl_increase", 0.1, "--target_bytes", 0.5)
+    expect_sentence(run("compress", *where, *output, *both), "Pass one of --target_compression")
+    expect_sentence(run("compress", *where, "--plan_only", "--max_ppl_increase", 0.1), "does not go with --plan_only")

@@ -14,6 +14,7 @@ STAGES, INT6 = "Options of --allocation hisvd", "Options of --export int6"
 EXAMPLES = """
 hisvd compress --model_path M --calib_cache C --target_compression 0.8 --save_model OUT
 hisvd compress --model_path M --calib_cache C --target_bytes 0.4 --save_model OUT.pt
+hisvd compress --model_path M --calib_cache C --max_ppl_increase 0.05 --save_model OUT
 hisvd compress --calib_cache C --target_compression 0.8,0.6 --plan_only
 """
 
@@ -51,15 +52,24 @@ def parse_targets(option: str, text: str) -> list[float]:
 def budget_from(options: dict[str, Any]) -> list[float]:
     """The targets of the one option that sets them; `options` gets the budget that it stands for.
 
+    There are none with --max_ppl_increase.
+
     Raises:
-        HiSVDError: none or both are set, or a target is not a share.
+        HiSVDError: none or several are set, or a target is not a share.
     """
     given = [name for name in TARGET_OPTIONS if options[name]]
-    if len(given) != 1:
+    within = options["max_ppl_increase"] is not None
+    if len(given) + within != 1:
         raise HiSVDError(
-            "Pass either --target_compression (a share of the linear parameters, such as 0.8) or --target_bytes (a "
-            "share of their bytes in 16 bits, such as 0.4)."
+            "Pass one of --target_compression (a share of the linear parameters, such as 0.8), --target_bytes (a share "
+            "of their bytes in 16 bits, such as 0.4) and --max_ppl_increase (0.05 lets the perplexity rise by 5 %)."
         )
+    if within and options["plan_only"]:
+        raise HiSVDError(
+            "--max_ppl_increase measures models, so it does not go with --plan_only; leave one of them out."
+        )
+    if within:
+        return []
     options["budget"] = TARGET_OPTIONS[given[0]]
     return parse_targets(given[0], options[given[0]])
 
@@ -83,6 +93,12 @@ def unless_plan_only(context: click.Context, option: click.Parameter, value: str
     "--target_bytes",
     help="Instead: share of the bytes that the linear weights take in 16 bits, such as 0.4; besides ranks and widths, "
     "16 bits, int8 or int4 are chosen for every linear.",
+)
+@option(
+    "--max_ppl_increase",
+    type=float,
+    help="Instead: the smallest model whose perplexity on held-out calibration text rises by at most this fraction, "
+    "such as 0.05; it is searched for with --update none and then made as asked.",
 )
 @option("--save_model", callback=unless_plan_only, help="X.pt, or a folder.  [required unless --plan_only]")
 @option("--plan_only", is_flag=True, is_eager=True, help="Print the rank table from the cache alone and stop.")
@@ -206,6 +222,7 @@ def main(**options: Any) -> None:
     from hisvd.calibration_cache import open_finished_cache
     from hisvd.cli.compression_tables import next_steps, print_model, print_plans
     from hisvd.compression import compress
+    from hisvd.quality_search import compress_within
     from hisvd.settings import CompressionSettings, Resources
 
     targets = budget_from(options)
@@ -217,7 +234,11 @@ def main(**options: Any) -> None:
         write_figures(json_path, print_plans(cache, targets, settings))
         return
     where = (options["model_path"], cache, options["save_model"])
-    models = compress(*where, targets, settings, settings_from(options, Resources))
+    goal = (settings, settings_from(options, Resources))
+    if targets:
+        models = compress(*where, targets, *goal)
+    else:
+        models = compress_within(*where, options["max_ppl_increase"], *goal)
     reports = [print_model(model, cache) for model in models]
     write_figures(json_path, reports)
     if models:  # in the first of several processes

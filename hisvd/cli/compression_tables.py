@@ -7,7 +7,7 @@ from hisvd.cli.common import command, say
 from hisvd.compression import CompressedModel
 from hisvd.exports import EXPORTS
 from hisvd.planning import plan
-from hisvd.report import int6_summary, parameter_table, plan_report, rank_table, size_summary, summary
+from hisvd.report import int6_summary, parameter_table, plan_report, rank_table, search_summary, size_summary, summary
 from hisvd.settings import CompressionSettings
 
 
@@ -26,6 +26,8 @@ def print_model(model: CompressedModel, cache: CalibrationCache) -> dict:
     say(f"{summary(model.report)}\n{size_summary(model.report)}")
     if EXPORTS[model.report["settings"]["export"]].encode:
         say(int6_summary(model.report, cache.sublayers))
+    if "quality_search" in model.report:
+        say(search_summary(model.report))
     say(f"Saved to {model.path}", always=True)
     return model.report
 
