@@ -20,7 +20,7 @@ from hisvd.utils import distributed
 from hisvd.utils.files import check_disk, is_left_behind, locked, make_folder
 from hisvd.utils.model_utils import open_checkpoint, resolve_device
 from hisvd.utils.progress import progress_bar, progress_shown
-from hisvd.utils.save_utils import ModelWriter, is_pt, output_path, side_files
+from hisvd.utils.save_utils import ModelWriter, output_path, side_files
 
 
 @dataclass(frozen=True)
@@ -160,9 +160,9 @@ def prepared(
 
 
 def _needed_bytes(job: CompressionJob) -> int:
-    """Bytes on disk of all targets: their weights (a .pt file is made beside its shards), hidden states, INT6 codes."""
+    """Bytes on disk of all targets: their weights (the result is made beside its shards), hidden states, INT6 codes."""
     targets, identity = len(job.writers), job.cache.identity
-    models = targets + is_pt(next(iter(job.writers.values())).output)
+    models = targets + 1
     streams = 0
     if job.settings.update == "sequential":
         tokens = identity["nsamples"] * identity["seqlen"]
@@ -214,6 +214,7 @@ def _finish(job: CompressionJob, target: float, writer: ModelWriter) -> dict:
     """Encode what the quality gate allows, assemble the output, and return its report."""
     if not writer.is_complete:
         gate = export_within(job, target, writer) if job.settings.gated else None
+        writer.pack()
         stock = job.export.multiply or job.export.stock
         modules = {} if stock else job.plans[target].modules(job.cache.sublayers)
         report, codes = finished_report(writer, job.checkpoint, gate)

@@ -109,9 +109,9 @@ def finished_report(writer: ModelWriter, checkpoint: Checkpoint, gate: dict | No
     report["model_numbers_after"] = kept + sum(math.prod(shape) for shape in plain)  # permutations are no parameters
     report["model_numbers_after"] += sum(row["numbers"] for row in report["sublayers"] if "dtype" in row)
     report["model_kept"] = report["model_numbers_after"] / report["model_numbers_before"]
-    report["weight_bytes_after"] = sum(path.stat().st_size for path in writer.shard_files())
+    report["weight_bytes_after"] = sum(path.stat().st_size for path in writer.weight_files())
     if not is_pt(writer.output):  # that has checksums of its own
-        report[CHECKSUMS] = checksums(writer.shard_files())
+        report[CHECKSUMS] = checksums(writer.weight_files())
     report["bits_per_number"] = 8 * report["weight_bytes_after"] / report["model_numbers_before"]
     if sparse:
         report["int6"] = int6_figures(sparse, {name: math.prod(shape) for name, (_, shape) in stored.items()})

@@ -9,6 +9,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import hisvd
+from hisvd.utils import save_utils
 
 
 @pytest.mark.parametrize("form", ["pivoted", "svd"])
@@ -235,7 +236,8 @@ def test_existing_output_is_never_overwritten(chain, model_folders, caches, tmp_
     assert output.read_bytes() == before
 
 
-def test_shards_are_indexed_as_transformers_expects(chain):
+def test_shards_are_indexed_as_transformers_expects(chain, monkeypatch):
+    monkeypatch.setattr(save_utils, "MAX_SHARD_BYTES", 150_000)
     folder = chain("llama", "0.6", "out")
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     for name, file in index.items():

@@ -11,7 +11,7 @@ import sys
 
 import click
 import pytest
-from conftest import PROGRAMS, ROOT, build_model, calibrate_arguments, expect_sentence, run, saved_tensors, short_text
+from conftest import PROGRAMS, ROOT, build_model, calibrate_arguments, expect_sentence, run, short_text
 from huggingface_hub import ModelCard
 from transformers import AutoConfig, LlamaConfig
 
@@ -206,6 +206,7 @@ BAD = {
         "calib_cache": ["nowhere"],
         "target_compression": ["2", "x"],
         "target_bytes": ["0.5"],  # beside --target_compression
+        "max_ppl_increase": ["x", "0.5"],  # beside --target_compression
         "save_model": [BLOCKED, f"{BLOCKED}/x.pt"],
         "device": ["nowhere"],
         "rank_multiple": ["0", "x"],
@@ -274,10 +275,8 @@ def test_a_tied_head_counts_once():
     assert untied - tied == 300 * 64
 
 
-def test_the_index_counts_tensors_and_the_card_names_the_original(chain, model_folders, tmp_path):
+def test_the_card_names_the_original(chain, model_folders, tmp_path):
     out = chain("llama", "0.6", "out", "--update", "none", "--allocation", "loss")
-    index = json.loads((out / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in saved_tensors(out).values())
     card = ModelCard.load(out / "README.md")
     assert card.data.base_model == model_folders["llama"].name and card.data.library_name == "transformers"
     assert card.data.license is None and "lwe_strength" not in card.content and "| allocation | loss |" in card.content

@@ -15,7 +15,8 @@ from hisvd.schema import FILE_NAME, check
 from hisvd.utils.checksums import REPORT, REPORT_SCHEMA
 from hisvd.utils.files import atomic_path, make_folder, read_json, sync_file, write_json, write_tensors, write_text
 from hisvd.utils.load_utils import PT_FILE_PREFIX, PT_FORMAT, read_pt
-from hisvd.utils.model_utils import INDEX_NAME, Checkpoint, open_safetensors, safetensors_header
+from hisvd.utils.model_utils import INDEX_NAME, SINGLE_NAME, Checkpoint, open_safetensors, safetensors_header
+from hisvd.utils.safetensors_merge import merge_safetensors
 
 PLAN = "plan.json"
 WRITTEN = "written.json"  # the names of the files beside the shards, which are all that is deleted with a .pt's shards
@@ -60,9 +61,10 @@ class ModelWriter:
     """Writes one compressed model: shard k for decoder layer k, the last one for everything else.
 
     A shard larger than MAX_SHARD_BYTES is split into several files; the one without a final number is written last.
-    Shards go to the folder OUT.partial beside the output, working files to `work` inside it. `complete` adds the other
-    files of a model folder, hisvd.json last, and `finish` moves the result to its place. A run that is killed at any
-    moment can resume with the same plan, and nothing else is ever deleted.
+    Shards go to the folder OUT.partial beside the output, working files to `work` inside it. `pack` puts shards
+    together in files of at most MAX_SHARD_BYTES, `complete` adds the other files of a model folder, hisvd.json last,
+    and `finish` moves the result to its place. A run that is killed at any moment can resume with the same plan, and
+    nothing else is ever deleted.
     """
 
     def __init__(self, output: Path, plan: dict, num_shards: int, transposed: Collection[str] = ()) -> None:
@@ -75,6 +77,7 @@ class ModelWriter:
         self.plan = json.loads(json.dumps(plan))
         self.folder = output.with_name(f"{output.name}.partial")
         self.work = self.folder / "work"
+        self.packed = self.work / "packed"
         self.is_finished = output.exists()
         if self.is_finished:
             if not self._follows_plan(saved_report(output)):
@@ -153,6 +156,36 @@ class ModelWriter:
         """The files of all shards, in order."""
         return [path for index in range(self.num_shards) for path in self._files_of(index)]
 
+    def pack(self) -> None:
+        """Put the shards of a folder together in larger files, beside them.
+
+        Raises:
+            HiSVDError: a file cannot be written.
+        """
+        groups = [[]] if is_pt(self.output) else grouped_by_bytes(self.shard_files(), MAX_SHARD_BYTES)
+        if all(len(group) < 2 for group in groups):
+            return
+        for old in make_folder(self.packed).glob("*.safetensors"):  # of a run that was killed here
+            old.unlink()
+        for number, group in enumerate(groups, 1):
+            name = f"model-{number:05d}-of-{len(groups):05d}.safetensors" if len(groups) > 1 else SINGLE_NAME
+            merge_safetensors(group, self.packed / name)
+
+    def weight_files(self) -> list[Path]:
+        """The files with weights of the finished model, in order: what `pack` has made, else all shards."""
+        return sorted(self.packed.glob("*.safetensors")) or self.shard_files()
+
+    def _place_packed(self) -> None:
+        """Replace the shards by what `pack` has made of them."""
+        if not self.packed.is_dir():
+            return
+        for path in self.shard_files():
+            path.unlink()
+        for path in self.packed.glob("*.safetensors"):
+            path.rename(self.folder / path.name)
+        with suppress(OSError):  # not empty
+            self.packed.rmdir()
+
     def _transpose(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: tensor.T.contiguous() if name in self.transposed else tensor for name, tensor in tensors.items()}
 
@@ -184,7 +217,9 @@ class ModelWriter:
             HiSVDError: a file cannot be written, or see `side_files`.
         """
         copied = side_files(checkpoint.folder)
-        names = [*(file.name for file in copied), "config.json", INDEX_NAME, "README.md", REPORT]
+        files = self.weight_files()
+        index = [INDEX_NAME] if files[0].name != SINGLE_NAME else []
+        names = [*(file.name for file in copied), "config.json", *index, "README.md", REPORT]
         write_json(self.work / WRITTEN, {"files": names})
         for file in copied:
             with atomic_path(self.folder / file.name) as temporary:
@@ -192,12 +227,12 @@ class ModelWriter:
         write_json(self.folder / "config.json", read_json(checkpoint.folder / "config.json") | changes)
         weight_map: dict[str, str] = {}
         total = 0  # bytes of the tensors, as transformers counts
-        for path in self.shard_files():
+        for path in files if index else ():
             with open_safetensors(path) as shard:
                 weight_map |= dict.fromkeys(shard.keys(), path.name)
             total += path.stat().st_size - safetensors_header(path)[0]
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(self.folder / INDEX_NAME, index)
+        if index:
+            write_json(self.folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
         write_text(self.folder / "README.md", card)
         write_json(self.folder / REPORT, report)
 
@@ -218,6 +253,7 @@ class ModelWriter:
                         "run the same command again."
                     ) from None
             else:
+                self._place_packed()
                 self._remove_work()
                 self.folder.rename(self.output)
                 sync_file(self.output.parent)
@@ -316,6 +352,19 @@ def _foreign(folder: Path) -> Iterator[Path]:
             yield from (inside for inside in path.iterdir() if not START_FILES.fullmatch(inside.name))
         elif not START_FILES.fullmatch(path.name):
             yield path
+
+
+def grouped_by_bytes(paths: list[Path], limit: int) -> list[list[Path]]:
+    """Files in order, in groups of at most `limit` bytes; a larger one has a group of its own."""
+    groups, left = list[list[Path]](), 0
+    for path in paths:
+        size = path.stat().st_size
+        if not groups or size > left:
+            groups.append([])
+            left = limit
+        groups[-1].append(path)
+        left -= size
+    return groups
 
 
 def split_by_bytes(tensors: dict[str, torch.Tensor], limit: int) -> list[dict[str, torch.Tensor]]:
