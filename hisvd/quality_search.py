@@ -1,15 +1,19 @@
 """The smallest model whose perplexity stays within a bound: bisection over targets, checked by measurement."""
 
+import json
 import math
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from hisvd.calibration_cache import CalibrationCache
 from hisvd.compression import CompressedModel, compress
 from hisvd.errors import HiSVDError, TargetTooSmallError
 from hisvd.planning import opened_cache, plan
+from hisvd.schema import NUMBER
 from hisvd.settings import CompressionSettings, Resources, check_at_least
 from hisvd.utils import distributed
 from hisvd.utils.data_utils import default_batch_size
@@ -22,6 +26,7 @@ from hisvd.utils.streaming import StreamedModel
 
 FIRST_TRY = 80  # percent kept
 EXPONENT = 2.0  # of the share removed, with which the mean loss grows until two tries say more
+STATES = "states_"  # beginning of the names of folders with hidden states
 INTERPOLATIONS = 6  # tries after which the search bisects
 
 
@@ -64,6 +69,7 @@ def compress_within(
     if output.exists():
         raise HiSVDError(f"{output} already exists; delete it or choose another --save_model.")
     search = _Search(str(model), cache, output, settings, resources)
+    search.prepare()
     quick = replace(settings, update="none")
     original = search.measured("original", lambda: local_folder(search.model))
     bound = (1 + max_ppl_increase) * original
@@ -122,6 +128,30 @@ class _Search:
         """Where the models lie that are tried."""
         return self.output.with_name(f"{self.output.name}.search")
 
+    def prepare(self) -> None:
+        """Begin the search, or go on with one of the same settings.
+
+        Raises:
+            HiSVDError: the folder holds another one, or something else.
+        """
+        due = json.loads(json.dumps({"settings": vars(self.settings), "calibration": self.cache.identity}))
+        with distributed.first_alone():
+            if not distributed.is_first():
+                return
+            found = read_json(self._figures) if self._figures.is_file() and not self.folder.is_symlink() else {}
+            if not found and self.folder.exists() and (self.folder.is_symlink() or any(self.folder.iterdir())):
+                raise HiSVDError(
+                    f"{self.folder} exists and is not a search of HiSVD; move it away or choose another --save_model."
+                )
+            if found and any(found.get(key) != value for key, value in due.items()):
+                raise HiSVDError(
+                    f"{self.folder} holds an unfinished search with other settings or another cache; delete it or "
+                    "choose another --save_model."
+                )
+            make_folder(self.folder)
+            if not found:
+                write_json(self._figures, due | {"perplexities": {}})
+
     def tried(self, percent: int, settings: CompressionSettings, kind: str) -> float:
         """The perplexity of the model that keeps so many percent; infinite where none can be as small."""
         try:
@@ -141,16 +171,15 @@ class _Search:
 
     def measured(self, name: str, make: Callable[[], Path]) -> float:
         """The perplexity on the held-out text of the model that `make` gives, measured unless it was before."""
-        make_folder(self.folder)
-        figures = read_json(self._figures) if self._figures.is_file() else {}
+        found = read_json(self._figures, {"perplexities": {"*": NUMBER}})
         distributed.wait()  # until all have read
-        if name not in figures:
+        if name not in found["perplexities"]:
             with progress_shown(self.resources.progress):
-                figures[name] = self._perplexity(make())
+                found["perplexities"][name] = self._perplexity(make())
             with distributed.first_alone():
                 if distributed.is_first():
-                    write_json(self._figures, figures)
-        return figures[name]
+                    write_json(self._figures, found)
+        return found["perplexities"][name]
 
     def finish(self, percent: int, bound: float) -> list[CompressedModel]:
         """Move the model to the output, with what was measured in its report, and delete the rest."""
@@ -158,22 +187,26 @@ class _Search:
         found = compress(self.model, self.cache, made, percent / 100, self.settings, self.resources)
         if not distributed.is_first():
             return []
-        figures = read_json(self._figures)
         search = {
             "max_ppl_increase": bound,
-            "perplexities": figures,
+            "perplexities": read_json(self._figures)["perplexities"],
             "tokens": self.cache.read_held_out()[:, 1:].numel(),
         }
         report = found[0].report | {"quality_search": search}
         write_json(made / REPORT, report)
         made.rename(self.output)
         sync_file(self.output.parent)
-        shutil.rmtree(self.folder)
+        # Larger models that were not within the bound, and what a run left that was killed.
+        for left in (*self.folder.glob("made_*p"), *self.folder.glob(f"{STATES}*")):
+            shutil.rmtree(left)
+        self._figures.unlink()
+        with suppress(OSError):  # not empty: something else is there
+            self.folder.rmdir()
         return [replace(found[0], path=self.output, report=report)]
 
     @property
     def _figures(self) -> Path:
-        return self.folder / "perplexities.json"
+        return self.folder / "search.json"
 
     def _path(self, percent: int, kind: str) -> Path:
         return self.folder / f"{kind}_{percent}p"
@@ -182,4 +215,5 @@ class _Search:
         tokens = self.cache.read_held_out()
         device, batch_size = resolve_device(self.resources.device), default_batch_size(tokens.shape[1])
         streamed = StreamedModel(open_checkpoint(str(path), compressed_too=True), batch_size, device, self.cache.dtype)
-        return streamed_perplexity(streamed, tokens, "held-out text", self.folder)["perplexity"]
+        with TemporaryDirectory(prefix=STATES, dir=self.folder) as folder:
+            return streamed_perplexity(streamed, tokens, "held-out text", Path(folder))["perplexity"]

@@ -39,6 +39,7 @@ def is_path_inside(value: Any) -> bool:
 
 SIZE = Kind("a whole number of at least 1", lambda v: type(v) is int and 0 < v <= MOST)
 COUNT = Kind("a whole number of at least 0", lambda v: type(v) is int and 0 <= v <= MOST)
+NUMBER = Kind("a number", lambda v: type(v) in (int, float))
 TEXT = Kind("a string", lambda v: isinstance(v, str))
 FILE_NAME = Kind("the name of a file in the same folder", is_plain_name)
 SHARD = Kind("a .safetensors file in the folder", lambda v: is_path_inside(v) and v.endswith(".safetensors"))

@@ -62,6 +62,28 @@ def test_the_model_is_measured_and_stays_within_the_bound(model_folders, caches,
     assert saved_tensors(again.path).keys() == saved_tensors(model.path).keys()
 
 
+def test_a_search_with_other_settings_and_a_foreign_folder_are_left_alone(model_folders, caches, tmp_path, monkeypatch):
+    where = (model_folders["llama"], caches["llama"], tmp_path / "out", 0.1)
+    folder = tmp_path / "out.search"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("mine")
+    with pytest.raises(hisvd.HiSVDError, match="is not a search of HiSVD"):
+        hisvd.compress_within(*where)
+    (folder / "thesis.txt").unlink()
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(quality_search, "streamed_perplexity", interrupted)
+        hisvd.compress_within(*where, CompressionSettings(update="none"), QUIET)
+    with pytest.raises(hisvd.HiSVDError, match="with other settings"):
+        hisvd.compress_within(*where, CompressionSettings(factors="svd"), QUIET)
+    (folder / "thesis.txt").write_text("mine")
+    hisvd.compress_within(*where, CompressionSettings(update="none"), QUIET)
+    assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
+
+
 @pytest.mark.parametrize(
     ("output", "increase", "message"),
     [("out.pt", 0.1, "makes a folder"), ("out", -1.0, "--max_ppl_increase -1"), ("", 0.1, "already exists")],
