@@ -9,9 +9,11 @@ from hisvd.calibration import calibrate
 from hisvd.component import hf_quantizer as _registration  # noqa: F401 (imported for its effect)
 from hisvd.component.torchao_linears import to_torchao
 from hisvd.compression import CompressedModel, compress
+from hisvd.compression_page import compression_report
 from hisvd.errors import HiSVDError
 from hisvd.estimates import estimate
 from hisvd.evaluation import evaluate
+from hisvd.evaluation_page import evaluation_report
 from hisvd.int6_export import export_sparse_int6_model
 from hisvd.plan import Plan, plan
 from hisvd.settings import CalibrationSettings, CompressionSettings, EvaluationSettings, Resources, StudySettings
@@ -29,8 +31,10 @@ __all__ = [
     "attention_residual_study",
     "calibrate",
     "compress",
+    "compression_report",
     "estimate",
     "evaluate",
+    "evaluation_report",
     "export_sparse_int6_model",
     "load",
     "plan",

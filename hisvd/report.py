@@ -16,7 +16,7 @@ from hisvd.settings import CompressionSettings
 from hisvd.shape_utils import PLAIN_BYTES, Sublayer
 from hisvd.sparse_int6 import COLUMNS, FORMAT_NAME, USER_ALIAS
 from hisvd.tables import table
-from hisvd.utils.save_utils import REPORT, ModelWriter
+from hisvd.utils.save_utils import PREDICTED, REPORT, ModelWriter
 
 # Parameters per element of these dtypes: permutations and metadata hold none, a byte of INT6 holds 4/3 values.
 PARAMETERS_PER_ENTRY = {"I32": 0, "U8": 4 / 3}
@@ -53,9 +53,15 @@ def plan_report(cache: CalibrationCache, plan: Plan, settings: CompressionSettin
         "linear_numbers_after": after,
         "linear_kept": after / before,
         **(bytes_of(plan, cache.sublayers) if settings.budget == "bytes" else {}),
+        **({PREDICTED: prediction(plan)} if plan.predicted_loss else {}),
         "by_type": parameters_by_type(plan, cache.sublayers),
         "sublayers": rows,
     }
+
+
+def prediction(plan: Plan) -> dict[str, Any]:
+    """What the plan is predicted to add to the mean loss, in nats per token: in all, and by decoder layer."""
+    return {"total": sum(sum(layer.values()) for layer in plan.predicted_loss), "by_layer": plan.predicted_loss}
 
 
 def bytes_of(plan: Plan, sublayers: list[Sublayer]) -> dict[str, Any]:

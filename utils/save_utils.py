@@ -11,14 +11,16 @@ import torch
 from safetensors.torch import load_file
 
 from hisvd.errors import HiSVDError
-from hisvd.schema import SIZE, check
+from hisvd.schema import NUMBER, SIZE, TEXT, check
 from hisvd.utils.files import atomic_path, make_folder, read_json, sync_file, write_json, write_tensors
 from hisvd.utils.load_utils import PT_FILE_PREFIX, PT_FORMAT, read_pt
 from hisvd.utils.model_utils import INDEX_NAME, Checkpoint, open_safetensors
 
 REPORT = "hisvd.json"
 PLAN = "plan.json"
-REPORT_SCHEMA = {"linear_numbers_before": SIZE}  # what is read again
+PREDICTED = "predicted_loss"  # follows from the rest of a plan, and its last digits depend on the machine
+# What is read again.
+REPORT_SCHEMA = {"linear_numbers_before": SIZE, "source_model?": TEXT, f"{PREDICTED}?": {"total": NUMBER}}
 # What a run killed at its very start leaves, and what later runs keep in `work` besides.
 START_FILES = re.compile(rf"\.hisvd_probe_\d+|\.{re.escape(PLAN)}\.tmp")
 WORK_FILES = re.compile(
@@ -98,7 +100,8 @@ class ModelWriter:
             write_json(plan_file, plan)
 
     def _follows_plan(self, report: dict | None) -> bool:
-        return report is not None and all(key in report and report[key] == value for key, value in self.plan.items())
+        due = {key: value for key, value in self.plan.items() if key != PREDICTED}
+        return report is not None and all(key in report and report[key] == value for key, value in due.items())
 
     @property
     def is_complete(self) -> bool:

@@ -6,6 +6,7 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import click
@@ -111,6 +112,15 @@ def data_dir_option(function: Callable) -> Callable:
         default=default_data_dir,
         show_default="HISVD_DATA_DIR or data",
         help="Folder in which local copies of the data sets are looked for.",
+    )(function)
+
+
+def report_option(function: Callable) -> Callable:
+    """--report."""
+    return click.option(
+        "--report",
+        type=click.Path(path_type=Path),
+        help="Also write a page of tables and figures to this folder (needs matplotlib).",
     )(function)
 
 

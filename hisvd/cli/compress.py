@@ -7,8 +7,9 @@ import click
 
 from hisvd.allocations import ALLOCATIONS, CLUSTERINGS
 from hisvd.calibration_cache import CalibrationCache, open_finished_cache
-from hisvd.cli.common import activation_budget_option, device_option, program, say, settings_from
+from hisvd.cli.common import activation_budget_option, device_option, program, report_option, say, settings_from
 from hisvd.compression import CompressedModel, compress
+from hisvd.compression_page import compression_report
 from hisvd.errors import HiSVDError
 from hisvd.exports import EXPORTS, LINEAR_DTYPES
 from hisvd.factor_forms import FORMS
@@ -20,6 +21,7 @@ from hisvd.report import int6_summary, parameter_table, plan_report, rank_table,
 from hisvd.settings import INT6_MODES, CompressionSettings, Resources
 from hisvd.updates import UPDATES
 from hisvd.utils.files import check_writable_file, write_json
+from hisvd.utils.html_report import check_report
 from hisvd.whitening_svd import WHITENINGS
 
 TARGET_OPTIONS = {"target_compression": "parameters", "target_bytes": "bytes"}
@@ -174,6 +176,7 @@ def budget_from(options: dict[str, Any]) -> list[float]:
 @click.option("--plan_only", is_flag=True, help="Print the rank table from the cache alone and stop.")
 @click.option("--save_model", help="X.pt, or a folder.  [required unless --plan_only]")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the figures to this file.")
+@report_option
 @activation_budget_option
 @device_option
 @click.pass_context
@@ -188,6 +191,7 @@ def main(context: click.Context, **options: Any) -> None:
     settings, json_path = settings_from(options, CompressionSettings), options["json_path"]
     if json_path:
         check_writable_file(json_path)
+    check_report(options["report"])
     cache = open_finished_cache(options["calib_cache"])
     if options["plan_only"]:
         reports = print_plans(cache, targets, settings)
@@ -197,6 +201,8 @@ def main(context: click.Context, **options: Any) -> None:
         reports = [print_model(model, cache) for model in models]
     if json_path and reports:
         write_json(json_path, reports)
+    if options["report"] and reports:
+        compression_report(reports, cache, options["report"])
 
 
 def print_plans(cache: CalibrationCache, targets: list[float], settings: CompressionSettings) -> list[dict]:

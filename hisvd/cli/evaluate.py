@@ -14,20 +14,24 @@ from hisvd.cli.common import (
     device_option,
     dtype_option,
     program,
+    report_option,
     say,
     settings_from,
 )
 from hisvd.errors import HiSVDError
 from hisvd.evaluation import Texts, compared_speeds, evaluate_texts, load_texts
+from hisvd.evaluation_page import evaluation_report
 from hisvd.settings import EvaluationSettings, Resources
 from hisvd.tables import table
 from hisvd.utils import distributed
 from hisvd.utils.data_utils import PROTOCOLS
 from hisvd.utils.files import check_writable_file, write_json
+from hisvd.utils.html_report import check_report
+from hisvd.utils.sample_utils import PROMPTS
 from hisvd.utils.task_utils import main_metric
 
 STUDY_OPTIONS = ("layers", "d_r", "n_blocks", "calib_blocks", "plot")
-PERPLEXITY_OPTIONS = ("nsamples", "speed", "reference", "offload_folder", "tasks", "task_limit")
+PERPLEXITY_OPTIONS = ("nsamples", "speed", "reference", "offload_folder", "tasks", "task_limit", "report", "prompts")
 
 
 @click.command()
@@ -78,6 +82,13 @@ PERPLEXITY_OPTIONS = ("nsamples", "speed", "reference", "offload_folder", "tasks
 )
 @click.option("--plot", type=click.Path(path_type=Path), help="Study: draw spectra and ΔPPL to this image.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the figures to this file.")
+@report_option
+@click.option(
+    "--prompt",
+    "prompts",
+    multiple=True,
+    help="Continue this text by 40 tokens with every model; repeatable.  [default: with --report three fixed ones]",
+)
 @device_option
 @dtype_option
 @click.pass_context
@@ -85,11 +96,14 @@ PERPLEXITY_OPTIONS = ("nsamples", "speed", "reference", "offload_folder", "tasks
 def main(context: click.Context, **options: Any) -> None:
     """Print one table of perplexities (and speeds and task scores) of one or more models, or study their attention."""
     check_combination(context, options["attention_residual"])
+    if options["report"] and not options["offload_folder"]:
+        options["prompts"] = options["prompts"] or PROMPTS
     settings, json_path, plot = settings_from(options, EvaluationSettings), options["json_path"], options["plot"]
     if json_path:
         check_writable_file(json_path)
     if plot:
         check_plot(plot)
+    check_report(options["report"])
     texts = load_texts(comma_separated(options["datasets"]), settings)
     results = []
     for result in (study_models if options["attention_residual"] else evaluate_models)(texts, options):
@@ -106,6 +120,8 @@ def main(context: click.Context, **options: Any) -> None:
             write_json(json_path, results)
     if plot and distributed.is_first():
         draw_studies(results, plot)
+    if options["report"] and distributed.is_first():
+        evaluation_report(results, options["report"])
 
 
 def check_combination(context: click.Context, study: bool) -> None:
