@@ -168,7 +168,8 @@ def predictions(results: Sequence[dict], names: Sequence[str], texts: Sequence[s
     with drawing(1, 1, (7, 3.8)) as (canvas, (axes,)):
         for j, name in enumerate(short_names(texts)):
             points = [(due, values[j]) for _, due, values in found]
-            axes.plot(*zip(*points, strict=True), MARKERS[j % len(MARKERS)], color=COLORS[j % len(COLORS)], label=name)
+            look = {"color": COLORS[j % len(COLORS)], "label": shortened(name)}
+            axes.plot(*zip(*points, strict=True), MARKERS[j % len(MARKERS)], **look)
         high = max(max(due, *values) for _, due, values in found) * 1.08
         low = min(0.0, *(value for _, _, values in found for value in values))
         axes.plot([0, high], [0, high], color=FAINT, linewidth=1, linestyle="--", label="as predicted")

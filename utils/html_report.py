@@ -114,13 +114,14 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]], caption: str, ki
 def drawing(rows: int, columns: int, size: tuple[float, float]) -> Iterator[tuple["Figure", list["Axes"]]]:
     """A figure of `size` inches and its axes, row by row, for `figure`; to be drawn on within the context."""
     import matplotlib
+    from cycler import cycler
 
-    look: dict[str, Any] = {
+    look: Any = {
         **dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"), INK),
         **dict.fromkeys(("axes.edgecolor", "grid.color"), FAINT),
         "axes.spines.top": False,
         "axes.spines.right": False,
-        "axes.prop_cycle": matplotlib.cycler(color=COLORS),
+        "axes.prop_cycle": cycler(color=COLORS),
         "font.size": 9,
         "axes.titlesize": 9,
         "grid.alpha": 0.35,
