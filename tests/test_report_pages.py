@@ -15,6 +15,7 @@ from hisvd.calibration_cache import SPECTRA, open_finished_cache
 from hisvd.component.experts import kind_of
 from hisvd.rank_allocation import tails_of
 from hisvd.report import plan_report
+from hisvd.utils.html_report import printable
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 HOSTILE = "</title><script>alert('$\\frac{')</script>\x00\ud800&amp;\""
@@ -170,9 +171,8 @@ def test_the_page_of_evaluate_says_what_was_measured(compressed, model_folders, 
         assert row == [f"{one['predicted_loss']:.4f}", f"{measured:.4f}"]
     assert list(written) == ["def f(x):", "<b>"]
     for i, cells in enumerate(written.values()):
-        assert [" ".join(c.split()) for c in cells] == [
-            " ".join(r["samples"][i]["continuation"].split()) for r in results
-        ]
+        texts = [printable(one["samples"][i]["continuation"]) for one in results]
+        assert [cell.split() for cell in cells] == [text.split() for text in texts]
 
 
 def test_hostile_names_and_texts_are_escaped(tmp_path):
@@ -207,6 +207,6 @@ def test_what_cannot_be_reported_is_refused_at_once(compressed, monkeypatch, tmp
 def test_a_browser_shows_the_page(compressed, tmp_path):
     options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--enable-logging=stderr"]
     page = (compressed / "report" / "compress.html").as_uri()
-    shown = subprocess.run([CHROMIUM, *options, "--dump-dom", page], capture_output=True, text=True, timeout=120)
+    shown = subprocess.run([CHROMIUM, *options, "--dump-dom", page], capture_output=True, text=True, timeout=240)
     assert shown.stdout.count("<figcaption>") >= 8 and "</body>" in shown.stdout
     assert "CONSOLE" not in shown.stderr  # where the browser writes what it cannot load or run
