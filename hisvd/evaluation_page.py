@@ -68,7 +68,8 @@ def evaluation_report(results: Sequence[dict], folder: str | Path) -> Path:
         parts += ["<h2>Speed and memory</h2>\n", speed_table(results, names)]
     parts += ["<h2>What the models write</h2>\n", sample_table(results, names)]
     parts += ["<h2>Settings</h2>\n", settings_table(results, names)]
-    path = write_page(Path(folder) / "evaluate.html", f"Evaluation of {shortened(', '.join(names), 80)}", parts)
+    what = f"{len(names)} models" if len(names) > 2 else " and ".join(names)
+    path = write_page(Path(folder) / "evaluate.html", f"Evaluation of {shortened(what, 80)}", parts)
     write_json(path.with_name("evaluate.json"), list(results))
     return path
 

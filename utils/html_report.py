@@ -36,7 +36,7 @@ h2 { font-size: 1.3rem; margin: 3rem 0 .75rem; padding-top: .75rem; border-top: 
 h3 { font-size: 1.05rem; margin: 2rem 0 .5rem; }
 a { color: inherit; }
 p, figcaption { max-width: 46rem; }
-figcaption, .note { font-size: .875rem; }
+figcaption { font-size: .875rem; margin-top: .4rem; }
 figure { margin: .75rem 0 1.5rem; }
 .scroll { overflow-x: auto; }
 div.scroll:has(table) { margin: 0 0 1.25rem; }
@@ -47,8 +47,9 @@ th, td { padding: .3rem .7rem; text-align: right; vertical-align: top; border-bo
 th:first-child, td:first-child { text-align: left; }
 thead th { border-bottom: 2px solid var(--faint); vertical-align: bottom; }
 tbody tr:nth-child(odd) { background: var(--band); }
-.text th, .text td { text-align: left; }
-.text td { white-space: pre-wrap; overflow-wrap: anywhere; min-width: 11rem; }
+.text th, .text td { text-align: left; overflow-wrap: anywhere; max-width: 24rem; }
+.text td { white-space: pre-wrap; min-width: 11rem; }
+.text th { min-width: 8rem; }
 """
 
 
@@ -148,8 +149,8 @@ def figure(drawn: "Figure", name: str, caption: str, alt: str) -> str:
     svg = svg.replace('href="#', f'href="#{name}-').replace("url(#", f"url(#{name}-")
     svg = svg.replace(INK, "var(--ink)").replace(FAINT, "var(--faint)")
     svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px system-ui, sans-serif", svg)
-    least = round(58 * drawn.get_figwidth())  # pixels: below, the figure scrolls
-    label = f'role="img" aria-label="{escaped(alt)}" style="min-width: {least}px"'
+    least, most = (round(per_inch * drawn.get_figwidth()) for per_inch in (58, 104))  # below `least`, it scrolls
+    label = f'role="img" aria-label="{escaped(alt)}" style="min-width: {least}px; max-width: {most}px"'
     svg = svg.replace("<svg ", f"<svg {label} ", 1)
     return (
         f'<figure id="{name}"><div class="scroll" tabindex="0">{svg}</div>'
