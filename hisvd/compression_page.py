@@ -4,6 +4,7 @@
 tables and figures of that alone.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -148,10 +149,10 @@ def rank_map(rows: Sequence[dict], sublayers: Sequence[Sublayer], by_bytes: bool
 
 def bytes_of(row: dict) -> int:
     """Bytes of one linear of the report, where what is not in integers is in 16 bits."""
-    shape, dtype = tuple(row.get("stored_shape", row["shape"])), row.get("dtype")
-    if row["form"] == "dense":
-        return matrix_bytes(*shape, dtype)
-    return stored_bytes(row["rank"], shape, row["form"], dtype)
+    (m, n), dtype = row.get("stored_shape", row["shape"]), row.get("dtype")
+    return (
+        matrix_bytes(m, n, dtype) if row["form"] == "dense" else stored_bytes(row["rank"], (m, n), row["form"], dtype)
+    )
 
 
 def width_map(rows: Sequence[dict], sublayers: Sequence[Sublayer]) -> dict | None:
@@ -315,15 +316,20 @@ def ends(found: dict) -> tuple[float, float]:
     return min(shares), max(shares)
 
 
+def top_of(found: dict) -> float:
+    """Where the scale of a map's shares ends: the largest, rounded up to a tenth."""
+    return math.ceil(10 * ends(found)[1] - 1e-9) / 10
+
+
 def map_figure(found: dict, name: str, caption: str, alt: str) -> str:
     """A map of types (from top to bottom) by decoder layer."""
     layers, types = len(found["kept"][0]), [shortened(kind) for kind in found["types"]]
     texts = found["texts"] if layers <= MOST_LABELLED else [[""] * layers for _ in types]
     with drawing(1, 1, (11, 0.7 + 0.33 * max(2, len(types)))) as (canvas, (axes,)):
-        draw_map(axes, found["kept"], texts)
+        draw_map(axes, found["kept"], texts, top_of(found))
         axes.set_yticks(range(len(types)), types)
         axes.set_xticks(range(0, layers, 1 if layers <= MOST_LABELLED else 5))
-        add_scale(canvas, axes, "kept")
+        add_scale(canvas, axes, "kept", top_of(found))
         return figure(canvas, name, caption, alt)
 
 
@@ -340,7 +346,7 @@ def depth_figure(found: dict, name: str) -> str:
             )
         for line in axes.lines:
             line.set(markersize=3, linewidth=1.2)
-        axes.set(xlabel="decoder layer", ylabel=f"{found['unit']} kept", ylim=(0, 1.04))
+        axes.set(xlabel="decoder layer", ylabel=f"{found['unit']} kept", ylim=(0, 1.04 * top_of(found)))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.grid(True)

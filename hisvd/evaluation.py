@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -131,7 +132,7 @@ def evaluate_texts(model: str | Path, texts: Texts, settings: EvaluationSettings
             name: evaluation_windows(ids, tokens.seqlen, settings.nsamples, name, tokens.bos)
             for name, ids in tokens.ids.items()
         }
-        measured: dict[str, dict] = {}
+        measured: dict[str, Any] = {}
         loaded: PreTrainedModel | StreamedModel
         if settings.offload_folder:
             loaded = streamed_model(path, device, settings.dtype, tokens.seqlen)

@@ -5,6 +5,7 @@ It is made of the figures of `hisvd.evaluate` alone, which evaluate.json holds.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hisvd.utils.files import write_json
 from hisvd.utils.html_report import (
@@ -169,14 +170,14 @@ def predictions(results: Sequence[dict], names: Sequence[str], texts: Sequence[s
     with drawing(1, 1, (7, 3.8)) as (canvas, (axes,)):
         for j, name in enumerate(short_names(texts)):
             points = [(due, values[j]) for _, due, values in found]
-            look = {"color": COLORS[j % len(COLORS)], "label": shortened(name)}
+            look: dict[str, Any] = {"color": COLORS[j % len(COLORS)], "label": shortened(name)}
             axes.plot(*zip(*points, strict=True), MARKERS[j % len(MARKERS)], **look)
         high = max(max(due, *values) for _, due, values in found) * 1.08
         low = min(0.0, *(value for _, _, values in found for value in values))
         axes.plot([0, high], [0, high], color=FAINT, linewidth=1, linestyle="--", label="as predicted")
         axes.set(xlim=(0, 1.15 * max(due for _, due, _ in found)), ylim=(low, high))
         for i, due, values in found:
-            where = {"textcoords": "offset points", "xytext": (5, 5), "fontsize": 7}
+            where: dict[str, Any] = {"textcoords": "offset points", "xytext": (5, 5), "fontsize": 7}
             axes.annotate(shortened(names[i], 18), (due, max(values)), color=INK, **where)
         axes.set(xlabel="predicted increase", ylabel="measured increase, nats per token")
         axes.grid(True)

@@ -158,8 +158,10 @@ def figure(drawn: "Figure", name: str, caption: str, alt: str) -> str:
     )
 
 
-def draw_map(axes: "Axes", shares: Sequence[Sequence[float | None]], texts: Sequence[Sequence[str]]) -> None:
-    """Cells coloured by shares from 0 to 1 (None: no cell), a row below the other, with their texts.
+def draw_map(
+    axes: "Axes", shares: Sequence[Sequence[float | None]], texts: Sequence[Sequence[str]], top: float
+) -> None:
+    """Cells coloured by shares from 0 to `top` (None: no cell), a row below the other, with their texts.
 
     Texts have at most two lines, and a reader can tell them from every colour.
     """
@@ -171,7 +173,7 @@ def draw_map(axes: "Axes", shares: Sequence[Sequence[float | None]], texts: Sequ
         for x, (share, label) in enumerate(zip(row, labels, strict=True)):
             if share is None:
                 continue
-            color = colors(min(max(share, 0.0), 1.0))
+            color = colors(min(share / top, 1.0))
             axes.add_patch(Rectangle((x - 0.46, y - 0.44), 0.92, 0.88, color=color, linewidth=0))
             bright = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2] > 0.5
             look: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 6.5, "linespacing": 1.0}
@@ -182,12 +184,14 @@ def draw_map(axes: "Axes", shares: Sequence[Sequence[float | None]], texts: Sequ
     axes.tick_params(length=0)
 
 
-def add_scale(drawn: "Figure", axes: "Axes", label: str) -> None:
+def add_scale(drawn: "Figure", axes: "Axes", label: str, top: float) -> None:
     """The scale of `draw_map`'s colours, beside the axes."""
     from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
     from matplotlib.ticker import PercentFormatter
 
-    bar = drawn.colorbar(ScalarMappable(cmap="viridis"), ax=axes, fraction=0.02, pad=0.01, label=label)
+    colors = ScalarMappable(Normalize(0, top), "viridis")
+    bar = drawn.colorbar(colors, ax=axes, fraction=0.02, pad=0.01, label=label)
     bar.ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     bar.outline.set_visible(False)
 
