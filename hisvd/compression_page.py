@@ -409,7 +409,7 @@ def loss_figure(predicted: dict[str, Any], name: str) -> str:
         caption = (
             f"Predicted increase of the mean loss by decoder layer, {predicted['total']:.4f} nats per token in all. It "
             "is the second-order estimate that the allocation goes by, on the calibration text and before the update, "
-            "which makes up for part of it; on other text the increase is larger."
+            "which makes up for part of it; on other text the increase differs."
         )
         largest = max(range(len(base)), key=base.__getitem__)
         alt = f"Bars of the predicted loss by decoder layer; the highest is layer {largest} with {base[largest]:.4f}."

@@ -116,7 +116,7 @@ def size_figure(results: Sequence[dict], names: Sequence[str], texts: Sequence[s
                 original = is_original(result)
                 label = f"{shortened(name)} (original)" if original else shortened(name)
                 marker, size = ("*", 13) if original else (MARKERS[i % len(MARKERS)], 7)
-                axis.plot(x, y, marker, markersize=size, color=COLORS[i % len(COLORS)], alpha=0.85, label=label)
+                axis.plot(x, y, marker, markersize=size, color=COLORS[i % len(COLORS)], label=label)
                 if original:
                     axis.axhline(y, color=COLORS[i % len(COLORS)], linewidth=0.8, linestyle=":")
             values = [result["perplexity"][text]["perplexity"] for result in results]

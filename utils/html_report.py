@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # matplotlib is an optional extra
     from matplotlib.figure import Figure
 
 INK, FAINT = "#010203", "#010204"  # drawn in these, then replaced by the page's colours, light or dark
-COLORS = ("#1f77b4", "#d9641e", "#2a9d62", "#b565a7", "#b8860b", "#3f9fd0", "#8c8c8c", "#7a6ad8", "#c0504d", "#5d9e2f")
+COLORS = ("#2b83c6", "#d9641e", "#2a9d62", "#b565a7", "#b8860b", "#3f9fd0", "#8c8c8c", "#7a6ad8", "#c0504d", "#5d9e2f")
 MARKERS = "osD^vP<>Xh"
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --faint: #8a929b; --line: #d5dae0; --back: #ffffff; --band: #f4f6f8; }
