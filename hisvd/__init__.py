@@ -15,9 +15,11 @@ if TYPE_CHECKING:  # a test compares these with _MODULES
     from hisvd.component.torchao_linears import to_torchao as to_torchao
     from hisvd.compression import CompressedModel as CompressedModel
     from hisvd.compression import compress as compress
+    from hisvd.compression_page import compression_report as compression_report
     from hisvd.errors import HiSVDError as HiSVDError
     from hisvd.estimates import estimate as estimate
     from hisvd.evaluation import evaluate as evaluate
+    from hisvd.evaluation_page import evaluation_report as evaluation_report
     from hisvd.int6_export import export_sparse_int6_model as export_sparse_int6_model
     from hisvd.planning import Plan as Plan
     from hisvd.planning import plan as plan
@@ -42,8 +44,10 @@ _MODULES = {
     "calibrate": "calibration",
     "compress": "compression",
     "compress_within": "quality_search",
+    "compression_report": "compression_page",
     "estimate": "estimates",
     "evaluate": "evaluation",
+    "evaluation_report": "evaluation_page",
     "export_sparse_int6_model": "int6_export",
     "load": "utils.load_utils",
     "plan": "planning",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -40,7 +41,8 @@ from hisvd.utils.files import make_folder
 from hisvd.utils.load_utils import bytes_in_memory, check_tensors, config_of, load, tokenizer_of
 from hisvd.utils.model_utils import local_folder, open_checkpoint, resolve_device, resolve_dtype, stored_dtype
 from hisvd.utils.progress import progress_shown
-from hisvd.utils.save_utils import saved_report
+from hisvd.utils.sample_utils import continuations
+from hisvd.utils.save_utils import PREDICTED, saved_report
 from hisvd.utils.speed_utils import (
     PROMPT_TOKENS,
     compared,
@@ -76,6 +78,7 @@ def evaluate(
     Returns:
         A dict:
         "model", "device", "dtype", "protocol": what was measured, where and how.
+        "source_model": what a compressed model was made from; None for others.
         "linear_numbers_stored", "linear_numbers_dense": parameters of the decoder layers' linear weights, now and
             before compression; "linear_kept": their ratio.
         "weight_file_bytes": size of the files with the weights.
@@ -86,6 +89,9 @@ def evaluate(
         "speed", with settings.speed: what `compared_speeds` says of the model.
         "tasks", with settings.tasks: by task, a dict with its metrics ("acc", "acc_stderr" …), "samples" and "shots";
             the members of a group also have "subtask_of".
+        "samples", with settings.prompts: a list of dicts with "prompt" and "continuation".
+        "predicted_loss", of compressed models: by how much compression was predicted to raise the mean loss on the
+            calibration text, in nats per token, if hisvd.json says so.
 
     Raises:
         HiSVDError: a model, text or task cannot be read; weights are missing, left over or, with settings.verify,
@@ -130,7 +136,7 @@ def evaluate_texts(model: str | Path, texts: Texts, settings: EvaluationSettings
             name: evaluation_windows(ids, tokens.seqlen, settings.nsamples, name, tokens.bos)
             for name, ids in tokens.ids.items()
         }
-        measured: dict[str, dict] = {}
+        measured: dict[str, Any] = {}
         loaded: PreTrainedModel | StreamedModel
         if settings.offload_folder:
             loaded = streamed_model(path, device, settings.dtype, tokens.seqlen)
@@ -145,10 +151,15 @@ def evaluate_texts(model: str | Path, texts: Texts, settings: EvaluationSettings
                 ppl = {name: perplexity(loaded, w, name) for name, w in windows.items()}
             if settings.tasks:
                 measured["tasks"] = task_figures(loaded, tokenizer_of(path), settings.tasks, settings.task_limit)
+            if settings.prompts:
+                measured["samples"] = continuations(loaded, tokenizer_of(path), settings.prompts, path)
         if report:  # without its removed neurons a model no longer shows how large it was
             dense = report["linear_numbers_before"]
+            if PREDICTED in report:
+                measured[PREDICTED] = report[PREDICTED]["total"]
         return {
             "model": name,
+            "source_model": report.get("source_model", "unknown") if report else None,
             "linear_numbers_stored": stored,
             "linear_numbers_dense": dense,
             "linear_kept": stored / dense,

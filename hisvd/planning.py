@@ -1,7 +1,7 @@
 """A plan: the rank of every sublayer for one target, decided before the first matrix is factored."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hisvd.allocations import RankProblem
@@ -11,6 +11,7 @@ from hisvd.exports import EXPORTS
 from hisvd.factor_forms import Shape, form_in, narrow_entry
 from hisvd.integer_codes import INTEGERS
 from hisvd.moves import MOVES, one_width
+from hisvd.prediction import predicted_loss
 from hisvd.settings import CompressionSettings
 from hisvd.shape_utils import Sublayer, is_dense, stored_bytes, stored_parameters
 
@@ -26,6 +27,9 @@ class Plan:
             is (`is_dense`).
         shapes: The shape of the weight, by the linear's name, where neurons are removed.
         dtypes: "int8" or "int4", by the linear's name, where weights are stored in integers.
+        predicted_loss: By decoder layer, what "low_rank", "neurons" and "rounding" add to the mean loss on the
+            calibration text without the update, in nats per token; empty where the cache or the settings allow no
+            estimate.
     """
 
     target: float
@@ -33,6 +37,7 @@ class Plan:
     ranks: dict[str, int]
     shapes: dict[str, Shape] = field(default_factory=dict)
     dtypes: dict[str, str] = field(default_factory=dict)
+    predicted_loss: list[dict[str, float]] = field(default_factory=list)
 
     def shape(self, sublayer: Sublayer) -> Shape:
         """The shape of the sublayer's weight after the removal of neurons."""
@@ -108,7 +113,8 @@ def plan(
         choice = choose(problem, target)
         ranks = dict(zip(names, choice.ranks, strict=True))
         dtypes = dict.fromkeys(names, settings.linear_dtype) if settings.linear_dtype in INTEGERS else choice.dtypes
-        plans.append(Plan(target, settings.factors, ranks, narrow_shapes(problem, choice.widths), dict(dtypes)))
+        chosen = Plan(target, settings.factors, ranks, narrow_shapes(problem, choice.widths), dict(dtypes))
+        plans.append(replace(chosen, predicted_loss=predicted_loss(problem, chosen)))
     return plans
 
 

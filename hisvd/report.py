@@ -24,7 +24,7 @@ from hisvd.tables import table
 from hisvd.utils.checksums import CHECKSUMS, REPORT, checksums
 from hisvd.utils.files import read_json
 from hisvd.utils.model_utils import Checkpoint
-from hisvd.utils.save_utils import ModelWriter, is_pt
+from hisvd.utils.save_utils import PREDICTED, ModelWriter, is_pt
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 STAGES = ("rank_method", "alpha", "modulation", "lwe_strength", "tail_redundancy_weight", "cluster_by")  # settings
@@ -63,9 +63,15 @@ def plan_report(cache: CalibrationCache, plan: Plan, settings: CompressionSettin
         "linear_numbers_after": after,
         "linear_kept": after / before,
         **(bytes_of(plan, cache.sublayers) if settings.budget == "bytes" else {}),
+        **({PREDICTED: prediction(plan)} if plan.predicted_loss else {}),
         "by_type": parameters_by_type(plan, cache.sublayers),
         "sublayers": rows,
     }
+
+
+def prediction(plan: Plan) -> dict[str, Any]:
+    """What the plan is predicted to add to the mean loss, in nats per token: in all, and by decoder layer."""
+    return {"total": sum(sum(layer.values()) for layer in plan.predicted_loss), "by_layer": plan.predicted_loss}
 
 
 def bytes_of(plan: Plan, sublayers: list[Sublayer]) -> dict[str, Any]:

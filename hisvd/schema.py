@@ -1,5 +1,6 @@
 """Typed checks of what files say, made once where a file is read; the messages name the file and the entry."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -39,7 +40,7 @@ def is_path_inside(value: Any) -> bool:
 
 SIZE = Kind("a whole number of at least 1", lambda v: type(v) is int and 0 < v <= MOST)
 COUNT = Kind("a whole number of at least 0", lambda v: type(v) is int and 0 <= v <= MOST)
-NUMBER = Kind("a number", lambda v: type(v) in (int, float))
+NUMBER = Kind("a finite number", lambda v: type(v) in (int, float) and abs(v) < math.inf)
 TEXT = Kind("a string", lambda v: isinstance(v, str))
 FILE_NAME = Kind("the name of a file in the same folder", is_plain_name)
 SHARD = Kind("a .safetensors file in the folder", lambda v: is_path_inside(v) and v.endswith(".safetensors"))

@@ -332,11 +332,12 @@ class EvaluationSettings:
             excludes `offload_folder`. Default: ().
         task_limit: Documents per task, from its start. None (the default): all.
         verify: Whether the weight files of compressed models are first compared with their checksums. Default: False.
+        prompts: Texts that the model is to continue by 40 tokens, greedily; excludes `offload_folder`. Default: ().
 
     Raises:
-        HiSVDError: a name is not one of its choices, a number is too small, `offload_folder` is combined with `speed`
-            or `tasks`, or `reference` is set without `speed`. The message calls a field by the option of evaluate.py,
-            such as --seqlen.
+        HiSVDError: a name is not one of its choices, a number is too small, `offload_folder` is combined with `speed`,
+            `tasks` or `prompts`, or `reference` is set without `speed`. The message calls a field by the option of
+            evaluate.py, such as --seqlen.
     """
 
     data_dir: str | None = None
@@ -350,6 +351,7 @@ class EvaluationSettings:
     tasks: tuple[str, ...] = ()
     task_limit: int | None = None
     verify: bool = False
+    prompts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse what no run could use."""
@@ -358,7 +360,7 @@ class EvaluationSettings:
         check_at_least("seqlen", self.seqlen, 2)
         check_at_least("nsamples", self.nsamples, 1)
         check_at_least("task_limit", self.task_limit, 1)
-        for option, value in (("speed", self.speed), ("tasks", self.tasks)):
+        for option, value in (("speed", self.speed), ("tasks", self.tasks), ("prompt", self.prompts)):
             if self.offload_folder and value:
                 raise HiSVDError(
                     f"--{option} needs the whole model in memory, so it cannot be combined with --offload_folder; drop "

@@ -48,6 +48,7 @@ def test_wrong_settings_are_refused_by_name(caches):
 
 
 FUNCTIONS = ("calibrate", "estimate", "plan", "compress", "evaluate", "load")
+FUNCTIONS += ("compression_report", "evaluation_report")
 FUNCTIONS += ("attention_residual_study", "export_sparse_int6_model")
 SETTINGS = ("CalibrationSettings", "CompressionSettings", "EvaluationSettings", "Resources", "StudySettings")
 

@@ -218,6 +218,7 @@ BAD = {
         "tail_redundancy_weight": ["-1", "inf"],
         "quality_gate_delta": ["-1", "x"],
         "json_path": [BLOCKED, "FOLDER"],
+        "report": [BLOCKED],
     },
     "evaluate": {
         "model_paths": ["nowhere"],
@@ -236,6 +237,8 @@ BAD = {
         "calib_blocks": ["0", "99999 --attention_residual"],
         "plot": ["FOLDER/x.nothing --attention_residual", f"{BLOCKED}/x.png --attention_residual"],
         "json_path": [BLOCKED, "FOLDER"],
+        "report": [BLOCKED],
+        "prompts": ["x --offload_folder FOLDER"],
     },
 }
 

@@ -5,13 +5,19 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from hisvd.errors import HiSVDError
-from hisvd.schema import SIZE, TEXT
+from hisvd.schema import NUMBER, SIZE, TEXT
 from hisvd.utils.files import check_regular, read_json, sha256_of_file
 from hisvd.utils.model_utils import weight_file_names
 
 REPORT = "hisvd.json"
 CHECKSUMS = "weight_files_sha256"
-REPORT_SCHEMA = {"linear_numbers_before": SIZE, f"{CHECKSUMS}?": {"*": TEXT}}  # what is read again
+# What is read again.
+REPORT_SCHEMA = {
+    "linear_numbers_before": SIZE,
+    "source_model?": TEXT,
+    "predicted_loss?": {"total": NUMBER},
+    f"{CHECKSUMS}?": {"*": TEXT},
+}
 AGAIN = "create or copy the model again"
 
 

@@ -20,6 +20,7 @@ from hisvd.utils.safetensors_merge import merge_safetensors
 
 PLAN = "plan.json"
 WRITTEN = "written.json"  # the names of the files beside the shards, which are all that is deleted with a .pt's shards
+PREDICTED = "predicted_loss"  # follows from the rest of a plan, and its last digits depend on the machine
 # What a run killed at its very start leaves, and what later runs keep in `work` besides.
 START_FILES = re.compile(rf"\.hisvd_probe_\d+|\.{re.escape(PLAN)}\.tmp")
 WORK_FILES = re.compile(
@@ -104,7 +105,7 @@ class ModelWriter:
             write_json(plan_file, plan)
 
     def _follows_plan(self, report: dict | None) -> bool:
-        due = {key: value for key, value in self.plan.items() if key not in COUNTED}
+        due = {key: value for key, value in self.plan.items() if key not in (*COUNTED, PREDICTED)}
         return report is not None and all(key in report and report[key] == value for key, value in due.items())
 
     @property

@@ -1,13 +1,25 @@
 """compress.py: model + calibration cache + budget → compressed model."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from hisvd import choices
 from hisvd.cli.common import check_json, program, say, settings_from, write_figures
-from hisvd.cli.options import Program, activation_budget_option, device_option, expert, option, output_options
+from hisvd.cli.options import (
+    Program,
+    activation_budget_option,
+    device_option,
+    expert,
+    option,
+    output_options,
+    report_option,
+)
 from hisvd.errors import HiSVDError
+
+if TYPE_CHECKING:
+    from hisvd.calibration_cache import CalibrationCache
+    from hisvd.settings import CompressionSettings
 
 TARGET_OPTIONS = {"target_compression": "parameters", "target_bytes": "bytes"}
 STAGES, INT6 = "Options of --allocation hisvd", "Options of --export int6"
@@ -215,34 +227,50 @@ def unless_plan_only(context: click.Context, option: click.Parameter, value: str
     help="Export as many linears as raise the perplexity on held-out calibration text by at most this fraction; "
     "none: export all.",
 )
+@report_option
 @output_options
 @program
 def main(**options: Any) -> None:
     """Compress a model to a share of its linear weights, without training."""
     from hisvd.calibration_cache import open_finished_cache
-    from hisvd.cli.compression_tables import next_steps, print_model, print_plans
-    from hisvd.compression import compress
-    from hisvd.quality_search import compress_within
-    from hisvd.settings import CompressionSettings, Resources
+    from hisvd.cli.compression_tables import print_plans
+    from hisvd.compression_page import compression_report
+    from hisvd.settings import CompressionSettings
+    from hisvd.utils.html_report import check_report
 
     targets = budget_from(options)
     options["quality_gate_delta"] = parse_delta(options["quality_gate_delta"])
-    settings, json_path = settings_from(options, CompressionSettings), options["json_path"]
-    check_json(json_path)
+    settings = settings_from(options, CompressionSettings)
+    check_json(options["json_path"])
+    check_report(options["report"])
     cache = open_finished_cache(options["calib_cache"])
     if options["plan_only"]:
-        write_figures(json_path, print_plans(cache, targets, settings))
-        return
-    where = (options["model_path"], cache, options["save_model"])
-    goal = (settings, settings_from(options, Resources))
-    if targets:
-        models = compress(*where, targets, *goal)
+        reports = print_plans(cache, targets, settings)
     else:
-        models = compress_within(*where, options["max_ppl_increase"], *goal)
+        reports = make_models(cache, targets, settings, options)
+    write_figures(options["json_path"], reports)
+    if options["report"] and reports:
+        say(f"Page written to {compression_report(reports, cache, options['report'])}", always=True)
+
+
+def make_models(
+    cache: "CalibrationCache", targets: list[float], settings: "CompressionSettings", options: dict[str, Any]
+) -> list[dict]:
+    """Compress to the targets, or as far as --max_ppl_increase allows; returns the figures that are printed."""
+    from hisvd.cli.compression_tables import next_steps, print_model
+    from hisvd.compression import compress
+    from hisvd.quality_search import compress_within
+    from hisvd.settings import Resources
+
+    where, resources = (options["model_path"], cache, options["save_model"]), settings_from(options, Resources)
+    if targets:
+        models = compress(*where, targets, settings, resources)
+    else:
+        models = compress_within(*where, options["max_ppl_increase"], settings, resources)
     reports = [print_model(model, cache) for model in models]
-    write_figures(json_path, reports)
     if models:  # in the first of several processes
         say(next_steps(options["model_path"], models[0]))
+    return reports
 
 
 if __name__ == "__main__":

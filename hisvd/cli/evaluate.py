@@ -10,6 +10,7 @@ from click.core import ParameterSource
 from hisvd.choices import PROTOCOLS
 from hisvd.cli.common import check_json, comma_separated, program, say, settings_from, write_figures
 from hisvd.cli.options import (
+    OUTPUT,
     Program,
     data_dir_option,
     device_option,
@@ -17,6 +18,7 @@ from hisvd.cli.options import (
     expert,
     option,
     output_options,
+    report_option,
 )
 from hisvd.errors import HiSVDError
 
@@ -25,7 +27,17 @@ if TYPE_CHECKING:
 
 SPEED, TASKS, STUDY = "Speed and memory", "Tasks", "Study of attention"
 STUDY_OPTIONS = ("layers", "d_r", "n_blocks", "calib_blocks", "plot")
-PERPLEXITY_OPTIONS = ("nsamples", "speed", "reference", "offload_folder", "tasks", "task_limit", "verify")
+PERPLEXITY_OPTIONS = (
+    "nsamples",
+    "speed",
+    "reference",
+    "offload_folder",
+    "tasks",
+    "task_limit",
+    "verify",
+    "report",
+    "prompts",
+)
 EXAMPLES = """
 hisvd evaluate --model_path M --model_path OUT --datasets wikitext2,c4 --speed --json results.json
 hisvd evaluate --model_path OUT --datasets mine.txt --offload_folder /tmp/states
@@ -89,23 +101,28 @@ hisvd evaluate --model_path M --attention_residual --layers 27,28,29 --plot stud
 @option("--n_blocks", type=click.IntRange(1), default=30, group=STUDY, help="Windows to evaluate on.")
 @option("--calib_blocks", type=click.IntRange(1), default=4, group=STUDY, help="Earlier windows, for bases.")
 @option("--plot", type=click.Path(path_type=Path), group=STUDY, help="Draw spectra and ΔPPL to this image.")
+@report_option
+@option(
+    "--prompt",
+    "prompts",
+    multiple=True,
+    group=OUTPUT,
+    help="Continue this text by 40 tokens with every model; repeatable.",
+    show_default="with --report three fixed ones",
+)
 @output_options
 @click.pass_context
 @program
 def main(context: click.Context, **options: Any) -> None:
     """Print one table of perplexities (and speeds and task scores) of one or more models, or study their attention."""
-    from hisvd.cli.attention_study import check_plot, draw_studies
     from hisvd.cli.evaluation_tables import MEANING, result_table
     from hisvd.evaluation import load_texts
     from hisvd.settings import EvaluationSettings
-    from hisvd.utils import distributed
 
     study = options["attention_residual"]
     check_combination(context, study)
-    settings, json_path, plot = settings_from(options, EvaluationSettings), options["json_path"], options["plot"]
-    check_json(json_path)
-    if plot:
-        check_plot(plot)
+    check_outputs(options)
+    settings, json_path = settings_from(options, EvaluationSettings), options["json_path"]
     texts = load_texts(comma_separated(options["datasets"]), settings)
     results = []
     for result in (study_models if study else evaluate_models)(texts, options):
@@ -117,10 +134,39 @@ def main(context: click.Context, **options: Any) -> None:
         results = with_speeds(results, texts, options)
     if not study and texts:
         say(MEANING)
-    if plot and distributed.is_first():
-        draw_studies(results, plot)
-        say(f"Saved to {plot}", always=True)
+    draw(results, options)
     write_figures(json_path, results)
+
+
+def check_outputs(options: dict[str, Any]) -> None:
+    """Make sure that everything can be written, before long work starts; a page needs prompts, which `options` gets.
+
+    Raises:
+        HiSVDError: something cannot.
+    """
+    from hisvd.cli.attention_study import check_plot
+    from hisvd.utils.html_report import check_report
+    from hisvd.utils.sample_utils import PROMPTS
+
+    if options["report"] and not options["offload_folder"]:
+        options["prompts"] = options["prompts"] or PROMPTS
+    check_json(options["json_path"])
+    check_report(options["report"])
+    if options["plot"]:
+        check_plot(options["plot"])
+
+
+def draw(results: list[dict], options: dict[str, Any]) -> None:
+    """Draw what --plot and --report ask for, in the first of several processes."""
+    from hisvd.cli.attention_study import draw_studies
+    from hisvd.evaluation_page import evaluation_report
+    from hisvd.utils import distributed
+
+    if options["plot"] and distributed.is_first():
+        draw_studies(results, options["plot"])
+        say(f"Saved to {options['plot']}", always=True)
+    if options["report"] and distributed.is_first():
+        say(f"Page written to {evaluation_report(results, options['report'])}", always=True)
 
 
 def check_combination(context: click.Context, study: bool) -> None:

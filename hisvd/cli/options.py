@@ -94,6 +94,12 @@ data_dir_option = expert(
     show_default="HISVD_DATA_DIR or data",
     help="Folder in which local copies of the data sets are looked for.",
 )
+report_option = option(
+    "--report",
+    type=click.Path(path_type=Path),
+    group=OUTPUT,
+    help="Also write a page of tables and figures to this folder (needs matplotlib).",
+)
 output_options = together(
     option(
         "--json",
