@@ -89,7 +89,7 @@ def test_calibration(model_folders, caches, tmp_path, monkeypatch):
     arguments = calibrate_arguments(model_folders["llama"], tmp_path)
     folder = tmp_path / "tiny_n6_s32_with_hessian"
     with monkeypatch.context() as patch:
-        fill(patch, CalibrationCache, "add_layer", 1000, lambda cache, *args: len(cache.layers) == 2)
+        fill(patch, CalibrationCache, "write_layer", 1000, lambda cache, *args: len(cache.layers) == 2)
         expect_refusal(run("calibrate", *arguments), str(folder / "layer_002.safetensors"))
         assert len(read_cache(folder).layers) == 2 and not (folder / "layer_002.safetensors").exists()
         fill(patch, ActivationFile, "write", 1000)
