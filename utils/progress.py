@@ -4,7 +4,7 @@ They are for people who watch: where standard error is no terminal, every stage 
 """
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -42,6 +42,7 @@ def _announces() -> bool:
 
 def progress_bar(iterable: Iterable | None, title: str, **options: Any) -> tqdm:
     """A tqdm bar on standard error with tqdm's own `options`, over `iterable` (None: to be updated by hand)."""
-    if _announces() and not is_progress_shown():
+    is_empty = isinstance(iterable, Sized) and len(iterable) == 0
+    if _announces() and not is_progress_shown() and not is_empty:
         tqdm.write(title, sys.stderr)
     return tqdm(iterable, title, disable=not is_progress_shown(), **options)
