@@ -30,7 +30,7 @@ def main(model: str, text: str, output: str, evaluate_on: str, **options: float)
     settings = hisvd.CompressionSettings(update="none")  # quick; leave it out for the best quality
 
     if options["max_ppl_increase"] is not None:
-        result = hisvd.compress_within(model, cache, output, options["max_ppl_increase"], settings)
+        (result,) = hisvd.compress_within(model, cache, output, options["max_ppl_increase"], settings)
     else:
         (plan,) = hisvd.plan(cache, options["target"], settings)  # what compress will do, from the cache alone
         print(f"{len(plan.shapes)} linears lose neurons, {sum(map(plan.changes, cache.sublayers))} change in all")
