@@ -19,7 +19,7 @@ from unittest import mock
 import click
 import torch
 from common import SEQLEN, compressed, one_shot
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hisvd
 from hisvd import CalibrationSettings, EvaluationSettings, calibration
@@ -112,6 +112,7 @@ def textbook(model: str, cache: CalibrationCache, ranks: dict[str, int], output:
             r = ranks[s.name]
             weight.copy_((u[:, :r] * values[:r]) @ (v[:r] @ inverse))
     compressed_model.save_pretrained(output)
+    AutoTokenizer.from_pretrained(model).save_pretrained(output)
 
 
 @click.command()

@@ -101,3 +101,17 @@ def test_sizes_in_bytes_stand_beside_torchao(monkeypatch, tokenizer, tmp_path):
     # Headers of the files differ.
     assert ours == sorted(ours, reverse=True) and ours[0] < 1.05 * int8 and ours[-1] < 1.05 * int4
     assert (tmp_path / "work" / "bytes.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_speed_writes_its_ratios(monkeypatch, model_folders, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    module = importlib.import_module("speed")
+    for name, value in {"SEQLEN": 32, "NSAMPLES": 4, "BUDGETS": [0.9, 0.8]}.items():
+        monkeypatch.setattr(module, name, value)
+    arguments = ["--model_path", model_folders["llama"], "--work_dir", tmp_path / "work", "--json", tmp_path / "s.json"]
+    result = CliRunner().invoke(module.main, [str(a) for a in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "s.json").read_text())
+    assert len(found["ratios"]) == 6 and all(ratio > 0 for ratio in found["ratios"].values())
+    assert found["ratios"]["textbook / --whitening input, perplexity"] == pytest.approx(1, abs=1e-3)
+    assert all(name in result.output for name in found["ratios"])

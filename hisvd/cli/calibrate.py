@@ -39,7 +39,8 @@ hisvd calibrate --model_path M --model_name x --dry_run
 @option(
     "--dataset",
     default="wikitext2",
-    help="wikitext2, c4, ptb, python-docs, a file or a folder of texts or chats; several with weights: c4=3,mine.txt=1.",
+    help="wikitext2, c4, ptb, python-docs, a file or a folder of texts or chats; or several with weights: "
+    "c4=3,mine.txt=1.",
 )
 @option("--output_dir", default="calibration_cache", help="Folder that holds the caches.")
 @option("--dry_run", is_flag=True, help="Print what this run and compress.py need, from config.json alone, and stop.")
