@@ -140,8 +140,8 @@ def test_several_targets_are_named_by_their_bytes(model_folders, caches, tmp_pat
 @pytest.mark.parametrize(
     ("options", "fragment"),
     [
-        ((), "either --target_compression"),
-        (("--target_bytes", "0.4", "--target_compression", "0.8"), "either --target_compression"),
+        ((), "Pass one of --target_compression"),
+        (("--target_bytes", "0.4", "--target_compression", "0.8"), "Pass one of --target_compression"),
         (("--target_bytes", "1.4"), "--target_bytes 1.4 is outside (0, 1]"),
         (("--target_bytes", "half"), "--target_bytes 'half' is not a number"),
         (("--target_bytes", "0.001"), "Target 0.001 is too small"),

@@ -4,9 +4,10 @@ They are for people who watch: where standard error is no terminal, every stage 
 """
 
 import sys
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from operator import length_hint
 from typing import Any
 
 from tqdm import tqdm
@@ -42,7 +43,6 @@ def _announces() -> bool:
 
 def progress_bar(iterable: Iterable | None, title: str, **options: Any) -> tqdm:
     """A tqdm bar on standard error with tqdm's own `options`, over `iterable` (None: to be updated by hand)."""
-    is_empty = isinstance(iterable, Sized) and len(iterable) == 0
-    if _announces() and not is_progress_shown() and not is_empty:
+    if _announces() and not is_progress_shown() and length_hint(iterable, 1):
         tqdm.write(title, sys.stderr)
     return tqdm(iterable, title, disable=not is_progress_shown(), **options)
