@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hisvd.evaluation_figures import perplexity_text, with_reference
 from hisvd.utils.files import write_json
 from hisvd.utils.html_report import (
     COLORS,
@@ -86,11 +87,6 @@ def original_of(result: dict, results: Sequence[dict]) -> dict | None:
     named = [other for other in originals if other["model"].rstrip("/") == result["source_model"].rstrip("/")]
     found = named or (originals if len(originals) == 1 else [])
     return next((o for o in found if o["linear_numbers_dense"] == result["linear_numbers_dense"]), None)
-
-
-def perplexity_text(value: float) -> str:
-    """A perplexity as it is printed."""
-    return f"{value:.2f}" if value < 1e5 else f"{value:.2e}"
 
 
 def perplexity_table(results: Sequence[dict], names: Sequence[str], texts: Sequence[str]) -> str:
@@ -202,10 +198,8 @@ def task_table(results: Sequence[dict], names: Sequence[str]) -> str:
 
 def speed_table(results: Sequence[dict], names: Sequence[str]) -> str:
     """Speed and memory with their ratios to the reference, which is a row of its own if no model is it."""
-    measured = [(name, result["speed"]) for name, result in zip(names, results, strict=True) if "speed" in result]
-    reference = next((figures["reference"] for _, figures in measured if "reference" in figures), None)
-    if reference and all("reference" in figures for _, figures in measured):
-        measured.insert(0, (reference["model"], reference))
+    rows_of_models = [(name, result["speed"]) for name, result in zip(names, results, strict=True) if "speed" in result]
+    measured, reference = with_reference(rows_of_models)
     known = [key for key in SPEEDS if any(key in figures for _, figures in measured)]
     rows = []
     for name, figures in measured:

@@ -5,7 +5,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
@@ -68,8 +67,8 @@ class Rates:
         return measured[nearest] * (n / nearest) ** 3
 
 
-def measure_rates(device: torch.device, work: Work, folder: Path | None = None) -> Rates:
-    """The rates of whatever `work` needs; takes some seconds. `folder` is on the disk that is meant (None: /tmp)."""
+def measure_rates(device: torch.device, work: Work) -> Rates:
+    """The rates of whatever `work` needs; takes some seconds. The disk is that of temporary files."""
     products = {dtype: 2 * TOKENS * INNER * OUTER / _seconds(_product(device, dtype)) for dtype in work.products}
     largest = max((n for _, _, n in work.decompositions), default=0)
     decompositions = {}
@@ -81,7 +80,7 @@ def measure_rates(device: torch.device, work: Work, folder: Path | None = None) 
                 decompositions[name, dtype, size] = _seconds(lambda: DECOMPOSITIONS[name](matrix))  # noqa: B023
     ones = torch.ones(MOVED // 8, device=device)
     memory = MOVED / _seconds(lambda: ones + ones)  # one half is read, one half written
-    return Rates(products, decompositions, memory, _disk_rate(folder))
+    return Rates(products, decompositions, memory, _disk_rate())
 
 
 def _product(device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
@@ -89,10 +88,10 @@ def _product(device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
     return lambda: torch.nn.functional.linear(a, b)
 
 
-def _disk_rate(folder: Path | None) -> float:
+def _disk_rate() -> float:
     """Bytes per second of writing a file with fsync."""
     data = torch.ones(MOVED, dtype=torch.uint8).numpy().data
-    with tempfile.TemporaryFile(dir=folder) as file:
+    with tempfile.TemporaryFile() as file:
         start = time.perf_counter()
         file.write(data)
         file.flush()

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from hisvd.calibration_cache import CalibrationCache
 from hisvd.compression import CompressedModel, compress
 from hisvd.errors import HiSVDError, TargetTooSmallError
-from hisvd.planning import opened_cache, plan
+from hisvd.planning import opened_cache
 from hisvd.schema import NUMBER
 from hisvd.settings import CompressionSettings, Resources, check_at_least
 from hisvd.utils import distributed
@@ -154,17 +154,16 @@ class _Search:
 
     def tried(self, percent: int, settings: CompressionSettings, kind: str) -> float:
         """The perplexity of the model that keeps so many percent; infinite where none can be as small."""
-        try:
-            plan(self.cache, percent / 100, settings)
-        except TargetTooSmallError:
-            return math.inf
         path = self._path(percent, kind)
 
         def made() -> Path:
             compress(self.model, self.cache, path, percent / 100, settings, self.resources)
             return path
 
-        perplexity = self.measured(path.name, made)
+        try:
+            perplexity = self.measured(path.name, made)
+        except TargetTooSmallError:  # raised by the plan, before anything is made
+            return math.inf
         if kind == "tried" and distributed.is_first():
             shutil.rmtree(path, ignore_errors=True)  # it was made for this alone
         return perplexity

@@ -40,4 +40,3 @@ def merge_safetensors(paths: Sequence[Path], output: Path) -> None:
                 while left:
                     data = source.read(min(CHUNK, left))
                     left -= file.write(data)
-        file.flush()

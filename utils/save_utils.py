@@ -3,9 +3,10 @@
 import json
 import re
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors.torch import load_file
@@ -18,6 +19,7 @@ from hisvd.utils.load_utils import PT_FILE_PREFIX, PT_FORMAT, read_pt
 from hisvd.utils.model_utils import INDEX_NAME, SINGLE_NAME, Checkpoint, open_safetensors, safetensors_header
 from hisvd.utils.safetensors_merge import merge_safetensors
 
+Item = TypeVar("Item")
 PLAN = "plan.json"
 WRITTEN = "written.json"  # the names of the files beside the shards, which are all that is deleted with a .pt's shards
 PREDICTED = "predicted_loss"  # follows from the rest of a plan, and its last digits depend on the machine
@@ -163,7 +165,9 @@ class ModelWriter:
         Raises:
             HiSVDError: a file cannot be written.
         """
-        groups = [[]] if is_pt(self.output) else grouped_by_bytes(self.shard_files(), MAX_SHARD_BYTES)
+        if is_pt(self.output):
+            return
+        groups = grouped_by_bytes(self.shard_files(), lambda path: path.stat().st_size, MAX_SHARD_BYTES)
         if all(len(group) < 2 for group in groups):
             return
         for old in make_folder(self.packed).glob("*.safetensors"):  # of a run that was killed here
@@ -355,27 +359,18 @@ def _foreign(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def grouped_by_bytes(paths: list[Path], limit: int) -> list[list[Path]]:
-    """Files in order, in groups of at most `limit` bytes; a larger one has a group of its own."""
-    groups, left = list[list[Path]](), 0
-    for path in paths:
-        size = path.stat().st_size
-        if not groups or size > left:
+def grouped_by_bytes(items: Iterable[Item], size: Callable[[Item], int], limit: int) -> list[list[Item]]:
+    """`items` in order, in groups whose sizes sum to at most `limit` bytes; a larger one has a group of its own."""
+    groups, left = list[list[Item]](), 0
+    for item in items:
+        if not groups or size(item) > left:
             groups.append([])
             left = limit
-        groups[-1].append(path)
-        left -= size
+        groups[-1].append(item)
+        left -= size(item)
     return groups
 
 
 def split_by_bytes(tensors: dict[str, torch.Tensor], limit: int) -> list[dict[str, torch.Tensor]]:
-    """`tensors` in order, in parts of at most `limit` bytes; a larger tensor has a part of its own."""
-    parts: list[dict[str, torch.Tensor]] = [{}]
-    left = limit
-    for name, tensor in tensors.items():
-        if parts[-1] and tensor.nbytes > left:
-            parts.append({})
-            left = limit
-        parts[-1][name] = tensor
-        left -= tensor.nbytes
-    return parts
+    """`tensors` in order, in parts of at most `limit` bytes, at least one; a larger tensor has a part of its own."""
+    return [dict(part) for part in grouped_by_bytes(tensors.items(), lambda item: item[1].nbytes, limit)] or [{}]

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from hisvd.evaluation_figures import perplexity_text, with_reference
 from hisvd.tables import table
 from hisvd.utils.task_utils import main_metric
 
@@ -28,7 +29,7 @@ def result_table(results: list[dict]) -> str:
             Path(result["model"]).name,
             f"{result['linear_kept']:.2%}",
             f"{result['weight_file_bytes'] / 1e6:.1f}",
-            *(f"{f['perplexity']:.2f}" if f["perplexity"] < 1e5 else f"{f['perplexity']:.2e}" for f in figures),
+            *(perplexity_text(f["perplexity"]) for f in figures),
             *(["/".join(str(f["tokens_scored"]) for f in figures)] if names else []),
         ]
         row += [f"{result['tasks'][name][metric]:.4f}" for name, metric in tasks]
@@ -53,10 +54,7 @@ SPEED_COLUMNS = {  # figure → (title, unit, decimals)
 
 def speed_table(results: list[dict]) -> str:
     """Speed and peak memory as a table, with the ratios to the reference, and what they mean."""
-    measured = [(result["model"], result["speed"]) for result in results]
-    reference = next((figures["reference"] for _, figures in measured if "reference" in figures), None)
-    if reference and all("reference" in figures for _, figures in measured):  # it is not a row
-        measured.insert(0, (reference["model"], reference))
+    measured, reference = with_reference([(result["model"], result["speed"]) for result in results])
     rows = [speed_row(name, figures) for name, figures in measured]
     tokens = results[0]["speed"]["prompt_tokens"]
     lines = [
