@@ -16,7 +16,7 @@ from hisvd.calibration_cache import AGAIN as CALIBRATE_AGAIN
 from hisvd.calibration_cache import MANIFEST, CalibrationCache, read_cache
 from hisvd.errors import HiSVDError
 from hisvd.estimates import RunSizes, activation_bytes, cache_bytes, shapes_of
-from hisvd.gradient_pass import OutputGradientMoments, gradients_at_top, input_gradients
+from hisvd.gradient_pass import DRAWN, OutputGradientMoments, gradients_at_top, input_gradients
 from hisvd.input_moments import InputMoments
 from hisvd.layer_statistics import gradient_statistics, layer_statistics
 from hisvd.settings import CalibrationSettings, Resources
@@ -237,8 +237,8 @@ class Calibration:
         self.streamed, self.tokens, self.cache = streamed, distributed.share(tokens), cache
         # Drawn for all sequences at once, so that they do not depend on batches and processes.
         windows = cache.identity["grad_nsamples"]
-        draws = torch.rand(windows, tokens.shape[1] - 1, generator=torch.Generator().manual_seed(0))
-        self.draws = distributed.share(draws)
+        shape = (windows, tokens.shape[1] - 1, DRAWN + 1)
+        self.draws = distributed.share(torch.rand(shape, generator=torch.Generator().manual_seed(0)))
         self.gradient_tokens = self.tokens[: len(self.draws)]
         self.hidden = self._pair("hidden", self.tokens)
         points = range(cache.num_layers + 1) if windows else ()
@@ -294,7 +294,7 @@ class Calibration:
     def gradient_pass(self) -> None:
         """Moments of the output gradients, from the top down."""
         streamed, cache = self.streamed, self.cache
-        gradients = self._pair("gradient", self.gradient_tokens, 2)
+        gradients = self._pair("gradient", self.gradient_tokens)
         arguments = streamed.embed(self.gradient_tokens, None)
         first = len(cache.gradients)
         self._resume_backward(gradients, arguments)
@@ -314,7 +314,7 @@ class Calibration:
         streamed, top, done = self.streamed, self.cache.num_layers, len(self.cache.gradients)
         if done and distributed.count() == 1 and gradients[top - done].is_whole():
             return
-        files = self._pair(f"gradient{AGAIN}", self.gradient_tokens, 2) if done else gradients
+        files = self._pair(f"gradient{AGAIN}", self.gradient_tokens) if done else gradients
         with streamed.outside_weights():
             hidden = streamed.read(self.kept[top])
             files[top].write(gradients_at_top(streamed, hidden, self.gradient_tokens, self.draws))
@@ -337,8 +337,8 @@ class Calibration:
     def _path(self, name: str, suffix: str = "") -> Path:
         return self.cache.folder / f"{distributed.own_name(name)}{suffix}"
 
-    def _pair(self, name: str, tokens: torch.Tensor, side_by_side: int = 1) -> ActivationPair:
-        return self.streamed.pair(self._path(name), tokens, side_by_side)
+    def _pair(self, name: str, tokens: torch.Tensor) -> ActivationPair:
+        return self.streamed.pair(self._path(name), tokens)
 
     def _kept(self, index: int) -> ActivationFile | None:
         return self.kept[index] if self.kept else None

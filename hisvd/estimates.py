@@ -198,9 +198,9 @@ def estimated_stages(shapes: Shapes, sizes: RunSizes) -> list[Stage]:
 
 def activation_bytes(shapes: Shapes, sizes: RunSizes) -> int:
     """Bytes of the hidden states that calibrate.py keeps in files: two files for all sequences, which layers read and
-    write in turn, and for those with gradients the inputs of all layers and two files of two gradients each.
+    write in turn, and for those with gradients the inputs of all layers and two files of gradients.
     """
-    count = 2 * sizes.nsamples + sizes.grad_nsamples * (len(shapes.layers) + 1 + 4)
+    count = 2 * sizes.nsamples + sizes.grad_nsamples * (len(shapes.layers) + 1 + 2)
     return count * sizes.seqlen * shapes.hidden * sizes.compute.itemsize
 
 
@@ -275,8 +275,8 @@ def _backward(shapes: Shapes, sizes: RunSizes) -> Stage:
     top = (
         BASE + 6 * 4 * LOGITS_AT_ONCE + sizes.compute.itemsize * (shapes.outside + TOKENS_PER_BATCH * 4 * shapes.hidden)
     )
-    # Logits, and their gradients for two losses; softmax, sums, draws and gradients of them in float32.
-    work.products[sizes.compute] += 6 * tokens * shapes.hidden * shapes.vocabulary
+    # Logits, and the gradients at them taken down; softmax, sums and draws in float32.
+    work.products[sizes.compute] += 4 * tokens * shapes.hidden * shapes.vocabulary
     work.memory += LOGITS_MOVED * 4 * tokens * shapes.vocabulary
     for layer in shapes.layers:
         sums = sum(8 * m * m for m, _ in layer.shapes)
@@ -284,13 +284,13 @@ def _backward(shapes: Shapes, sizes: RunSizes) -> Stage:
         largest = max(max(m, n) for m, n in layer.shapes)
         held = max(24 * m * m + 8 * n * n + _decomposition(m, n) for m, n in layer.shapes)
         peak = max(peak, sums + max(_batch(shapes, sizes.compute, True) + 4 * largest**2, read + held))
-        _pass(work, layer, shapes, sizes, sizes.grad_nsamples, backward=2)
+        _pass(work, layer, shapes, sizes, sizes.grad_nsamples, backward=1)
         for n, _ in layer.inputs:
             work.products[F64] += 2 * n**3  # H from its eigenvectors
             work.decompositions["cholesky", F64, n] += 1
         for m, n in layer.shapes:
             small = min(m, n)
-            _gram(work, 2 * tokens, m, sizes.compute)
+            _gram(work, tokens, m, sizes.compute)
             work.products[F64] += 2 * m * n * (n + m + GRAM * small)
             work.decompositions["eigh", F32, m] += 1
             work.decompositions["eigvalsh", F64, small] += 1
@@ -304,7 +304,7 @@ def _backward(shapes: Shapes, sizes: RunSizes) -> Stage:
             work.decompositions["cholesky", F64, neurons] += 2
             for size in (linears[-1][0], *(n for _, n in linears[:-1])):
                 work.decompositions["eigvalsh", F64, size] += len(spectrum_widths(neurons))
-    work.disk += 2 * _kept_bytes(shapes, sizes) + 4 * 2 * _kept_bytes(shapes, sizes) + 2 * cache_bytes(shapes, True)
+    work.disk += 6 * _kept_bytes(shapes, sizes) + 2 * cache_bytes(shapes, True)
     disk = activation_bytes(shapes, sizes) + cache_bytes(shapes, True)
     memory = max(top, _memory(shapes, sizes, peak))
     return Stage("calibrate: gradients", memory, disk, work)

@@ -16,42 +16,55 @@ from hisvd.utils.eval_utils import tokens_at_once
 from hisvd.utils.streaming import Arguments, StreamedModel
 from hisvd.whitening_svd import gram
 
+DRAWN = 32  # tokens drawn from each prediction
+
 
 def gradients_at_top(
     streamed: StreamedModel, hidden: Iterator[torch.Tensor], tokens: torch.Tensor, draws: torch.Tensor
 ) -> Iterator[torch.Tensor]:
-    """Gradients (b, seqlen, 2 hidden) of summed next-token losses with respect to the last layer's outputs.
+    """Gradients (b, seqlen, hidden) with respect to the last layer's outputs, see `loss_gradient`.
 
-    `hidden` yields those outputs for consecutive batches of `tokens`; `draws` (sequences, seqlen − 1) holds numbers
-    drawn from [0, 1). Consume it inside `streamed.outside_weights`. The first half is for the text's own tokens,
-    the second for tokens drawn from the model's predictions: F is then the mean of the empirical Fisher matrix and of a
-    sample of the exact one, which errs less than either. Norm and head treat tokens independently, and run on few at
-    a time because logits are large.
+    `hidden` yields those outputs for consecutive batches of `tokens`, `draws` (sequences, seqlen − 1, DRAWN + 1) holds
+    numbers drawn from [0, 1). Consume it inside `streamed.outside_weights`. Norm and head treat tokens independently,
+    and run on few at a time because logits are large.
     """
     batch_size, chunk = streamed.batch_size, tokens_at_once(streamed.skeleton)
     for states, ids, uniform in zip(hidden, tokens.split(batch_size), draws.split(batch_size), strict=True):
-        gradient = states.new_zeros(*states.shape[:2], 2 * states.shape[2])
+        gradient = torch.zeros_like(states)
         flat, flat_gradient = states[:, :-1].flatten(0, 1), []
-        per_token = (flat, ids[:, 1:].flatten().to(states.device), uniform.flatten().to(states.device))
+        per_token = (flat, ids[:, 1:].flatten().to(states.device), uniform.flatten(0, 1).to(states.device))
         for part, labels, part_draws in zip(*(t.split(chunk) for t in per_token), strict=True):
             leaf = part.detach().requires_grad_()
             with torch.enable_grad():
                 logits = streamed.logits(leaf).float()
-                targets = (labels, sample_labels(logits.detach(), part_draws))
-                losses = [nn.functional.cross_entropy(logits, t, reduction="sum") for t in targets]
-                parts = [torch.autograd.grad(loss, leaf, retain_graph=True)[0] for loss in losses]
-            flat_gradient.append(torch.cat(parts, -1))
+            flat_gradient += torch.autograd.grad(logits, leaf, loss_gradient(logits.detach(), labels, part_draws))
         gradient[:, :-1] = torch.cat(flat_gradient).view_as(gradient[:, :-1])
         yield gradient
 
 
-def sample_labels(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """A token (tokens,) from each distribution softmax(logits), (tokens, vocabulary), by inverting its cumulative sums.
+def loss_gradient(logits: torch.Tensor, labels: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+    """Gradients g (tokens, vocabulary) at the logits, in their dtype, whose E[g gᵀ] is the mean of two Fisher matrices.
 
-    `uniform` (tokens,) holds numbers drawn from [0, 1).
+    The empirical one is that of the text's own next tokens, `labels` (tokens,); the exact one that of the model's
+    predictions p, diag(p) − p pᵀ at the logits. Their mean errs less than either. For the exact one, tokens are drawn
+    from p and their gradients added with random signs, so that one backward pass serves both: products of different
+    terms vanish in the mean. `draws` (tokens, DRAWN + 1), from [0, 1), says which tokens, then which signs.
     """
-    sums = logits.softmax(-1).cumsum_(-1)
-    return torch.searchsorted(sums, uniform[:, None] * sums[:, -1:], right=True)[:, 0].clamp_max(logits.shape[-1] - 1)
+    p = logits.softmax(-1)
+    signs = torch.where(draws[:, 1:] < 0.5, -1.0, 1.0).to(p) / DRAWN**0.5
+    weights = torch.cat([torch.ones_like(signs[:, :1]), signs], 1)
+    chosen = torch.cat([labels[:, None], sample_labels(p, draws[:, 0])], 1)
+    return (p * weights.sum(1, keepdim=True)).scatter_add_(1, chosen, -weights).mul_(0.5**0.5)
+
+
+def sample_labels(p: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """DRAWN tokens (tokens, DRAWN) from each distribution p (tokens, vocabulary), evenly spread over it.
+
+    `uniform` (tokens,), from [0, 1), shifts the points at which the cumulative sums are inverted.
+    """
+    sums = p.cumsum(-1)
+    points = (uniform[:, None] + torch.arange(DRAWN, device=p.device)) / DRAWN
+    return torch.searchsorted(sums, points * sums[:, -1:], right=True).clamp_max(p.shape[-1] - 1)
 
 
 class OutputGradientMoments:
@@ -101,22 +114,18 @@ def input_gradients(
 ) -> Iterator[torch.Tensor]:
     """Take gradients from the outputs of `layer` to its inputs, batch by batch, filling `moments` on the way.
 
-    The gradients of both losses (see gradients_at_top) are side by side, (b, seqlen, 2 hidden), and count equally.
-
     Raises:
         HiSVDError: a gradient is not finite; the layer is named.
     """
-    for hidden, (args, kwargs), both in zip(inputs, arguments, output_gradients, strict=True):
+    for hidden, (args, kwargs), gradient in zip(inputs, arguments, output_gradients, strict=True):
         hidden.requires_grad_()
         with torch.enable_grad():
             output = layer(hidden, *args, **kwargs)
             output = output[0] if isinstance(output, tuple) else output
         reached = [path for path in moments.paths if path in moments.outputs]  # some experts may receive no token
-        outputs, at_inputs = [moments.outputs.pop(path) for path in reached], []
-        for gradient, retain_graph in zip(both.chunk(2, -1), (True, False), strict=True):
-            below, *at_linears = torch.autograd.grad(output, [hidden, *outputs], gradient, retain_graph)
-            if not torch.isfinite(below).all():
-                raise HiSVDError(f"The gradients in {name} are NaN or infinite; use --dtype float32 or --no_gradients.")
-            moments.add(hidden.shape[:-1].numel(), dict(zip(reached, at_linears, strict=True)))
-            at_inputs.append(below)
-        yield torch.cat(at_inputs, -1)
+        outputs = [moments.outputs.pop(path) for path in reached]
+        below, *at_linears = torch.autograd.grad(output, [hidden, *outputs], gradient)
+        if not torch.isfinite(below).all():
+            raise HiSVDError(f"The gradients in {name} are NaN or infinite; use --dtype float32 or --no_gradients.")
+        moments.add(hidden.shape[:-1].numel(), dict(zip(reached, at_linears, strict=True)))
+        yield below

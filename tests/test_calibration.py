@@ -16,7 +16,7 @@ import hisvd
 from hisvd.calibration_cache import SPECTRA, read_cache
 from hisvd.component.adapter import Adapter
 from hisvd.errors import HiSVDError
-from hisvd.gradient_pass import sample_labels
+from hisvd.gradient_pass import DRAWN, loss_gradient, sample_labels
 from hisvd.input_moments import InputMoments
 from hisvd.utils.data_utils import CALIBRATION_SPLIT, calibration_windows, load_text, split_held_out, tokenize
 
@@ -62,25 +62,17 @@ def test_streamed_moments_equal_those_of_the_whole_model(model_folders, caches, 
 
 
 def gradient_moments_of(model, tokens):
-    """E[g gᵀ] of every linear's output, by autograd through the whole model: sublayer name → (m, m).
-
-    The mean of both losses' g gᵀ: that of the text's tokens and that of drawn ones.
-    """
+    """E[g gᵀ] of every linear's output, by autograd through the whole model: sublayer name → (m, m)."""
     outputs = {}
     for name, module in model.model.named_modules(prefix="model"):
         if isinstance(module, torch.nn.Linear):
             module.register_forward_hook(lambda _, __, y, name=name: outputs.__setitem__(name, y))
     logits = model(tokens).logits[:, :-1].flatten(0, 1)
-    uniform = torch.rand(6, 31, generator=torch.Generator().manual_seed(0)).flatten()
-    labels = (tokens[:, 1:].flatten(), sample_labels(logits.detach(), uniform))
-    moments = {}
-    for targets in labels:
-        loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
-        gradients = torch.autograd.grad(loss, list(outputs.values()), retain_graph=True)
-        for name, g in zip(outputs, gradients, strict=True):
-            rows = g.reshape(-1, g.shape[-1]).double()
-            moments[name] = moments.get(name, 0) + rows.T @ rows / (2 * tokens.numel())
-    return moments
+    draws = torch.rand(6, 31, DRAWN + 1, generator=torch.Generator().manual_seed(0)).flatten(0, 1)
+    at_logits = loss_gradient(logits.detach(), tokens[:, 1:].flatten(), draws)
+    gradients = torch.autograd.grad(logits, list(outputs.values()), at_logits)
+    rows = {name: g.reshape(-1, g.shape[-1]).double() for name, g in zip(outputs, gradients, strict=True)}
+    return {name: g.T @ g / tokens.numel() for name, g in rows.items()}
 
 
 def gradient_moments_stored(cache, sublayer):
@@ -100,14 +92,27 @@ def test_streamed_gradient_moments_equal_autograds(model_folders, caches, family
         torch.testing.assert_close(gradient_moments_stored(cache, s), expected[s.name], rtol=1e-5, atol=1e-5 * scale)
 
 
+def test_gradients_at_logits_have_the_mean_of_both_fisher_matrices_as_second_moment():
+    count = 20_000
+    logits = torch.tensor([2.0, 0.0, -torch.inf, 1.0]).double().repeat(count, 1)
+    draws = torch.rand(count, DRAWN + 1, generator=torch.Generator().manual_seed(1))
+    labels = torch.arange(count) % 2
+    gradients = loss_gradient(logits, labels, draws)
+    p = logits[0].softmax(-1)
+    text = p - torch.nn.functional.one_hot(labels, 4)
+    expected = (text.T @ text / count + p.diag() - p.outer(p)) / 2
+    torch.testing.assert_close(gradients.T @ gradients / count, expected, rtol=0, atol=0.01)
+    assert not gradients[:, 2].any()
+
+
 def test_labels_are_drawn_as_often_as_the_model_predicts_them():
-    logits = torch.tensor([2.0, 0.0, -torch.inf, 1.0]).repeat(20_000, 1)
-    uniform = torch.rand(20_000, generator=torch.Generator().manual_seed(1))
-    shares = torch.bincount(sample_labels(logits, uniform), minlength=4) / 20_000
-    torch.testing.assert_close(shares, logits[0].softmax(-1), rtol=0, atol=0.01)
-    assert shares[2] == 0
-    ends = torch.tensor([0.0, 1 - 2**-24])
-    assert sample_labels(logits[:2], ends).tolist() == [0, 3]
+    p = torch.tensor([2.0, 0.0, -torch.inf, 1.0]).softmax(-1).repeat(1000, 1)
+    drawn = sample_labels(p, torch.rand(1000, generator=torch.Generator().manual_seed(1)))
+    counts = torch.nn.functional.one_hot(drawn, 4).sum(1)
+    assert (counts - DRAWN * p).abs().max() <= 1  # spread evenly for every single token
+    torch.testing.assert_close(counts.double().mean(0) / DRAWN, p[0].double(), rtol=0, atol=2e-3)
+    ends = sample_labels(p[:2], torch.tensor([0.0, 1 - 2**-24]))
+    assert ends[0, 0] == 0 and ends[1, -1] == 3
 
 
 def test_without_gradients_the_cache_holds_only_the_forward_pass(model_folders, caches, tmp_path):

@@ -130,10 +130,10 @@ class StreamedModel:
         self._load_weights(layer, {k: v for k, v in names.items() if k not in computed})
         return layer.to(self.device)
 
-    def file(self, path: Path, tokens: torch.Tensor, side_by_side: int = 1) -> ActivationFile:
-        """The file at `path` for `side_by_side` hidden states per token of `tokens` (sequences, seqlen)."""
+    def file(self, path: Path, tokens: torch.Tensor) -> ActivationFile:
+        """The file at `path` for a hidden state per token of `tokens` (sequences, seqlen)."""
         if path not in self._files:
-            width = side_by_side * self.checkpoint.config.get_text_config().hidden_size
+            width = self.checkpoint.config.get_text_config().hidden_size
             size = tokens.numel() * width * self.dtype.itemsize
             self._files[path] = ActivationFile(path, (*tokens.shape, width), self.dtype, size <= self._memory_left)
             self._memory_left -= size if size <= self._memory_left else 0
@@ -143,10 +143,10 @@ class StreamedModel:
         """Consecutive batches of a file."""
         return file.read(self.batch_size, self.device)
 
-    def pair(self, path: Path, tokens: torch.Tensor, side_by_side: int = 1, keep_first: bool = False) -> ActivationPair:
+    def pair(self, path: Path, tokens: torch.Tensor, keep_first: bool = False) -> ActivationPair:
         """The pair of files `path`_even.bin and `path`_odd.bin, with `keep_first` `path`_first.bin beside them."""
         names = ("even", "odd", *(["first"] if keep_first else []))
-        return ActivationPair(*(self.file(path.with_name(f"{path.name}_{n}.bin"), tokens, side_by_side) for n in names))
+        return ActivationPair(*(self.file(path.with_name(f"{path.name}_{n}.bin"), tokens) for n in names))
 
     @torch.no_grad()
     def embed(
