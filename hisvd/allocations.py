@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hisvd.calibration_cache import ELIMINATION, LEADING_VECTORS, ROUNDING, SPECTRA, CalibrationCache
+from hisvd.calibration_cache import LEADING_VECTORS, REMOVAL, ROUNDING, SPECTRA, CalibrationCache
 from hisvd.clustering import layer_clusters
 from hisvd.component.adapter import Mlp
 from hisvd.component.experts import kind_of
@@ -18,7 +18,7 @@ from hisvd.integer_codes import INTEGERS
 from hisvd.rank_allocation import project_shares, ranks_from_shares, stage1_shares, uniform_shares
 from hisvd.rank_metrics import rank_of
 from hisvd.refinement import stage2_factors
-from hisvd.shape_utils import Storage, Sublayer
+from hisvd.shape_utils import PLAIN_BYTES, Storage, Sublayer
 from hisvd.width_allocation import loss_ranks
 
 if TYPE_CHECKING:  # the settings take their choices from the rules, so they import this module
@@ -28,6 +28,15 @@ if TYPE_CHECKING:  # the settings take their choices from the rules, so they imp
 # What is truncated is chosen by its small loss on the calibration text, so it costs more on other texts; rounding
 # errors are not chosen. By experience, see docs/ablations.md.
 ROUNDING_DISCOUNT = 0.5
+# Where little is removed, neurons go that other texts may need; where much is, all have to give. Between these shares
+# of the parameters, the losses of removing neurons pass from measured to guarded ones. By experience as well.
+MEASURED_BELOW, GUARDED_ABOVE = 0.6, 0.8
+
+
+def guard_at(target: float, settings: "CompressionSettings") -> float:
+    """The part of guarded losses (layer_statistics.GUARD) among those of removing neurons, in [0, 1]."""
+    smallest = PLAIN_BYTES * max(i.per_byte for i in INTEGERS.values()) if settings.budget == "bytes" else 1
+    return min(max((target * smallest - MEASURED_BELOW) / (GUARDED_ABOVE - MEASURED_BELOW), 0.0), 1.0)
 
 
 @dataclass(frozen=True)
@@ -71,11 +80,12 @@ class RankProblem:
 
     @cached_property
     def _eliminations(self) -> list[dict[str, torch.Tensor]]:
-        return [self.cache.read_small(index, *ELIMINATION) for index in range(self.cache.num_layers)]
+        return [self.cache.read_small(index, REMOVAL) for index in range(self.cache.num_layers)]
 
-    def elimination(self, layer: int) -> dict[str, torch.Tensor]:
-        """`{path}.removal_order` and `{path}.removal_losses` of the MLPs of a layer, by their output linears."""
-        return self._eliminations[layer]
+    def removal_losses(self, layer: int, path: str, guard: float) -> torch.Tensor:
+        """What removing 0 … n neurons adds (n + 1,), for the MLP with the output linear `path`; see `guard_at`."""
+        measured, guarded = self._eliminations[layer][f"{path}.removal_losses"]
+        return torch.lerp(measured, guarded, guard)
 
     def noise(self, sublayer: Sublayer, storage: Storage) -> float:
         """Energy of the rounding errors of its plain weight, as a fraction of that of F^{1/2} W H^{1/2}, discounted."""

@@ -20,13 +20,13 @@ from hisvd.utils.files import check_regular, read_json, sha256_of_file, sha256_o
 from hisvd.utils.model_utils import Checkpoint, open_safetensors
 from hisvd.whitening_svd import F_DAMPING, PartOfMoment, SecondMoment, damped
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 AGAIN = "delete the cache folder and run calibrate.py again"
 MANIFEST = "manifest.json"
 TOKENS = "tokens.safetensors"
 # Name endings of the small tensors, which are all that a rank plan needs.
 SPECTRA = "singular_values"
-ELIMINATION = ("removal_order", "removal_losses")  # of hidden neurons
+REMOVAL = "removal_losses"  # of hidden neurons
 ROUNDING = "rounding_errors"
 LEADING_VECTORS = "Vh"
 # The schema of manifest.json.
@@ -142,7 +142,7 @@ class CalibrationCache:
 
     def _write(self, file: str, tensors: dict[str, torch.Tensor]) -> dict:
         write_tensors(self.folder / file, tensors)
-        endings = (SPECTRA, LEADING_VECTORS, *ELIMINATION, ROUNDING)
+        endings = (SPECTRA, LEADING_VECTORS, REMOVAL, ROUNDING)
         small = {n: sha256_of_tensor(t) for n, t in tensors.items() if n.endswith(endings)}
         return {"file": file, "sha256": sha256_of_file(self.folder / file), "small_tensors_sha256": small}
 
@@ -235,7 +235,7 @@ class CalibrationCache:
     def read_small(self, index: int, *endings: str) -> dict[str, torch.Tensor]:
         """The tensors of one layer with these `endings`, each checked; only a small part of the files is read.
 
-        Endings are of SPECTRA, LEADING_VECTORS, ELIMINATION and ROUNDING.
+        Endings are of SPECTRA, LEADING_VECTORS, REMOVAL and ROUNDING.
 
         Raises:
             HiSVDError: a file is missing, truncated or these tensors were edited.

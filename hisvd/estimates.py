@@ -215,7 +215,7 @@ def cache_bytes(shapes: Shapes, gradients: bool) -> int:
             leading = min(NUM_LEADING_VECTORS, m, n)
             total += 4 * (leading * n + (2 + gradients) * min(m, n) + gradients * m * m) + 8 * gradients * len(INTEGERS)
         for neurons, linears in layer.mlps if gradients else ():
-            total += 4 * neurons + 8 * (neurons + 1) + 4 * len(spectrum_widths(neurons)) * sum(map(min, linears))
+            total += 4 * neurons + 16 * (neurons + 1) + 4 * len(spectrum_widths(neurons)) * sum(map(min, linears))
     return total
 
 
@@ -287,11 +287,11 @@ def _backward(shapes: Shapes, sizes: RunSizes) -> Stage:
         _pass(work, layer, shapes, sizes, sizes.grad_nsamples, backward=1)
         for n, _ in layer.inputs:
             work.products[F64] += 2 * n**3  # H from its eigenvectors
-            work.decompositions["cholesky", F64, n] += 1
+            work.decompositions["cholesky", F64, n] += 2
         for m, n in layer.shapes:
             small = min(m, n)
             _gram(work, tokens, m, sizes.compute)
-            work.products[F64] += 2 * m * n * (n + m + GRAM * small)
+            work.products[F64] += 2 * m * n * (2 * n + m + GRAM * small)
             work.decompositions["eigh", F32, m] += 1
             work.decompositions["eigvalsh", F64, small] += 1
             work.memory += ROUNDING_MOVED * len(INTEGERS) * 8 * m * n
@@ -301,7 +301,7 @@ def _backward(shapes: Shapes, sizes: RunSizes) -> Stage:
             peak = max(peak, kept + 8 * (4 * max(max(s) for s in linears) ** 2 + 2 * sum(m * n for m, n in linears)))
             work.products[F64] += _elimination_flops(neurons, linears)
             work.memory += ELIMINATION_MOVED * 8 * neurons**3 / BLOCK
-            work.decompositions["cholesky", F64, neurons] += 2
+            work.decompositions["cholesky", F64, neurons] += 3
             for size in (linears[-1][0], *(n for _, n in linears[:-1])):
                 work.decompositions["eigvalsh", F64, size] += len(spectrum_widths(neurons))
     work.disk += 6 * _kept_bytes(shapes, sizes) + 2 * cache_bytes(shapes, True)
@@ -335,9 +335,9 @@ def _kept_bytes(shapes: Shapes, sizes: RunSizes) -> float:
 
 
 def _elimination_flops(neurons: int, linears: list[tuple[int, int]]) -> float:
-    """Products and solutions in float64: removing neurons one by one, then the Gram matrices at all widths."""
+    """Products and solutions in float64: removing neurons one by one, guarded losses, Gram matrices at all widths."""
     *inputs, (m, _) = linears
-    flops = 2 * neurons**3 + m * neurons * (5 * neurons + 4 * m)
+    flops = 2 * neurons**3 + m * neurons * (8 * neurons + 4 * m)
     return flops + sum(rows * (2 * rows**2 + rows * n + 4 * n**2) for rows, n in inputs)
 
 

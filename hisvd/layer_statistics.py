@@ -8,7 +8,7 @@ from hisvd.component.adapter import Mlp
 from hisvd.gradient_pass import OutputGradientMoments
 from hisvd.input_moments import InputMoments
 from hisvd.integer_codes import INTEGERS
-from hisvd.neurons import eliminate, fitting_moment, narrow_input_spectra, narrow_output_spectra
+from hisvd.neurons import eliminate, fitting_moment, narrow_input_spectra, narrow_output_spectra, removal_losses
 from hisvd.quantization import rounding_energy
 from hisvd.shape_utils import Sublayer
 from hisvd.whitening_svd import (
@@ -23,6 +23,9 @@ from hisvd.whitening_svd import (
 )
 
 NUM_LEADING_VECTORS = 64  # right singular vectors of W that the cache keeps
+# The damping of the inputs' second moments where losses are estimated: some energy everywhere, as if other texts used
+# what the calibration text hardly uses. Factors and re-fits are made with less.
+GUARD = 3e-2
 
 
 def layer_statistics(
@@ -61,19 +64,21 @@ def gradient_statistics(
 
     Per sublayer: `{path}.F_eigenvalues` (m,) and `{path}.F_eigenvectors` (m, m) of F = E[g gᵀ], undamped (a mean over
     all tokens, so that F of an expert is small where few tokens reach it), `{path}.two_sided_singular_values` of
-    F^{1/2} W H^{1/2}, and `{path}.rounding_errors` (formats,), float64, see quantization.rounding_energy. And what
-    neuron_statistics adds.
+    F^{1/2} W H^{1/2} with H damped by GUARD, and `{path}.rounding_errors` (formats,), float64, see
+    quantization.rounding_energy. And what neuron_statistics adds.
     """
     tensors: dict[str, torch.Tensor] = {}
     forward = cache.read_forward(index)
     for members in cache.groups_of(index):
-        root = cholesky_root(input_moment(members[0], forward, next(layer.parameters()).device), H_DAMPING)
+        moment = input_moment(members[0], forward, next(layer.parameters()).device)
+        root, guarded = cholesky_root(moment, H_DAMPING), cholesky_root(moment, GUARD)
+        del moment
         for path in (s.path for s in members):
             eigenvalues, eigenvectors = eigenpairs(moments.moments.pop(path).div_(moments.tokens), torch.float32)
             tensors |= {f"{path}.F_eigenvalues": _stored(eigenvalues), f"{path}.F_eigenvectors": _stored(eigenvectors)}
             f = damped(eigenvalues, eigenvectors, F_DAMPING)
             weight = layer.get_parameter(f"{path}.weight")
-            tensors[f"{path}.two_sided_singular_values"] = _stored(singular_values(whitened(weight, root, f)))
+            tensors[f"{path}.two_sided_singular_values"] = _stored(singular_values(whitened(weight, guarded, f)))
             errors = [rounding_energy(weight, root, f, name) for name in INTEGERS]
             tensors[f"{path}.{ROUNDING}"] = torch.stack(errors).cpu()
     for mlp in cache.mlps_of(index):
@@ -87,25 +92,27 @@ def neuron_statistics(
     """What removing hidden neurons of `mlp` costs, and the spectra of what is left of it (CPU).
 
     `statistics` are those of both passes, `sublayers` is by path. For the output linear, of n inputs:
-    `{path}.removal_order` (n,), int32, and `{path}.removal_losses` (n + 1,), float64, see neurons.Elimination. For it,
+    `{path}.removal_order` (n,), int32, and `{path}.removal_losses` (2, n + 1), float64, see neurons.Elimination: as
+    they are, and with its inputs' second moment damped by GUARD, as it also is in the spectra that follow. For it,
     re-fitted, and for the inputs: `{path}.narrow_singular_values` (widths, min(m, n)), a row of the two-sided spectrum
     for each of the widths of neurons.spectrum_widths, with zeros where it has fewer values.
     """
     device = next(layer.parameters()).device
     output, weight = sublayers[mlp.output], layer.get_parameter(f"{mlp.output}.weight")
     f, mean = output_gradient_moment(output, statistics, device), input_mean(output, statistics, device)
-    fitting = fitting_moment(input_moment(output, statistics, device), mean)
-    order, losses = eliminate(weight, fitting, f)
-    kept = order.flip(0)
-    found = {mlp.output: narrow_output_spectra(weight, fitting, mean, f, kept)}
-    del fitting
-    root = cholesky_root(input_moment(sublayers[mlp.inputs[0]], statistics, device), H_DAMPING)  # all read the same
+    moment = input_moment(output, statistics, device)
+    order, losses = eliminate(weight, fitting_moment(moment, mean), f)
+    kept, guarded = order.flip(0), fitting_moment(moment, mean, GUARD)
+    found = {mlp.output: narrow_output_spectra(weight, guarded, mean, f, kept)}
+    guarded_losses = removal_losses(weight, guarded, f, order)
+    del moment, guarded
+    root = cholesky_root(input_moment(sublayers[mlp.inputs[0]], statistics, device), GUARD)  # all read the same
     for path in mlp.inputs:
         metric = output_gradient_moment(sublayers[path], statistics, device)
         found[path] = narrow_input_spectra(layer.get_parameter(f"{path}.weight"), root, metric, kept, mlp.fused)
     tensors = {f"{p}.narrow_singular_values": _stored(v[:, : sublayers[p].full_rank]) for p, v in found.items()}
     tensors[f"{mlp.output}.removal_order"] = order.int().cpu()
-    tensors[f"{mlp.output}.removal_losses"] = losses.cpu()
+    tensors[f"{mlp.output}.removal_losses"] = torch.stack([losses, guarded_losses]).cpu()
     return tensors
 
 

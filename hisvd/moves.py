@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
-from hisvd.allocations import ALLOCATIONS, RankProblem
+from hisvd.allocations import ALLOCATIONS, RankProblem, guard_at
 from hisvd.byte_budget import SMALLEST, Curves, least_loss_storages, storages_at
 from hisvd.errors import HiSVDError
 from hisvd.factor_forms import form_in
@@ -50,17 +50,18 @@ def neurons_alone(problem: RankProblem, target: float) -> Choice:
 def _least_loss(problem: RankProblem, target: float, ranked: bool, narrow: bool) -> Choice:
     """With `ranked` linears may be factored, with `narrow` neurons removed; bytes are saved by integers too."""
     sublayers, settings = problem.sublayers, problem.settings
+    guard = guard_at(target, settings)
     what = f"--moves {settings.moves}: the least that it can leave"
     if settings.budget == "bytes":
         menu = storages(settings)
-        several = [curves_of(problem, [storage] * len(sublayers), ranked, narrow) for storage in menu]
+        several = [curves_of(problem, [storage] * len(sublayers), ranked, narrow, guard) for storage in menu]
         refuse_below(storages_at(several, SMALLEST).size, sublayers, target, what, PLAIN_BYTES)
         budget = budget_of(sublayers, target, PLAIN_BYTES)
         chosen = [menu[place] for place in least_loss_storages(several, budget)]
     else:
         budget = budget_of(sublayers, target)
         chosen = [Storage(settings.factors)] * len(sublayers)
-    curves = curves_of(problem, chosen, ranked, narrow)
+    curves = curves_of(problem, chosen, ranked, narrow, guard)
     refuse_below(least_parameters(*curves), sublayers, target, what, chosen[0].per_weight)
     widths, ranks = loss_widths_and_ranks(*curves, budget)
     outputs = [sublayers[mlp.members[-1]].name for mlp in curves.mlps]
@@ -76,10 +77,12 @@ def storages(settings: "CompressionSettings") -> list[Storage]:
     return [Storage(form_in(settings.factors, dtype), dtype, in_bytes=True) for dtype in (None, *INTEGERS)]
 
 
-def curves_of(problem: RankProblem, chosen: Sequence[Storage], ranked: bool, narrow: bool) -> Curves:
-    """The choices of all linears, each in the storage `chosen` for it; see _least_loss."""
+def curves_of(
+    problem: RankProblem, chosen: Sequence[Storage], ranked: bool, narrow: bool, guard: float = 0.0
+) -> Curves:
+    """The choices of all linears, each in the storage `chosen` for it; see _least_loss and allocations.guard_at."""
     allowed, spectra = problem.settings.allowed_ranks, problem.singular_values("two_sided_singular_values")
-    mlps = mlp_curves(problem, ranked, chosen) if narrow else []
+    mlps = mlp_curves(problem, ranked, chosen, guard) if narrow else []
     members = {member for mlp in mlps for member in mlp.members}
     others = [
         None
@@ -90,7 +93,7 @@ def curves_of(problem: RankProblem, chosen: Sequence[Storage], ranked: bool, nar
     return Curves(others, mlps)
 
 
-def mlp_curves(problem: RankProblem, ranked: bool, chosen: Sequence[Storage]) -> list[MlpCurves]:
+def mlp_curves(problem: RankProblem, ranked: bool, chosen: Sequence[Storage], guard: float = 0.0) -> list[MlpCurves]:
     """What every MLP loses by width and rank, from the cache; see curves_of."""
     places = {s.name: k for k, s in enumerate(problem.sublayers)}
     found = []
@@ -104,7 +107,7 @@ def mlp_curves(problem: RankProblem, ranked: bool, chosen: Sequence[Storage]) ->
                 members,
                 shapes=tuple(s.shape for s in sublayers),
                 fused=mlp.fused,
-                removal=problem.elimination(first.layer)[f"{mlp.output}.removal_losses"],
+                removal=problem.removal_losses(first.layer, mlp.output, guard),
                 widths=(*spectrum_widths(neurons), neurons),
                 spectra=tuple(problem.spectra_by_width(first.layer, path) for path in (*mlp.inputs, mlp.output)),
                 storages=own,

@@ -17,7 +17,7 @@ from hisvd.whitening_svd import SMALLEST, SecondMoment, cholesky_root, values_of
 
 DAMPING = 1e-4  # added to C as a fraction of its mean diagonal entry
 BLOCK = 16  # neurons that are removed between two updates of the whole inverse
-SPECTRUM_STEPS = 16  # widths of an MLP, the full one included, for which spectra are kept; others are interpolated
+SPECTRUM_STEPS = 8  # widths of an MLP, the full one included, for which spectra are kept; others are interpolated
 CANDIDATES = 4  # times as many as a block takes are looked at one by one
 
 
@@ -78,6 +78,26 @@ def _cheapest(v: torch.Tensor, p: torch.Tensor, count: int) -> tuple[torch.Tenso
     return torch.cat(chosen), torch.cat(added)
 
 
+def removal_losses(weight: torch.Tensor, moment: torch.Tensor, f: SecondMoment, order: torch.Tensor) -> torch.Tensor:
+    """What removing the first 0 … n neurons of any `order` (n,) adds, (n + 1,) in float64; arguments as in `eliminate`.
+
+    With C = L Lᵀ, the neurons in reverse order, the last i columns of F^{1/2} W C L⁻ᵀ are what is lost with i of them.
+    """
+    kept = order.flip(0)
+    lost = _seen_by_width(weight, moment, f, kept, cholesky_root(moment[kept][:, kept], 0.0)).square().sum(0).flip(0)
+    return torch.cat([lost.new_zeros(1), lost.cumsum(0) / 2])
+
+
+def _seen_by_width(
+    weight: torch.Tensor, moment: torch.Tensor, f: SecondMoment, kept: torch.Tensor, root: torch.Tensor
+) -> torch.Tensor:
+    """F^{1/2} W C L⁻ᵀ (m, n) for neurons in the order `kept` (n,), L = `root` being C's in that order.
+
+    C_{S,S} = L_{S,S} L_{S,S}ᵀ for the first neurons S, so the first columns are the re-fit on them times L_{S,S}.
+    """
+    return torch.linalg.solve_triangular(root.T, whitened(weight, moment[:, kept], f), upper=True, left=False)
+
+
 def refitted(weight: torch.Tensor, moment: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """W C_{:,S} C_{S,S}⁻¹ (m, k) in float64: down on the kept neurons (k,), for W (m, n) and C as in `eliminate`."""
     change = weight.double().index_fill(1, kept, 0) @ moment[:, kept]
@@ -104,13 +124,11 @@ def narrow_output_spectra(
 ) -> torch.Tensor:
     """The two-sided singular values (widths, m) of re-fitted W (m, n), largest first, float64; arguments as above.
 
-    `kept` (n,) lists the neurons, those first that stay longest; widths are those of `spectrum_widths`. With C = L Lᵀ
-    in this order, C_{S,S} = L_{S,S} L_{S,S}ᵀ for every width, and the re-fit times L_{S,S} is the first columns of
-    W C L⁻ᵀ, so one decomposition serves all widths. A `mean` that C lacks is added to E[h hᵀ] again.
+    `kept` (n,) lists the neurons, those first that stay longest; widths are those of `spectrum_widths`. One
+    decomposition serves them all. A `mean` that C lacks is added to E[h hᵀ] again.
     """
     root = cholesky_root(moment[kept][:, kept], 0.0)
-    seen = whitened(weight, moment[:, kept], f)
-    seen = torch.linalg.solve_triangular(root.T, seen, upper=True, left=False)
+    seen = _seen_by_width(weight, moment, f, kept, root)
     shift = None if mean is None else torch.linalg.solve_triangular(root, mean[kept][:, None], upper=False)
     gram, spectra, before = seen.new_zeros(len(seen), len(seen)), [], 0
     for width in spectrum_widths(len(kept)):

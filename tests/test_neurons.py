@@ -13,6 +13,7 @@ from hisvd.neurons import (
     narrow_input_spectra,
     narrow_output_spectra,
     refitted,
+    removal_losses,
     spectrum_widths,
     stacked,
 )
@@ -232,8 +233,27 @@ def test_rows_of_a_fused_linear():
 @pytest.mark.parametrize("n", [1, 2, 3, 16, 17, 160, 1536])
 def test_spectra_are_kept_at_ascending_widths_below_the_full_one(n):
     widths = spectrum_widths(n)
-    assert widths == sorted(set(widths)) and all(1 <= width < n for width in widths) and len(widths) < 16
-    assert n < 16 or len(widths) == 15
+    assert widths == sorted(set(widths)) and all(1 <= width < n for width in widths) and len(widths) < 8
+    assert n < 8 or len(widths) == 7
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("n", [1, 7, 40])
+def test_losses_of_a_given_order_are_those_of_its_refits(n, biased):
+    h = activations(n, seed=n) + 2
+    fitting = fitting_moment(h.T @ h / TOKENS, h.mean(0) if biased else None)
+    weight, f = gaussian(5, n, seed=3), second_moment(5, n)
+    own = eliminate(weight, fitting, f)
+    torch.testing.assert_close(removal_losses(weight, fitting, f, own.order), own.losses, rtol=1e-6, atol=1e-10)
+    order = torch.randperm(n)
+    found = removal_losses(weight, fitting, f, order)
+    for removed, loss in enumerate(found):
+        left = order[removed:].sort().values
+        narrow = torch.zeros_like(weight).double()
+        if len(left):
+            narrow[:, left] = refitted(weight, fitting, left)
+        error = whitened(weight.double() - narrow, cholesky_root(fitting, 0.0), f)
+        torch.testing.assert_close(loss, error.square().sum() / 2, rtol=1e-6, atol=1e-10)
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -288,11 +308,13 @@ def test_one_order_whether_gate_and_up_are_fused():
         "down": Sublayer("down", 0, "down", "mlp_mid", hidden, n),
     }
     found = neuron_statistics(layer, Mlp(("up",), "down", fused=2), sublayers, statistics)
-    assert found["up.narrow_singular_values"].shape == (15, hidden)
-    assert found["down.narrow_singular_values"].shape == (15, hidden)
+    assert found["up.narrow_singular_values"].shape == (7, hidden)
+    assert found["down.narrow_singular_values"].shape == (7, hidden)
     energy = found["up.narrow_singular_values"].square().sum(1)
     assert bool((energy.diff() > 0).all())  # more neurons, more rows
-    assert found["down.removal_order"].dtype == torch.int32 and found["down.removal_losses"].shape == (n + 1,)
+    assert found["down.removal_order"].dtype == torch.int32 and found["down.removal_losses"].shape == (2, n + 1)
+    measured, guarded = found["down.removal_losses"]
+    assert bool((guarded >= measured).all()) and guarded[-1] > 1.01 * measured[-1]
 
 
 def test_factors_in_a_part_of_the_metric_are_those_of_its_eigenvectors():
