@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # the settings take their choices from the rules, so they imp
 ROUNDING_DISCOUNT = 0.5
 # Where little is removed, neurons go that other texts may need; where much is, all have to give. Between these shares
 # of the parameters, the losses of removing neurons pass from measured to guarded ones. By experience as well.
-MEASURED_BELOW, GUARDED_ABOVE = 0.6, 0.8
+MEASURED_BELOW, GUARDED_ABOVE = 0.6, 0.7
 
 
 def guard_at(target: float, settings: "CompressionSettings") -> float:
