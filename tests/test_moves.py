@@ -5,6 +5,7 @@ import math
 import shutil
 
 import pytest
+import torch
 from conftest import calibrate_arguments, expect_sentence, run
 
 import hisvd
@@ -200,3 +201,18 @@ def test_the_loss_that_a_plan_estimates_is_less_with_both_moves(caches):
         others = (s for s in problem.sublayers if s not in members)
         losses[moves] = total + sum(float(tails_of(spectra[s])[plan.ranks[s.name] - 1]) for s in others)
     assert losses["both"] <= 1.01 * min(losses["low_rank"], losses["neurons"])
+
+
+def test_mild_targets_count_the_guarded_losses_of_removal(caches):
+    from hisvd.allocations import RankProblem, guard_at
+
+    cache, settings = read_cache(caches["llama"]), hisvd.CompressionSettings()
+    parts = [guard_at(target, settings) for target in (0.3, 0.6, 0.65, 0.7, 1.0)]
+    assert parts == pytest.approx([0, 0, 0.5, 1, 1])
+    in_bytes = hisvd.CompressionSettings(budget="bytes")  # int4 alone saves three quarters of them
+    assert [guard_at(target, in_bytes) for target in (0.15, 0.175)] == pytest.approx([0, 1])
+    problem = RankProblem(cache, settings.resolved(cache))
+    first, mlp = problem.mlps[0]
+    measured, half, guarded = (problem.removal_losses(first.layer, mlp.output, part) for part in (0, 0.5, 1))
+    assert bool((guarded[1:] > measured[1:]).all()) and not guarded[0] and not measured[0]
+    assert torch.equal(half, (measured + guarded) / 2)
