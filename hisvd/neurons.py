@@ -17,7 +17,7 @@ from hisvd.whitening_svd import SMALLEST, SecondMoment, cholesky_root, values_of
 
 DAMPING = 1e-4  # added to C as a fraction of its mean diagonal entry
 BLOCK = 16  # neurons that are removed between two updates of the whole inverse
-SPECTRUM_STEPS = 8  # widths of an MLP, the full one included, for which spectra are kept; others are interpolated
+SPECTRUM_STEPS = 8  # steps between widths of an MLP for which spectra are kept; others are interpolated
 CANDIDATES = 4  # times as many as a block takes are looked at one by one
 
 
@@ -171,5 +171,5 @@ def stacked(kept: torch.Tensor, n: int, fused: int) -> torch.Tensor:
 
 
 def spectrum_widths(n: int) -> list[int]:
-    """The widths below n for which the cache holds spectra, SPECTRUM_STEPS equal steps apart."""
-    return sorted({max(1, round(n * i / SPECTRUM_STEPS)) for i in range(1, SPECTRUM_STEPS)} - {n})
+    """The widths below n for which the cache holds spectra, SPECTRUM_STEPS equal steps apart, and half of the first."""
+    return sorted({max(1, round(n * i / SPECTRUM_STEPS)) for i in (0.5, *range(1, SPECTRUM_STEPS))} - {n})

@@ -233,8 +233,8 @@ def test_rows_of_a_fused_linear():
 @pytest.mark.parametrize("n", [1, 2, 3, 16, 17, 160, 1536])
 def test_spectra_are_kept_at_ascending_widths_below_the_full_one(n):
     widths = spectrum_widths(n)
-    assert widths == sorted(set(widths)) and all(1 <= width < n for width in widths) and len(widths) < 8
-    assert n < 8 or len(widths) == 7
+    assert widths == sorted(set(widths)) and all(1 <= width < n for width in widths) and len(widths) <= 8
+    assert n < 16 or len(widths) == 8 and widths[0] == round(n / 16)
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -308,8 +308,8 @@ def test_one_order_whether_gate_and_up_are_fused():
         "down": Sublayer("down", 0, "down", "mlp_mid", hidden, n),
     }
     found = neuron_statistics(layer, Mlp(("up",), "down", fused=2), sublayers, statistics)
-    assert found["up.narrow_singular_values"].shape == (7, hidden)
-    assert found["down.narrow_singular_values"].shape == (7, hidden)
+    assert found["up.narrow_singular_values"].shape == (8, hidden)
+    assert found["down.narrow_singular_values"].shape == (8, hidden)
     energy = found["up.narrow_singular_values"].square().sum(1)
     assert bool((energy.diff() > 0).all())  # more neurons, more rows
     assert found["down.removal_order"].dtype == torch.int32 and found["down.removal_losses"].shape == (2, n + 1)

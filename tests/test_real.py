@@ -32,7 +32,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module", autouse=True)
 def few_spectra():
-    """Spectra at three widths of an MLP in place of seven, which take longer than all else in calibration."""
+    """Spectra at four widths of an MLP in place of eight, which take longer than all else in calibration."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(neurons, "SPECTRUM_STEPS", 4)
         yield
