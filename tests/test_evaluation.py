@@ -108,8 +108,7 @@ def test_int6_layer_by_layer_and_what_cannot_be_combined_with_it(chain, tmp_path
     expect_sentence(
         run("evaluate", *options),
         str(folder),
-        "MB of memory",
-        "only 1,000 bytes are free",
+        "of memory, but only 1,000 bytes are free",
         "--offload_folder",
         "--dtype",
     )
