@@ -17,6 +17,14 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def in_units(size: float) -> str:
+    """A number of bytes for messages: "1.2 GB", "3.4 MB", "512 bytes"."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
+        if size >= scale:
+            return f"{size / scale:,.1f} {unit}"
+    return f"{size:,.0f} bytes"
+
+
 @contextmanager
 def naming(culprit: str) -> Iterator[None]:
     """Within the context, prefix the message of a HiSVDError with what it is about: "culprit: sentence"."""

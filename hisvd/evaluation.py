@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from hisvd.errors import HiSVDError, naming
+from hisvd.component.hf_quantizer import METHOD
+from hisvd.errors import HiSVDError, in_units, naming
 from hisvd.settings import EvaluationSettings, Resources
 from hisvd.utils import distributed
 from hisvd.utils.checksums import verify_weights
@@ -39,7 +40,14 @@ from hisvd.utils.eval_utils import (
 )
 from hisvd.utils.files import make_folder
 from hisvd.utils.load_utils import bytes_in_memory, check_tensors, config_of, load, tokenizer_of
-from hisvd.utils.model_utils import local_folder, open_checkpoint, resolve_device, resolve_dtype, stored_dtype
+from hisvd.utils.model_utils import (
+    local_folder,
+    open_checkpoint,
+    quant_method,
+    resolve_device,
+    resolve_dtype,
+    stored_dtype,
+)
 from hisvd.utils.progress import progress_shown
 from hisvd.utils.sample_utils import continuations
 from hisvd.utils.save_utils import PREDICTED, saved_report
@@ -299,7 +307,7 @@ def checked_report(model: str, settings: EvaluationSettings) -> dict | None:
         HiSVDError: it is damaged, or does not match its checksums or has none.
     """
     report = saved_report(Path(model))
-    if settings.verify and (report or Path(model).is_file()):
+    if settings.verify and (report or Path(model).is_file() or quant_method(config_of(model)) == METHOD):
         verify_weights(Path(model))
     return report
 
@@ -314,7 +322,7 @@ def whole_model(model: str, device: torch.device, dtype: str) -> PreTrainedModel
     needed, free = bytes_in_memory(Path(model), compute), free_memory(device)
     if needed > free:
         raise HiSVDError(
-            f"{model} takes {needed / 1e9:.1f} GB of memory, but only {free / 1e9:.1f} GB are free on {device}; "
+            f"{model} takes {in_units(needed)} of memory, but only {in_units(free)} are free on {device}; "
             f"{remedies(model)}."
         )
     # Not load().to(dtype): that would round the rotary frequencies, which from_pretrained keeps in float32.

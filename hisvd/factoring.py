@@ -21,7 +21,7 @@ from hisvd.layer_tensors import replace_entries, stored_prefix
 from hisvd.narrowing import Kept, refitted_output, with_zeros
 from hisvd.quantization import integer_entries
 from hisvd.shape_utils import PLAIN_BYTES, Sublayer
-from hisvd.utils.model_utils import Checkpoint, empty_model
+from hisvd.utils.model_utils import Checkpoint
 from hisvd.utils.save_utils import ModelWriter
 from hisvd.whitening_svd import (
     H_DAMPING,
@@ -118,7 +118,7 @@ class CompressionJob:
         if not (self.export.stock and shapes):
             return {}
         output = next(s for s in self.cache.sublayers if s.name in shapes and s.in_features != shapes[s.name][1])
-        keys, config = adapter_for(empty_model(self.checkpoint.config)).width_keys, self.checkpoint.config
+        keys, config = adapter_for(self.checkpoint.empty).width_keys, self.checkpoint.config
         # GPT-2's is None where it follows from the hidden size; where MLPs differ in kind, others may go unused.
         known = [key for key in keys if getattr(config.get_text_config(), key, 0) in (None, output.in_features)]
         width = dict.fromkeys(known, shapes[output.name][1])

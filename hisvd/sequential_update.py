@@ -28,6 +28,7 @@ from hisvd.shape_utils import Sublayer
 from hisvd.utils import distributed
 from hisvd.utils.activation_files import AGAIN, ActivationPair, is_reusable
 from hisvd.utils.data_utils import default_batch_size
+from hisvd.utils.files import writing
 from hisvd.utils.progress import progress_bar
 from hisvd.utils.save_utils import WORK_FILES
 from hisvd.utils.streaming import Arguments, StreamedModel
@@ -158,7 +159,8 @@ class SequentialUpdate:
             self._use_streams(AGAIN)
         self.arguments = self.streamed.embed(self.tokens, self.dense_stream[0])
         for stream in self.streams.values():
-            shutil.copyfile(self.dense_stream[0].path, stream[0].path)
+            with writing(stream[0].path):
+                shutil.copyfile(self.dense_stream[0].path, stream[0].path)
         for index in progress_bar(range(first_layer), "repeating finished layers", leave=False):
             self.dense_layer = self.streamed.layer(index)
             self.layers = {

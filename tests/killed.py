@@ -1,25 +1,24 @@
-"""python killed.py EVENT FOLDER PROGRAM ARGUMENTS: a run that is killed before its EVENT-th file operation in FOLDER.
+"""python killed.py EVENT SIGNAL FOLDER PROGRAM ARGUMENTS: a run that gets SIGNAL before its EVENT-th file operation.
 
-What counts are Python's audit events about a path below FOLDER: opening, creating, renaming, deleting. EVENT 0 never
+What counts are Python's audit events about paths below FOLDER: opening, creating, renaming, deleting. EVENT 0 never
 comes; the number of operations is printed.
 """
 
 import importlib
 import os
-import signal
 import sys
 
-due, folder, program, *arguments = sys.argv[1:]
+due, number, folder, program, *arguments = sys.argv[1:]
 count = 0
 
 
 def hook(event: str, values: tuple) -> None:
-    """Count, and kill this process at the moment that is due."""
+    """Count, and signal this process at the moment that is due."""
     global count
     if event.startswith(("open", "os.", "shutil.")) and any(str(v).startswith(folder) for v in values[:2]):
         count += 1
         if count == int(due):
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), int(number))
 
 
 sys.addaudithook(hook)

@@ -60,10 +60,12 @@ def test_a_full_disk_is_reported_before_the_start(model_folders, caches, tmp_pat
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(TB, TB, 1000))
     result = run("calibrate", *calibrate_arguments(model_folders["llama"], tmp_path))
-    expect_sentence(result, "GB on the disk of", str(tmp_path), "free some")
+    expect_sentence(result, "MB on the disk of", str(tmp_path), "1,000 bytes left", "free some")
     assert not list(tmp_path.rglob("layer_*"))
     where = ["--model_path", model_folders["llama"], "--calib_cache", caches["llama"], "--save_model", tmp_path / "out"]
-    expect_sentence(run("compress", *where, "--target_compression", 0.8), "GB on the disk of", "out.partial")
+    expect_sentence(
+        run("compress", *where, "--target_compression", 0.8), "MB on the disk of", "out.partial", "1,000 bytes left"
+    )
     assert not list(tmp_path.rglob("model-*"))
 
 

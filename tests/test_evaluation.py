@@ -105,7 +105,13 @@ def test_int6_layer_by_layer_and_what_cannot_be_combined_with_it(chain, tmp_path
 
     memory = psutil.virtual_memory()._replace(available=1000)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
-    expect_sentence(run("evaluate", *options), str(folder), "GB of memory", "--offload_folder", "--dtype")
+    expect_sentence(
+        run("evaluate", *options),
+        str(folder),
+        "of memory, but only 1,000 bytes are free",
+        "--offload_folder",
+        "--dtype",
+    )
     assert run("evaluate", *options, *offload).code == 0
 
 

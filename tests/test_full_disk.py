@@ -7,9 +7,11 @@ import resource
 from contextlib import contextmanager
 
 import pytest
+import torch
 from conftest import calibrate_arguments, run
 from test_resume import assert_same
 
+from hisvd import sequential_update
 from hisvd.calibration_cache import CalibrationCache, read_cache
 from hisvd.errors import HiSVDError
 from hisvd.utils import save_utils
@@ -63,6 +65,7 @@ def command(model_folders, caches, tmp_path):
 WRITES = {
     "shard": (ModelWriter, "write_shard", 1000, "model-00001-of-00005.safetensors"),
     "hidden states": (ActivationFile, "write", 1000, ".bin"),
+    "copied hidden states": (sequential_update.shutil, "copyfile", 1000, "hidden_even.bin"),
     "plan": (save_utils, "write_json", 10, "plan.json"),
     "tokenizer": (save_utils.shutil, "copyfile", 10, "json"),
     "card": (save_utils, "write_text", 10, "README.md"),
@@ -73,14 +76,14 @@ WRITES = {
 @pytest.mark.parametrize(("owner", "name", "size", "culprit"), WRITES.values(), ids=WRITES)
 def test_compression(command, tmp_path, monkeypatch, owner, name, size, culprit):
     output = "out.pt" if name == "save" else "out"
-    options = () if owner is ActivationFile else ("--update", "none")
+    options = () if culprit.endswith(".bin") else ("--update", "none")
     with monkeypatch.context() as patch:
         fill(patch, owner, name, size)
         expect_refusal(command(output, *options), tmp_path, culprit)
     assert [path.name for path in tmp_path.iterdir()] == [f"{output}.partial"]
     assert not list(tmp_path.rglob("*.tmp"))
     assert command(output, *options).code == 0
-    if name in ("write", "save"):
+    if culprit.endswith((".bin", ".pt")):
         assert command("whole", *options).code == 0
         assert_same(tmp_path / output, tmp_path / "whole")
 
@@ -100,6 +103,12 @@ def test_calibration(model_folders, caches, tmp_path, monkeypatch):
     assert sorted(file.name for file in folder.iterdir()) == sorted(file.name for file in caches["llama"].iterdir())
     for file in caches["llama"].iterdir():
         assert (folder / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_hidden_states_smaller_than_a_buffer(tmp_path):
+    file = ActivationFile(tmp_path / "a.bin", (2, 4, 8), torch.float32)
+    with full_after(100), pytest.raises(HiSVDError, match=r"a\.bin"):
+        file.write(torch.ones(2, 4, 8).split(1))
 
 
 def test_a_json_file_keeps_its_former_content(tmp_path):

@@ -18,6 +18,7 @@ from transformers import LlamaConfig
 import hisvd
 from hisvd.calibration_cache import read_cache
 from hisvd.evaluation import streamed_model
+from hisvd.utils import save_utils
 from hisvd.utils.save_utils import saved_report
 
 pytestmark = pytest.mark.long
@@ -39,8 +40,10 @@ def whole(tmp_path_factory, tokenizer):
     size = ["--nsamples", 2, "--seqlen", 16, "--dataset", root / "text.txt"]
     assert run("calibrate", *where, "--model_name", "tiny", "--output_dir", root, *size).code == 0
     where += ["--calib_cache", root / CACHE, "--update", "none", "--target_compression", "0.6"]
-    for name, options in {"out": (), "out.pt": (), "int8": ("--linear_dtype", "int8")}.items():
-        assert run("compress", *where, "--save_model", root / name, *options).code == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(save_utils, "MAX_SHARD_BYTES", 50_000)  # several files and an index
+        for name, options in {"out": (), "out.pt": (), "int8": ("--linear_dtype", "int8")}.items():
+            assert run("compress", *where, "--save_model", root / name, *options).code == 0
     return root
 
 
@@ -236,7 +239,7 @@ def test_json_with_random_bytes(files, name):
     check()
 
 
-@pytest.mark.parametrize("name", ["model/model.safetensors", "out/model.safetensors"])
+@pytest.mark.parametrize("name", ["model/model.safetensors", "out/model-00001-of-00003.safetensors"])
 def test_edited_safetensors_headers(files, name):
     path = files / name
     data = path.read_bytes()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 
 import pytest
@@ -126,6 +127,28 @@ def test_what_is_no_file_in_place_of_one(files, kind):
         read_cache(cache).read_tokens()
     replace_by(kind, cache / "manifest.json")
     expect_sentence(plan_only(files), str(cache), "manifest.json")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_no_file_in_place_of_a_side_file(files, kind):
+    """transformers passes over it, and so a model would lose its settings in silence."""
+    replace_by(kind, files / "model" / "tokenizer_config.json")
+    options = ["--model_path", files / "model", "--datasets", short_text()]
+    for result in (calibrate(files, "--model_name", "new"), compress(files, "new"), run("evaluate", *options)):
+        expect_sentence(result, str(files / "model" / "tokenizer_config.json"))
+
+
+def test_a_generation_config_that_is_no_object_is_named(files):
+    for text in ("{", "[1]", "[" * 100_000):
+        (files / "model" / "generation_config.json").write_text(text)
+        with pytest.raises(hisvd.HiSVDError, match=r"generation_config\.json"):
+            hisvd.load(files / "model")
+
+
+def test_an_adapter_beside_the_weights_is_refused(files):
+    """from_pretrained would add it where peft is installed, and streaming would not."""
+    (files / "model" / "adapter_config.json").write_text("{}")
+    expect_refusal(files / "model", "adapter_config.json")
 
 
 CONFIGS = [
@@ -349,6 +372,50 @@ def test_code_in_the_folder_is_neither_run_nor_offered(files, monkeypatch, entry
     for result in (calibrate(files, "--model_name", "code"), run("evaluate", *options)):
         expect_sentence(result, str(files / "model"))
     assert not asked and not marker.exists()
+
+
+class Evil:
+    """A pickle of it makes a file when it is loaded."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return open, (str(self.marker), "w")
+
+
+PICKLED = ["model/model.safetensors", "model/config.json", "model/tokenizer.json", "out/hisvd.json", "out.pt"]
+PICKLED += [f"{CACHE}/{name}" for name in ("manifest.json", "layer_000.safetensors", "gradients_001.safetensors")]
+
+
+def test_pickles_under_any_name_are_not_executed(files):
+    evil = Evil(files / "run")
+    options = ["--datasets", short_text(), "--nsamples", 1]
+    for name in (*PICKLED, "text.txt", "text.jsonl", "cache.pkl"):
+        path, folder = files / name, name.partition("/")[0]
+        before = path.read_bytes() if path.exists() else b""
+        for save in (lambda path: path.write_bytes(pickle.dumps(evil)), lambda path: torch.save(evil, path)):
+            save(path)
+            if folder == CACHE:
+                result = compress(files, "new")
+            elif folder.startswith("text"):
+                result = run("evaluate", "--model_path", files / "model", "--datasets", path)
+            elif folder == "cache.pkl":
+                result = run("compress", "--calib_cache", path, "--target_compression", "0.7", "--plan_only")
+            else:
+                result = run("evaluate", "--model_path", files / folder, *options)
+            expect_sentence(result, str(files / folder))
+        path.write_bytes(before)
+    assert not evil.marker.exists()
+
+
+@pytest.mark.parametrize("content", ["weights", "evil"])
+def test_pickled_weights_beside_safetensors_of_another_name_are_not_read(files, content):
+    tensors = load_file(files / "model" / "model.safetensors")
+    (files / "model" / "model.safetensors").rename(files / "model" / "extra.safetensors")
+    torch.save(tensors if content == "weights" else Evil(files / "run"), files / "model" / "pytorch_model.bin")
+    expect_refusal(files / "model", "no model.safetensors")
+    assert not (files / "run").exists()
 
 
 @pytest.mark.parametrize("options", [[], ["--offload_folder", "offload"]])

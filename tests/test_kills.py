@@ -1,7 +1,8 @@
-"""SIGKILL at random moments: the same command resumes, and its files equal those of a run without a kill."""
+"""SIGKILL, SIGTERM and Ctrl-C at random moments: the same command resumes to the files of an undisturbed run."""
 
 import random
 import time
+from signal import SIGINT, SIGKILL, SIGTERM
 
 import pytest
 from conftest import ROOT, calibrate_arguments, run
@@ -14,6 +15,10 @@ SCENARIOS = {
     "file": ("--target_compression", "0.6", "--save_model", "out.pt", "--update", "none"),
     "several": ("--target_compression", "0.8,0.5", "--save_model", "out.pt", "--export", "int6", "--update", "none"),
 }
+
+
+SIGNALS = dict.fromkeys(SCENARIOS, (SIGKILL,)) | {"calibrate": (SIGKILL, SIGINT), "update": (SIGKILL, SIGTERM)}
+CODES = {SIGKILL: -9, SIGTERM: -15, SIGINT: 130}  # a shell calls the second 143
 
 
 class Runs:
@@ -36,18 +41,18 @@ class Runs:
         options = [self.root / folder / part if part.startswith("out") else part for part in SCENARIOS[self.name]]
         return ["compress", "--model_path", self.model, "--calib_cache", self.cache, *options]
 
-    def start(self, folder, event):
+    def start(self, folder, event, number=SIGKILL):
         file = ROOT / "tests" / "killed.py"
-        return Started(file, event, self.root / folder, *self.command(folder), OMP_NUM_THREADS=1)
+        return Started(file, event, int(number), self.root / folder, *self.command(folder), OMP_NUM_THREADS=1)
 
-    def check(self, folder, draw, kills, timed=False):
+    def check(self, folder, draw, kills, timed=False, number=SIGKILL):
         """Kill as often as that at random moments, then let the same command finish, and compare all files."""
         for _ in range(kills):
-            process = self.start(folder, 0 if timed else draw.randint(1, self.operations))
+            process = self.start(folder, 0 if timed else draw.randint(1, self.operations), number)
             if timed:
                 time.sleep(draw.uniform(0, self.seconds))
                 process.kill()
-            assert process.wait(300) in (0, -9), process.stderr.read()
+            assert process.wait(300) in (0, CODES[number]), process.stderr.read()
         result = run(*self.command(folder))
         assert result.code == 0, result
         whole, files = self.root / "whole", [p for p in (self.root / folder).rglob("*") if p.is_file()]
@@ -59,9 +64,10 @@ class Runs:
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_a_kill_before_a_random_file_operation(name, model_folders, caches, tmp_path):
+def test_a_signal_before_a_random_file_operation(name, model_folders, caches, tmp_path):
     runs = Runs(name, model_folders["llama"], caches["llama"], tmp_path / "runs")
-    runs.check("killed", random.Random(name), kills=1)
+    for number in SIGNALS[name]:
+        runs.check(f"killed {number}", random.Random(f"{name} {number}"), kills=1, number=number)
 
 
 @pytest.mark.long

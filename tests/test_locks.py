@@ -77,6 +77,13 @@ def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, cap
         assert "the folder cannot be locked (Operation not supported)" in caplog.text
 
 
+def test_where_python_has_no_locks_runs_go_without(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows
+    with locked(tmp_path / ".lock", "the folder"):
+        assert "the folder cannot be locked (Function not implemented)" in caplog.text
+    assert not (tmp_path / ".lock").exists()
+
+
 def test_the_kernel_ends_the_lock_of_a_killed_process(tmp_path, model_folders, caches):
     folder = tmp_path / CACHE
     folder.mkdir()

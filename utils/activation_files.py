@@ -5,9 +5,8 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from io import RawIOBase
+from io import FileIO, RawIOBase
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 
@@ -49,7 +48,7 @@ class ActivationFile:
         """
         with ExitStack() as stack:
             missing = {self: self.shape[0], **({head: head.shape[0]} if head else {})}
-            files = {target: stack.enter_context(open(target.path, "wb")) for target in missing}
+            files = {target: stack.enter_context(open(target.path, "wb", buffering=0)) for target in missing}
             writer, written = stack.enter_context(ThreadPoolExecutor(1)), list[Future]()
             for target in missing:
                 target.batches.clear()
@@ -93,10 +92,11 @@ class ActivationFile:
         return batch[: filled // self.bytes_per_sequence]
 
 
-def _append(file: BinaryIO, path: Path, part: torch.Tensor) -> None:
+def _append(file: FileIO, path: Path, part: torch.Tensor) -> None:
+    data = part.view(torch.uint8).numpy().reshape(-1).data
     with writing(path):
-        file.write(part.view(torch.uint8).numpy().data)
-        file.flush()  # here, and not while the file is closed
+        while data:
+            data = data[file.write(data) :]
 
 
 def is_reusable(path: Path, processes: int) -> bool:

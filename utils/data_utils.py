@@ -93,8 +93,8 @@ def _rendered(messages: list[dict], tokenizer: PreTrainedTokenizerBase | None) -
         return str(tokenizer.apply_chat_template(messages, tokenize=False))
     except Exception as error:  # jinja2's, or whatever the template raises
         raise HiSVDError(
-            f"The model's chat template does not take a chat that starts with {messages[0]} ({first_line(error)}); "
-            "change the data set."
+            f"The model's chat template does not take a chat that starts with {str(messages[0])[:80]} "
+            f"({first_line(error)}); change the data set."
         ) from None
 
 

@@ -1,13 +1,13 @@
 """Writing files so that existing ones are never lost and new ones are never incomplete."""
 
-import fcntl
+import errno
 import hashlib
 import json
 import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from hisvd.errors import HiSVDError, first_line
+from hisvd.errors import HiSVDError, first_line, in_units
 from hisvd.schema import OBJECT, check
 
 
@@ -55,6 +55,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 def sync_file(path: Path) -> None:
     """fsync a file or a folder (a folder: so that a rename in it survives a power cut)."""
+    if os.name == "nt":  # Windows opens no folders, and syncs no files that are open for reading
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -132,15 +134,15 @@ def locked(path: Path, what: str) -> Iterator[None]:
     """Within the context, hold the lock on the file `path`, so that one run alone works on `what`.
 
     The file is made for the lock and deleted with it. The kernel ends the lock of a process that dies; a file that it
-    leaves behind is no obstacle. Where the file system knows no locks, there is a warning and none is held.
+    leaves behind is no obstacle. Where the file system knows no locks, and on Windows, none is held, with a warning.
 
     Raises:
         HiSVDError: another run holds it.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(descriptor)
             is_ours = os.path.samestat(os.fstat(descriptor), os.stat(path))  # not one that a run has just deleted
         except (BlockingIOError, FileNotFoundError):
             is_ours = False
@@ -157,9 +159,23 @@ def locked(path: Path, what: str) -> Iterator[None]:
             yield
         finally:
             if os.fstat(descriptor).st_size == 0:  # else it was there before, and is someone's
-                path.unlink(missing_ok=True)
+                with suppress(OSError):  # Windows deletes no open files
+                    path.unlink()
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int) -> None:
+    """Lock an open file, without waiting for who else has locked it.
+
+    Raises:
+        OSError: someone has (BlockingIOError), or there are no locks here.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS)) from None
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def is_left_behind(lock: Path) -> bool:
@@ -177,7 +193,7 @@ def check_disk(folders: Sequence[Path], needed: float, purpose: str) -> None:
     free = shutil.disk_usage(folders[0]).free
     if missing > free:
         raise HiSVDError(
-            f"{purpose} needs {missing / 1e9:.1f} GB on the disk of {folders[0]}, which has {free / 1e9:.1f} GB left; "
+            f"{purpose} needs {in_units(missing)} on the disk of {folders[0]}, which has {in_units(free)} left; "
             "free some space, or write to another disk."
         )
 

@@ -26,13 +26,12 @@ from hisvd.errors import HiSVDError, first_line, naming
 from hisvd.schema import is_plain_name
 from hisvd.utils.checksums import verify_weights
 from hisvd.utils.config_checks import check_config
-from hisvd.utils.files import writing
+from hisvd.utils.files import read_json, writing
 from hisvd.utils.model_utils import (
     NO_CODE,
-    SINGLE_NAME,
     Checkpoint,
     check_size,
-    empty_model,
+    check_stored,
     load_tokenizer,
     local_folder,
     open_checkpoint,
@@ -44,6 +43,7 @@ from hisvd.utils.model_utils import (
 
 PT_FORMAT = "hisvd-pt-1"
 PT_FILE_PREFIX = "file:"
+GENERATION = "generation_config.json"
 # Buffers that checkpoints of older versions of transformers carry and that no model reads any more.
 FORMER_BUFFERS = re.compile(r"\b(rotary_emb\.inv_freq|(attn|attention|self_attn)\.(bias|masked_bias)|position_ids)$")
 FLOATING_POINT = ("F64", "F32", "F16", "BF16")  # dtypes in safetensors headers
@@ -96,14 +96,16 @@ def load(
             model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
             with naming(f"The model in {name}"):
                 model, info = model_class.from_pretrained(None, config=config, state_dict=tensors, **options)
-            if "generation_config.json" in side_files:
-                model.generation_config = GenerationConfig.from_dict(json.loads(side_files["generation_config.json"]))
+            if GENERATION in side_files:
+                model.generation_config = GenerationConfig.from_dict(json.loads(side_files[GENERATION]))
         else:
             folder = local_folder(name)
             for file in weight_files(folder):
                 with open_safetensors(file):  # names a damaged file, which from_pretrained does not
                     pass
             check_size(config, sum(file.stat().st_size for file in weight_files(folder)), name)
+            if (folder / GENERATION).exists():
+                read_json(folder / GENERATION)  # names it where it is damaged, which from_pretrained does not
             with naming(f"The model in {name}"):
                 # The stubs do not know that output_loading_info makes it a pair.
                 model, info = AutoModelForCausalLM.from_pretrained(folder, **options)  # type: ignore[misc]
@@ -177,8 +179,10 @@ def expert_fault(path: str, config: PreTrainedConfig) -> str:
     Raises:
         HiSVDError: the folder has no safetensors files, or one cannot be read.
     """
-    checkpoint, model = open_checkpoint(path, compressed_too=True), empty_model(config)
-    names = map(checkpoint.stored_name, model.state_dict().keys() - model.all_tied_weights_keys.keys())
+    checkpoint = open_checkpoint(path, compressed_too=True)
+    names = map(
+        checkpoint.stored_name, checkpoint.empty.state_dict().keys() - checkpoint.empty.all_tied_weights_keys.keys()
+    )
     missing = sorted(name for name in names if name not in checkpoint.files)
     return f"missing: {first_few(missing)}." if missing else "the weights of its experts have different shapes."
 
@@ -241,13 +245,15 @@ def _fits_pt(entry: tuple[Any, Any]) -> bool:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The files that hold a model's weights: a `.pt`, or the safetensors files of a folder that belong to the model."""
+    """The files that hold a model's weights: a `.pt`, or the safetensors files of a folder that belong to the model.
+
+    Raises:
+        HiSVDError: the folder has none.
+    """
     if path.is_file():
         return [path]
-    files = [path / name for name in weight_file_names(path)]
-    if files == [path / SINGLE_NAME] and not files[0].is_file():
-        return sorted(path.glob("*.safetensors"))
-    return files
+    check_stored(path)
+    return [path / name for name in weight_file_names(path)]
 
 
 def bytes_in_memory(path: Path, dtype: torch.dtype | None) -> int:

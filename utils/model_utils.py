@@ -3,10 +3,11 @@
 import hashlib
 import json
 import math
+import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,20 @@ from hisvd.utils.files import check_regular, read_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+ADAPTER_NAME = "adapter_config.json"
+# What a model folder holds besides config and weights.
+SIDE_FILES = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "*.tiktoken",
+    "LICENSE*",
+    "USE_POLICY*",
+)
 HUB_SIDE_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "README.md")  # what is fetched besides the weights
 INDEX = {"weight_map": {"*": SHARD}}
 # Left out, transformers asks on standard input whether to run the code that a folder brings.
@@ -59,6 +74,11 @@ class Checkpoint:
     folder: Path
     config: PreTrainedConfig
     files: dict[str, Path]  # tensor name → the file that holds it
+
+    @cached_property
+    def empty(self) -> PreTrainedModel:
+        """The model without weights (see empty_model), built once; whoever changes a model makes one of their own."""
+        return empty_model(self.config)
 
     @cached_property
     def transposed(self) -> frozenset[str]:
@@ -100,7 +120,7 @@ class Checkpoint:
         Tensors are renamed as from_pretrained does it: by transformers' own table (published checkpoints often keep
         names of older versions), then with or without the base model's prefix (GPT-2 is saved from its base model).
         """
-        model = empty_model(self.config)
+        model = self.empty
         renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
         prefix, known = model.base_model_prefix, dict.fromkeys(model.state_dict(), True)
         names: dict[str, str] = {}
@@ -206,6 +226,29 @@ def weight_file_names(folder: Path) -> list[str]:
     return sorted(set(weight_map(folder).values())) if has_index(folder) else [SINGLE_NAME]
 
 
+def check_stored(folder: Path) -> None:
+    """Refuse a model folder without safetensors; transformers would look for pickles there.
+
+    Raises:
+        HiSVDError: there are none.
+    """
+    if not has_index(folder) and not os.path.lexists(folder / SINGLE_NAME):
+        raise HiSVDError(
+            f"{folder} has no model.safetensors (or its index); convert the weights once with "
+            f"AutoModelForCausalLM.from_pretrained('{folder}').save_pretrained('NEW_FOLDER')."
+        )
+
+
+def found_side_files(folder: Path) -> list[Path]:
+    """The files that a model folder holds besides config and weights.
+
+    Raises:
+        HiSVDError: something else stands in the place of one, which transformers would pass over in silence.
+    """
+    found = {path for pattern in SIDE_FILES for path in folder.glob(pattern)}
+    return [check_regular(path) for path in sorted(found) if path.suffix or not path.is_dir()]
+
+
 def has_index(folder: Path) -> bool:
     """Whether the index says where the weights of a model folder are; as in transformers, a single file goes first."""
     return (folder / INDEX_NAME).is_file() and not (folder / SINGLE_NAME).is_file()
@@ -227,12 +270,18 @@ def read_config(folder: Path) -> PreTrainedConfig:
     """The model's configuration.
 
     Raises:
-        HiSVDError: config.json is missing, not one that transformers knows, or states impossible sizes.
+        HiSVDError: config.json is missing, not one that transformers knows, or states impossible sizes; or an adapter
+            lies beside it, which from_pretrained would add to the weights, and reading them layer by layer would not.
     """
     path = folder / "config.json"
     if not path.is_file():
         raise HiSVDError(f"{folder} has no config.json, so it is not a Hugging Face model folder.")
     read_json(path)
+    if os.path.lexists(folder / ADAPTER_NAME):
+        raise HiSVDError(
+            f"{folder / ADAPTER_NAME} brings an adapter; merge it into the weights (peft: merge_and_unload) and save "
+            "the model, or move the adapter elsewhere."
+        )
     try:
         config = AutoConfig.from_pretrained(folder, **NO_CODE)
     except Exception as error:  # configurations check themselves, and raise dozens of types
@@ -241,8 +290,12 @@ def read_config(folder: Path) -> PreTrainedConfig:
     return config
 
 
-def check_size(config: PreTrainedConfig, stored_bytes: int, source: str) -> None:
+def check_size(
+    config: PreTrainedConfig, stored_bytes: int, source: str, build: Callable[[], PreTrainedModel] | None = None
+) -> None:
     """Refuse a configuration, of the model `source`, that describes more than weight files of `stored_bytes` can hold.
+
+    `build` returns its empty model where one may exist already.
 
     Raises:
         HiSVDError: it does; nothing of that size has been allocated.
@@ -250,11 +303,17 @@ def check_size(config: PreTrainedConfig, stored_bytes: int, source: str) -> None
     text, most = config.get_text_config(), PARAMETERS_PER_BYTE * stored_bytes
     embedding = (getattr(text, "vocab_size", None) or 0) * (getattr(text, "hidden_size", None) or 0)
     least = max(embedding, getattr(text, "num_hidden_layers", None) or 0)
-    if least > most or sum(p.numel() for p in empty_model(config).parameters()) > most:
+    build = build or partial(empty_model, config)
+    if least > most or sum(p.numel() for p in build().parameters()) > most:
         raise HiSVDError(
             f"The config.json of {source} describes a model of more parameters than its files of {stored_bytes:,} "
             "bytes can hold; correct it, or download or create the model again."
         )
+
+
+def quant_method(config: PreTrainedConfig) -> str | None:
+    """How the weights are compressed or quantized, if they are: METHOD is HiSVD's."""
+    return (getattr(config, "quantization_config", None) or {}).get("quant_method")
 
 
 def stored_dtype(config: PreTrainedConfig) -> torch.dtype:
@@ -287,22 +346,17 @@ def open_checkpoint(model_path: str, compressed_too: bool = False) -> Checkpoint
     """
     folder = local_folder(model_path)
     config = read_config(folder)
-    method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
+    method = quant_method(config)
     if method and not (compressed_too and method == METHOD):
         raise HiSVDError(
             f"{folder} is already compressed or quantized ('{method}'); start from the original checkpoint."
         )
-    files: dict[str, Path] = {}
+    check_stored(folder)
     if has_index(folder):
         files = {name: folder / file for name, file in weight_map(folder).items()}
-    elif (folder / SINGLE_NAME).is_file():
+    else:
         with open_safetensors(folder / SINGLE_NAME) as file:
             files = {name: folder / SINGLE_NAME for name in file.keys()}  # noqa: SIM118 (not a dict)
-    else:
-        raise HiSVDError(
-            f"{folder} has no model.safetensors (or its index); convert the weights once with "
-            f"AutoModelForCausalLM.from_pretrained('{folder}').save_pretrained('NEW_FOLDER')."
-        )
     for path in sorted(set(files.values())):
         with open_safetensors(path):
             pass
@@ -310,7 +364,7 @@ def open_checkpoint(model_path: str, compressed_too: bool = False) -> Checkpoint
     unlisted = sorted(files.keys() - checkpoint.entries().keys())
     if unlisted:
         raise HiSVDError(f"{files[unlisted[0]]} lacks the tensor '{unlisted[0]}' of {INDEX_NAME}; download it again.")
-    check_size(config, checkpoint.count_bytes(), str(folder))
+    check_size(config, checkpoint.count_bytes(), str(folder), lambda: checkpoint.empty)
     return checkpoint
 
 
@@ -326,10 +380,9 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     model = _meta_model(config)
     separate_experts(model)
     as_linears(model)
-    quantization = getattr(config, "quantization_config", None) or {}
-    if quantization.get("quant_method") == METHOD:
+    if quant_method(config) == METHOD:
         with naming(f"{config.name_or_path}/config.json"):
-            swap_linears(model, quantization["modules"])
+            swap_linears(model, config.quantization_config["modules"])
     return model.eval()
 
 
@@ -376,7 +429,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     Raises:
         HiSVDError: there is none, or it cannot be loaded.
     """
+    found_side_files(folder)
     try:
         return AutoTokenizer.from_pretrained(folder, **NO_CODE)
     except Exception as error:  # tokenizers raises bare Exception for a broken file
-        raise HiSVDError(f"No usable tokenizer in {folder}: {first_line(error)}") from None
+        reason = first_line(error).removesuffix(" from one of:")  # a list of technical reasons follows
+        raise HiSVDError(
+            f"No usable tokenizer in {folder}: {reason}; put the files of the model's tokenizer there."
+        ) from None

@@ -16,7 +16,14 @@ from hisvd.schema import FILE_NAME, check
 from hisvd.utils.checksums import REPORT, REPORT_SCHEMA
 from hisvd.utils.files import atomic_path, make_folder, read_json, sync_file, write_json, write_tensors, write_text
 from hisvd.utils.load_utils import PT_FILE_PREFIX, PT_FORMAT, read_pt
-from hisvd.utils.model_utils import INDEX_NAME, SINGLE_NAME, Checkpoint, open_safetensors, safetensors_header
+from hisvd.utils.model_utils import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    Checkpoint,
+    found_side_files,
+    open_safetensors,
+    safetensors_header,
+)
 from hisvd.utils.safetensors_merge import merge_safetensors
 
 Item = TypeVar("Item")
@@ -31,19 +38,6 @@ WORK_FILES = re.compile(
 )
 COUNTED = ("linear_numbers_after", "linear_kept")  # in a finished report these are what the shards hold
 MAX_SHARD_BYTES = 5 * 10**9
-# What a model folder holds besides config and weights.
-SIDE_FILES = (
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template*",
-    "*.tiktoken",
-    "LICENSE*",
-    "USE_POLICY*",
-)
 
 
 def output_path(save_model: str, target: float, budget: str | None) -> Path:
@@ -336,9 +330,10 @@ def side_files(folder: Path) -> list[Path]:
     Links are followed inside the folder and into the Hub's cache, where a snapshot consists of them.
 
     Raises:
-        HiSVDError: one leads elsewhere; its target would be copied into a folder that may be published.
+        HiSVDError: one leads elsewhere, so that its target would be copied into a folder that may be published; or see
+            found_side_files.
     """
-    found = sorted({path for pattern in SIDE_FILES for path in folder.glob(pattern) if path.is_file()})
+    found = found_side_files(folder)
     for path in found:
         target = path.resolve()
         is_blob = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
