@@ -1,5 +1,7 @@
 """The modules that stand in for nn.Linear in a compressed model."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -14,7 +16,7 @@ from hisvd.schema import SIZE, TEXT
 MANY_TOKENS = 128  # from which rows of the weight are permuted, see PivotedLinear
 
 
-def product(factor: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def product(factor: Any, x: torch.Tensor) -> torch.Tensor:
     """`factor(x)`, for a plain linear without bias by its weight: calling a module takes as long as a small product.
 
     Where adapters, codes or hooks (accelerate's too, which replace its forward) take part, the module is called.
@@ -22,7 +24,7 @@ def product(factor: nn.Module, x: torch.Tensor) -> torch.Tensor:
     hooks = factor._forward_pre_hooks or factor._forward_hooks or factor._backward_pre_hooks or factor._backward_hooks
     if type(factor) is nn.Linear and not hooks and "forward" not in factor.__dict__:
         weight = factor._parameters["weight"]  # factor.weight goes through Python's __getattr__
-        return nn.functional.linear(x, weight)  # type: ignore[arg-type] # never None
+        return nn.functional.linear(x, weight)
     return factor(x)
 
 
@@ -82,7 +84,8 @@ class PivotedLinear(nn.Module):
         else:
             rows = torch.cat([base_rows, product(self._modules["coefficients"], base_rows)], dim=-1)
             del base_rows  # not held in memory beside the two copies of all rows
-            y = rows if self.in_order else rows.index_select(-1, self._buffers["permutation"])
+            order: Any = self._buffers["permutation"]
+            y = rows if self.in_order else rows.index_select(-1, order)
         return y if self.bias is None else y + self.bias
 
     def _permutes_weights(self, x: torch.Tensor) -> bool:
