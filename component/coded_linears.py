@@ -3,6 +3,7 @@
 from torch import nn
 
 from hisvd.component.int6_linear import INT6SparseLinear
+from hisvd.component.mapped_files import forget_pages, mapped_ranges
 from hisvd.component.quantized_linear import QuantizedLinear
 from hisvd.errors import HiSVDError
 
@@ -12,12 +13,17 @@ CODED_LINEARS = (INT6SparseLinear, QuantizedLinear)
 def check_coded_linears(model: nn.Module, prefix: str = "") -> None:
     """Refuse a model, or a part of one whose modules' names start with `prefix`, with a damaged weight in codes.
 
+    The model has just been loaded; codes in mapped files do not stay in memory for having been checked.
+
     Raises:
         HiSVDError: a wrong size or dtype, or values that the format does not allow; the module is named.
     """
+    mapped = mapped_ranges()
     for name, module in model.named_modules():
         if isinstance(module, CODED_LINEARS):
             try:
                 module.check()
             except HiSVDError as error:
                 raise HiSVDError(f"{prefix}{name}.{error}") from None
+            for buffer in module.buffers(recurse=False):
+                forget_pages(buffer, mapped)

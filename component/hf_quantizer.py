@@ -5,7 +5,6 @@ import importlib.util
 import logging
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import WeightConverter
@@ -17,6 +16,7 @@ from hisvd.component.experts import SeparateExperts
 from hisvd.component.families import separate_experts
 from hisvd.component.fold import fold_permutations
 from hisvd.component.low_rank import MODULES, PivotedLinear, swap_linears
+from hisvd.component.mapped_files import in_file
 from hisvd.errors import HiSVDError
 from hisvd.integer_codes import INTEGERS
 from hisvd.schema import SIZE, check
@@ -120,11 +120,6 @@ class HiSVDQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Factors are ordinary parameters, so they can be fine-tuned; modules of codes need adapters beside them."""
         return True
-
-
-def in_file(tensor: torch.Tensor) -> bool:
-    """Whether a tensor lies in a mapped file: only memory that PyTorch itself has allocated can be resized."""
-    return tensor.device.type == "cpu" and not tensor.untyped_storage().resizable()
 
 
 def release_files(model: nn.Module) -> None:

@@ -1,5 +1,7 @@
 """The modules that stand in for nn.Linear in a compressed model."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -12,6 +14,18 @@ from hisvd.integer_codes import INTEGERS
 from hisvd.schema import SIZE, TEXT
 
 MANY_TOKENS = 128  # from which rows of the weight are permuted, see PivotedLinear
+
+
+def product(factor: Any, x: torch.Tensor) -> torch.Tensor:
+    """`factor(x)`, for a plain linear without bias by its weight: calling a module takes as long as a small product.
+
+    Where adapters, codes or hooks (accelerate's too, which replace its forward) take part, the module is called.
+    """
+    hooks = factor._forward_pre_hooks or factor._forward_hooks or factor._backward_pre_hooks or factor._backward_hooks
+    if type(factor) is nn.Linear and not hooks and "forward" not in factor.__dict__:
+        weight = factor._parameters["weight"]  # factor.weight goes through Python's __getattr__
+        return nn.functional.linear(x, weight)
+    return factor(x)
 
 
 class LowRankLinear(nn.Module):
@@ -28,7 +42,7 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (..., n) to (..., m)."""
-        y = self.left(self.right(x))
+        y = product(self._modules["left"], product(self._modules["right"], x))
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
@@ -62,15 +76,16 @@ class PivotedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (..., n) to (..., m)."""
-        base_rows = self.base(x)
+        base_rows = product(self._modules["base"], x)
         if self._permutes_weights(x):
             unit = torch.eye(self.rank, dtype=x.dtype, device=x.device)
             weight = torch.cat([unit, self.coefficients.weight]).index_select(0, self.permutation)
             y = nn.functional.linear(base_rows, weight)
         else:
-            rows = torch.cat([base_rows, self.coefficients(base_rows)], dim=-1)
+            rows = torch.cat([base_rows, product(self._modules["coefficients"], base_rows)], dim=-1)
             del base_rows  # not held in memory beside the two copies of all rows
-            y = rows if self.in_order else rows.index_select(-1, self.permutation)
+            order: Any = self._buffers["permutation"]
+            y = rows if self.in_order else rows.index_select(-1, order)
         return y if self.bias is None else y + self.bias
 
     def _permutes_weights(self, x: torch.Tensor) -> bool:
@@ -78,7 +93,7 @@ class PivotedLinear(nn.Module):
 
         On CPUs in 16 bits the latter takes longer than the products.
         """
-        if self.in_order or x.device.type != "cpu" or x.dtype.itemsize != 2 or x.numel() < MANY_TOKENS * x.shape[-1]:
+        if self.in_order or x.numel() < MANY_TOKENS * x.shape[-1] or x.device.type != "cpu" or x.dtype.itemsize != 2:
             return False
         # A plain linear, without adapter or codes, whose weight accelerate does not bring in its forward alone.
         return type(self.coefficients) is nn.Linear and self.coefficients.weight.device == x.device

@@ -13,6 +13,11 @@ FEW_TOKENS = 12  # up to so many are quicker multiplied by the codes than by unp
 CPU_ROWS = 16  # PyTorch's int4 product on CPUs takes multiples of these
 
 
+def _forget_operands(module: "QuantizedLinear", _: object) -> None:
+    """load_state_dict may write other codes into the same tensor."""
+    module._operands = ()
+
+
 class QuantizedLinear(nn.Module):
     """y = W x + bias in the dtype of x, with W (m, n) in the format `name`, a key of integer_codes.INTEGERS.
 
@@ -30,12 +35,13 @@ class QuantizedLinear(nn.Module):
         self._operands: tuple[torch.Tensor, ...] = ()
         for key, tensor in empty_codes(name, out_features, in_features).items():
             self.register_buffer(key, tensor)
+        self.register_load_state_dict_post_hook(_forget_operands)
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
     @property
     def codes(self) -> torch.Tensor:
         """The codes as files hold them."""
-        return self.get_buffer(f"weight_{self.format_name}")
+        return self._buffers[f"weight_{self.format_name}"]  # type: ignore[return-value] # get_buffer takes longer
 
     def dequantize_weight(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The (m, n) weight that this module stands for."""

@@ -13,7 +13,7 @@ from test_width_allocation import mlp_curves
 
 import hisvd
 from hisvd.byte_budget import SMALLEST, Curves, least_loss_storages, storages_at
-from hisvd.calibration_cache import CalibrationCache
+from hisvd.calibration_cache import CalibrationCache, read_cache
 from hisvd.factor_forms import FORMS, factor_tensors
 from hisvd.integer_codes import INTEGERS
 from hisvd.quantization import added_loss, integer_entries, rounding_energy
@@ -129,6 +129,35 @@ def test_the_files_take_the_bytes_that_were_asked_for(model_folders, caches, tmp
     assert (logits_of(hisvd.load(tmp_path / "out")) - exact).norm() < exact.norm()
     plan = run("compress", "--calib_cache", caches[family], "--target_bytes", target, "--plan_only", *options)
     assert f"{stored:,}" in plan.output and "int" in plan.output.partition("type ")[0]
+
+
+def test_the_update_goes_with_a_budget_in_bytes_and_resumes(model_folders, caches, tmp_path, monkeypatch):
+    from hisvd.utils.save_utils import ModelWriter
+
+    tokens = read_cache(caches["llama"]).read_tokens()
+    where = ["--model_path", model_folders["llama"], "--calib_cache", caches["llama"], "--target_bytes", "0.3"]
+    for name, options in (("plain", ["--update", "none"]), ("whole", [])):
+        assert run("compress", *where, "--save_model", tmp_path / name, *options).code == 0
+    with torch.no_grad():
+        wanted, plain, updated = (
+            hisvd.load(path).model(tokens).last_hidden_state
+            for path in (model_folders["llama"], tmp_path / "plain", tmp_path / "whole")
+        )
+    assert (updated - wanted).norm() < (plain - wanted).norm()
+
+    real_write = ModelWriter.write_shard
+
+    def stop_at_the_second(self, index, tensors):
+        if index == 1:
+            raise KeyboardInterrupt
+        real_write(self, index, tensors)
+
+    monkeypatch.setattr(ModelWriter, "write_shard", stop_at_the_second)
+    assert run("compress", *where, "--save_model", tmp_path / "out").code == 130
+    monkeypatch.setattr(ModelWriter, "write_shard", real_write)
+    assert run("compress", *where, "--save_model", tmp_path / "out").code == 0
+    expected, resumed = saved_tensors(tmp_path / "whole"), saved_tensors(tmp_path / "out")
+    assert expected.keys() == resumed.keys() and all(torch.equal(expected[k], resumed[k]) for k in expected)
 
 
 def test_several_targets_are_named_by_their_bytes(model_folders, caches, tmp_path):

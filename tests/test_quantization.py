@@ -233,9 +233,9 @@ def test_a_few_tokens_are_multiplied_by_the_codes(name, shape, monkeypatch):
         QuantizedLinear, "_few_token_product", lambda self, x: (used.append(len(x)), product(self, x))[1]
     )
     module = QuantizedLinear(columns, rows, name, bias=True).bfloat16()
-    for seed in range(2):  # what was packed for the first weight is not used for the second
+    for seed, assign in enumerate((True, True, False)):  # what was packed for one weight is not used for the next
         entries = integer_entries({"weight": normal(rows, columns, seed=seed)}, torch.eye(columns), name)
-        module.load_state_dict(entries | {"bias": normal(rows).bfloat16()}, assign=True)
+        module.load_state_dict(entries | {"bias": normal(rows).bfloat16()}, assign=assign)
         x = normal(8, 2, columns).bfloat16()
         used.clear()
         many, few = module(x), [module(x[:1, :1]), module(x[:1])]
