@@ -24,6 +24,7 @@ def product(factor: Any, x: torch.Tensor) -> torch.Tensor:
     hooks = factor._forward_pre_hooks or factor._forward_hooks or factor._backward_pre_hooks or factor._backward_hooks
     if type(factor) is nn.Linear and not hooks and "forward" not in factor.__dict__:
         weight = factor._parameters["weight"]  # factor.weight goes through Python's __getattr__
+        assert weight is not None
         return nn.functional.linear(x, weight)
     return factor(x)
 

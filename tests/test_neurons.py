@@ -234,7 +234,7 @@ def test_rows_of_a_fused_linear():
 def test_spectra_are_kept_at_ascending_widths_below_the_full_one(n):
     widths = spectrum_widths(n)
     assert widths == sorted(set(widths)) and all(1 <= width < n for width in widths) and len(widths) <= 8
-    assert n < 16 or len(widths) == 8 and widths[0] == round(n / 16)
+    assert n < 16 or (len(widths) == 8 and widths[0] == round(n / 16))
 
 
 @pytest.mark.parametrize("biased", [False, True])
