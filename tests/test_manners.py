@@ -149,6 +149,11 @@ def test_what_is_written_goes_to_json_and_nothing_else_is_said(model_folders, tm
 def test_bars_are_for_terminals(monkeypatch, capsys):
     list(progress.progress_bar(range(3), "counting"))
     assert capsys.readouterr().err == "counting\n"
+    monkeypatch.setattr(progress, "SECONDS_PER_LINE", 0)
+    list(progress.progress_bar(range(1, 3), "counting", total=3, initial=1))
+    with progress.progress_bar(None, "trying") as bar:
+        bar.update()
+    assert capsys.readouterr().err == "counting\ncounting: 2 of 3\ncounting: 3 of 3\ntrying\ntrying: 1\n"
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     list(progress.progress_bar(range(3), "counting"))
     assert "3/3" in capsys.readouterr().err

@@ -11,6 +11,7 @@ import pytest
 from conftest import expect_sentence, run, short_text
 
 import hisvd
+from hisvd.cache_defaults import resolved
 from hisvd.calibration_cache import SPECTRA, open_finished_cache
 from hisvd.component.experts import kind_of
 from hisvd.rank_allocation import tails_of
@@ -114,7 +115,7 @@ def test_every_kind_of_plan_has_a_page(caches, tmp_path):
     for settings in ({"budget": "bytes"}, {"allocation": "hisvd", "whitening": "input"}, {"moves": "neurons"}):
         settings = hisvd.CompressionSettings(**settings)
         (plan,) = hisvd.plan(cache, 0.45 if settings.budget == "bytes" else 0.7, settings)
-        reports.append(plan_report(cache, plan, settings.resolved(cache)))
+        reports.append(plan_report(cache, plan, resolved(settings, cache)))
     reports[1]["source_model"] = reports[1]["settings"]["modulation"] = HOSTILE
     page, _ = checked(hisvd.compression_report(reports, cache, tmp_path))
     assert "alert" in page.text and "\x00" not in page.text

@@ -2,6 +2,7 @@
 
 from shlex import quote
 
+from hisvd.cache_defaults import resolved
 from hisvd.calibration_cache import CalibrationCache
 from hisvd.cli.common import command, say
 from hisvd.compression import CompressedModel
@@ -15,7 +16,7 @@ def print_plans(cache: CalibrationCache, targets: list[float], settings: Compres
     """Print the ranks that every target would get; returns the figures."""
     reports = []
     for p in plan(cache, targets, settings):
-        reports.append(plan_report(cache, p, settings.resolved(cache)))
+        reports.append(plan_report(cache, p, resolved(settings, cache)))
         say(f"{rank_table(p, cache.sublayers)}\n\n{parameter_table(reports[-1])}\n{summary(reports[-1])}")
     return reports
 
