@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hisvd.errors import HiSVDError
 from hisvd.evaluation_figures import perplexity_text, speed_columns, task_columns, with_reference
-from hisvd.utils.files import write_json
+from hisvd.schema import COUNT, NUMBER, OBJECT, SIZE, TEXT, Kind
+from hisvd.utils.files import read_json, write_json
 from hisvd.utils.html_report import (
     COLORS,
     FAINT,
@@ -26,6 +28,21 @@ from hisvd.utils.sample_utils import NEW_TOKENS
 from hisvd.utils.save_utils import PREDICTED
 
 MOST_PANELS = 3  # beside each other
+RESULT_SCHEMA = {  # what is drawn of a model's figures
+    "model": TEXT,
+    "source_model": Kind("a string or null", lambda v: v is None or isinstance(v, str)),
+    "linear_numbers_dense": SIZE,
+    "linear_kept": NUMBER,
+    "weight_file_bytes": COUNT,
+    "perplexity": {"*": {"perplexity": NUMBER, "nll": NUMBER, "tokens_scored": COUNT}},
+    "documents": {"*": COUNT},
+    "seqlen": COUNT,
+    **dict.fromkeys(("protocol", "dtype", "device"), TEXT),
+    "predicted_loss?": NUMBER,
+    "samples?": [{"prompt": TEXT, "continuation": TEXT}],
+    "speed?": {"prompt_tokens": COUNT, "ratios?": {"*": NUMBER}, "reference?": {"model": TEXT}},
+    "tasks?": {"*": OBJECT},
+}
 
 
 def evaluation_report(results: Sequence[dict], folder: str | Path) -> Path:
@@ -64,6 +81,26 @@ def evaluation_report(results: Sequence[dict], folder: str | Path) -> Path:
     path = write_page(Path(folder) / "evaluate.html", f"Evaluation of {shortened(what, 80)}", parts)
     write_json(path.with_name("evaluate.json"), list(results))
     return path
+
+
+def read_results(files: Sequence[Path]) -> list[dict]:
+    """The figures in files of `evaluate.py --json`, one after the other.
+
+    Raises:
+        HiSVDError: a file cannot be read, holds something else, or figures on other texts, tasks or prompts than the
+            first.
+    """
+    results = [(file, result) for file in files for result in read_json(file, [RESULT_SCHEMA])]
+    for file, result in results:
+        if what_on(result) != what_on(results[0][1]):
+            raise HiSVDError(f"{file} has figures on other texts, tasks or prompts than {files[0]}; draw them apart.")
+    return [result for _, result in results]
+
+
+def what_on(result: dict) -> tuple:
+    """The names of the texts and tasks that a model was measured on, and the prompts."""
+    prompts = [sample["prompt"] for sample in result.get("samples", [])]
+    return list(result["perplexity"]), list(result.get("tasks", {})), prompts
 
 
 def is_original(result: dict) -> bool:

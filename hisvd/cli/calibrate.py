@@ -31,7 +31,7 @@ hisvd calibrate --model_path M --model_name x --dry_run
 """
 
 
-@click.command("calibrate", cls=Program, examples=EXAMPLES)
+@click.command("calibrate", cls=Program, examples=EXAMPLES, short_help="Measure a model on text, once.")
 @option("--model_path", required=True, help="Model folder with safetensors, or a Hub id.")
 @option("--model_name", required=True, callback=not_empty, help="Name of the model, part of the cache folder's name.")
 @option("--nsamples", type=click.IntRange(1), default=256, help="Calibration sequences.")

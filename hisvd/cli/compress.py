@@ -93,7 +93,7 @@ def unless_plan_only(context: click.Context, option: click.Parameter, value: str
     return value
 
 
-@click.command("compress", cls=Program, examples=EXAMPLES)
+@click.command("compress", cls=Program, examples=EXAMPLES, short_help="Write a smaller model, within a budget.")
 @option(
     "--model_path",
     callback=unless_plan_only,

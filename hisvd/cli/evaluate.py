@@ -45,7 +45,7 @@ hisvd evaluate --model_path M --attention_residual --layers 27,28,29 --plot stud
 """
 
 
-@click.command("evaluate", cls=Program, examples=EXAMPLES)
+@click.command("evaluate", cls=Program, examples=EXAMPLES, short_help="Measure perplexity, speed, memory and tasks.")
 @option(
     "--model_path",
     "model_paths",

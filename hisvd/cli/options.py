@@ -31,7 +31,13 @@ class Program(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse, with names of options in either spelling."""
         known = {name for parameter in self.params for name in (*parameter.opts, *parameter.secondary_opts)}
-        return super().parse_args(ctx, [_with_underscores(word, known) for word in args])
+        try:
+            return super().parse_args(ctx, [_with_underscores(word, known) for word in args])
+        except click.NoSuchOption as error:
+            others = _programs_with(error.option_name)
+            if others:
+                error.message += f" It belongs to {' and '.join(others)}."
+            raise
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write a list of options for every group."""
@@ -56,6 +62,16 @@ def _with_underscores(word: str, known: set[str]) -> str:
     name, equals, value = word.partition("=")
     name = f"--{name[2:].replace('-', '_')}"
     return f"{name}{equals}{value}" if word.startswith("--") and name in known else word
+
+
+def _programs_with(name: str) -> list[str]:
+    """The programs that have an option of this name, in either spelling."""
+    from hisvd.cli.programs import main
+
+    name = f"--{name[2:].replace('-', '_')}"
+    return [
+        f"hisvd {program}" for program, command in main.commands.items() if any(name in p.opts for p in command.params)
+    ]
 
 
 option = partial(click.option, cls=Option)
@@ -100,6 +116,11 @@ report_option = option(
     group=OUTPUT,
     help="Also write a page of tables and figures to this folder (needs matplotlib).",
 )
+talk_options = together(
+    option("--quiet", "-q", is_flag=True, group=OUTPUT, help="Print errors and the path written, nothing else."),
+    option("--verbose", "-v", is_flag=True, group=OUTPUT, help="Also print what is logged, and others' warnings."),
+    click.version_option(package_name="hisvd", cls=Option, group=OUTPUT),
+)
 output_options = together(
     option(
         "--json",
@@ -108,7 +129,5 @@ output_options = together(
         group=OUTPUT,
         help="Also write the figures to this file; -: to standard output, and all text to standard error.",
     ),
-    option("--quiet", "-q", is_flag=True, group=OUTPUT, help="Print errors and the path written, nothing else."),
-    option("--verbose", "-v", is_flag=True, group=OUTPUT, help="Also print what is logged, and others' warnings."),
-    click.version_option(package_name="hisvd", cls=Option, group=OUTPUT),
+    talk_options,
 )
