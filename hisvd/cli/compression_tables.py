@@ -39,6 +39,8 @@ def next_steps(original: str, model: CompressedModel) -> str:
     lines = [f"Next: {command('evaluate', model_path=original)} --model_path {quote(str(model.path))}"]
     if model.path.suffix == ".pt":
         return f"{lines[0]}\nIn Python: hisvd.load({str(model.path)!r})"
-    lines.append(f"Talk to it: transformers serve, and in another terminal: transformers chat {quote(str(model.path))}")
+    folder = quote(str(model.path))
+    lines.append(f"Serve it (pip install 'transformers[serving]'): transformers serve {folder}")
+    lines.append(f"Talk to it then, in another terminal: transformers chat {folder}")
     loading = f'AutoModelForCausalLM.from_pretrained({str(model.path)!r}, dtype="auto")'
     return "\n".join([*lines, f"In Python: transformers.{loading}{needs}"])
