@@ -10,6 +10,7 @@ from hisvd.exports import EXPORTS
 from hisvd.planning import plan
 from hisvd.report import int6_summary, parameter_table, plan_report, rank_table, search_summary, size_summary, summary
 from hisvd.settings import CompressionSettings
+from hisvd.utils.data_utils import EVALUATION_SPLIT
 
 
 def print_plans(cache: CalibrationCache, targets: list[float], settings: CompressionSettings) -> list[dict]:
@@ -34,9 +35,11 @@ def print_model(model: CompressedModel, cache: CalibrationCache) -> dict:
 
 
 def next_steps(original: str, model: CompressedModel) -> str:
-    """What can be done with a finished model, a line each."""
+    """What can be done with a finished model, a line each; a named data set has a split of its own to evaluate on."""
+    dataset = model.report["calibration"].get("dataset")
+    texts = f" --datasets {dataset}" if dataset in EVALUATION_SPLIT else ""
     needs = "" if model.report["settings"]["export"] in ("dense", "plain") else " (hisvd must be installed)"
-    lines = [f"Next: {command('evaluate', model_path=original)} --model_path {quote(str(model.path))}"]
+    lines = [f"Next: {command('evaluate', model_path=original)} --model_path {quote(str(model.path))}{texts}"]
     if model.path.suffix == ".pt":
         return f"{lines[0]}\nIn Python: hisvd.load({str(model.path)!r})"
     folder = quote(str(model.path))
