@@ -11,6 +11,7 @@ import sys
 
 import click
 import pytest
+from click.shell_completion import shell_complete
 from conftest import PROGRAMS, ROOT, build_model, calibrate_arguments, expect_sentence, run, short_text
 from huggingface_hub import ModelCard
 from transformers import AutoConfig, LlamaConfig
@@ -124,6 +125,22 @@ def test_options_of_other_programs_are_known(caches):
     result = run("evaluate", "--dataset", "mine.txt")
     assert "It belongs to hisvd calibrate." in result.error and "'--datasets'" in result.error
     assert "belongs" not in run("evaluate", "--best").error
+
+
+def test_the_shell_completes_choices_and_paths(monkeypatch, capsys):
+    def completed(line):
+        monkeypatch.setenv("COMP_WORDS", line)
+        monkeypatch.setenv("COMP_CWORD", str(line.count(" ")))
+        shell_complete(group, {}, "hisvd", "_HISVD_COMPLETE", "bash_complete")
+        return capsys.readouterr().out.split()
+
+    assert completed("hisvd comp") == ["plain,compress"]
+    assert completed("hisvd compress --update n") == ["plain,none"]
+    paths = {"calibrate": ["dataset", "output_dir"], "compress": ["calib_cache", "save_model", "report"]}
+    paths |= {"evaluate": ["datasets", "json"], "report": ["figures", "calib_cache"]}
+    for program, names in paths.items():
+        for name in ("model_path", *names):
+            assert completed(f"hisvd {program} --{name} mod") == ["file,mod"], (program, name)
 
 
 def test_what_is_written_goes_to_json_and_nothing_else_is_said(model_folders, tmp_path):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from hisvd.choices import DTYPES
 
@@ -74,8 +75,14 @@ def _programs_with(name: str) -> list[str]:
     ]
 
 
+def names_of_files(context: click.Context, option: click.Parameter, start: str) -> list[CompletionItem]:
+    """Lets the shell complete what may be a path."""
+    return [CompletionItem(start, type="file")]
+
+
 option = partial(click.option, cls=Option)
 expert = partial(option, group=EXPERT)
+path_option = partial(option, shell_complete=names_of_files)  # also a Hub id, or the name of a data set
 
 
 def together(*options: Callable) -> Callable:
@@ -103,8 +110,9 @@ activation_budget_option = expert(
     default=0.0,
     help="Hidden states up to this size are read from memory, larger ones from the files that always hold them.",
 )
-data_dir_option = expert(
+data_dir_option = path_option(
     "--data_dir",
+    group=EXPERT,
     envvar="HISVD_DATA_DIR",
     default="data",
     show_default="HISVD_DATA_DIR or data",

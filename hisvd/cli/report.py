@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from hisvd.cli.common import program, say
-from hisvd.cli.options import OUTPUT, Program, option, talk_options
+from hisvd.cli.options import OUTPUT, Program, option, path_option, talk_options
 from hisvd.errors import HiSVDError
 
 EXAMPLES = """
@@ -29,7 +29,9 @@ hisvd report --model_path OUT_80p --model_path OUT_60p --calib_cache C --report 
     type=click.Path(path_type=Path),
     help="A compressed folder or .pt file; repeat it to draw several in one page.",
 )
-@option("--calib_cache", help="The cache that the compressed models were planned from.  [required with --model_path]")
+@path_option(
+    "--calib_cache", help="The cache that the compressed models were planned from.  [required with --model_path]"
+)
 @option(
     "--report",
     required=True,
