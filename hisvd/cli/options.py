@@ -36,9 +36,8 @@ class Program(click.Command):
             return super().parse_args(ctx, [_with_underscores(word, known) for word in args])
         except click.NoSuchOption as error:
             others = _programs_with(error.option_name)
-            if others:
-                error.message += f" It belongs to {' and '.join(others)}."
-            raise
+            where = f" It belongs to {' and '.join(others)}." if others else ""
+            raise click.NoSuchOption(error.option_name, error.message + where, error.possibilities, ctx) from None
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write a list of options for every group."""
