@@ -84,17 +84,23 @@ def evaluation_report(results: Sequence[dict], folder: str | Path) -> Path:
 
 
 def read_results(files: Sequence[Path]) -> list[dict]:
-    """The figures in files of `evaluate.py --json`, one after the other.
+    """The figures in files of `evaluate.py --json`, one after the other; a model with the same perplexities once.
 
     Raises:
         HiSVDError: a file cannot be read, holds something else, or figures on other texts, tasks or prompts than the
             first.
     """
-    results = [(file, result) for file in files for result in read_json(file, [RESULT_SCHEMA])]
-    for file, result in results:
-        if what_on(result) != what_on(results[0][1]):
-            raise HiSVDError(f"{file} has figures on other texts, tasks or prompts than {files[0]}; draw them apart.")
-    return [result for _, result in results]
+    first: dict | None = None
+    once: dict[tuple[str, str], dict] = {}
+    for file in files:
+        for result in read_json(file, [RESULT_SCHEMA]):
+            first = first or result
+            if what_on(result) != what_on(first):
+                raise HiSVDError(
+                    f"{file} has figures on other texts, tasks or prompts than {files[0]}; draw them apart."
+                )
+            once.setdefault((result["model"], str(result["perplexity"])), result)
+    return list(once.values())
 
 
 def what_on(result: dict) -> tuple:

@@ -14,6 +14,7 @@ import hisvd
 from hisvd.cache_defaults import resolved
 from hisvd.calibration_cache import SPECTRA, open_finished_cache
 from hisvd.component.experts import kind_of
+from hisvd.evaluation_page import read_results
 from hisvd.rank_allocation import tails_of
 from hisvd.report import plan_report
 from hisvd.utils.html_report import printable
@@ -198,6 +199,9 @@ def test_figures_and_folders_that_no_page_can_be_made_of(compressed, model_folde
     expect_sentence(run("report", *page, "--model_path", compressed / "out_80p"), "--calib_cache")
     for name, culprit in (("part", "source_model"), ("list", "not an object"), ("other", "other texts")):
         expect_sentence(run("report", *page, "--figures", files["good"], "--figures", files[name]), name, culprit)
+    files["more"] = tmp_path / "more.json"
+    files["more"].write_text(json.dumps([figures | {"model": "small"}, figures]))
+    assert [one["model"] for one in read_results([files["good"], files["more"]])] == ["m", "small"]
     models = [*page, "--calib_cache", caches["llama"], "--model_path"]
     expect_sentence(run("report", *models, model_folders["llama"]), str(model_folders["llama"]))
     old = shutil.copytree(compressed / "out_50p", tmp_path / "old")
