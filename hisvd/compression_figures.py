@@ -15,7 +15,7 @@ SPECTRUM = {  # by the setting `whitening`: the singular values that factors are
     "input": ("whitened_singular_values", "W H^½"),
     "none": ("singular_values", "W"),
 }
-REPORT_SCHEMA = {  # what is drawn of a hisvd.json
+DRAWN_SCHEMA = {  # what is drawn of a hisvd.json
     "source_model": TEXT,
     "target_compression": NUMBER,
     "linear_numbers_before": SIZE,

@@ -248,7 +248,9 @@ def sample_table(results: Sequence[dict], names: Sequence[str]) -> str:
     """What every model makes of every prompt, side by side."""
     written = [(name, result["samples"]) for name, result in zip(names, results, strict=True) if "samples" in result]
     if not written:
-        return paragraph("No text was generated: with --offload_folder no model is in memory as a whole.")
+        return paragraph(
+            "No text was generated: that needs evaluate.py --prompt or --report, without --offload_folder."
+        )
     prompts = [sample["prompt"] for sample in written[0][1]]
     rows = [[prompt, *(samples[i]["continuation"] for _, samples in written)] for i, prompt in enumerate(prompts)]
     caption = f"Greedy continuations of at most {NEW_TOKENS} tokens, without a chat template."

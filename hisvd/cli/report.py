@@ -69,12 +69,12 @@ def report_of(model: Path) -> dict:
     Raises:
         HiSVDError: there is none, or one of an older version that lacks what is drawn.
     """
-    from hisvd.compression_figures import REPORT_SCHEMA
+    from hisvd.compression_figures import DRAWN_SCHEMA
     from hisvd.schema import check
     from hisvd.utils.save_utils import saved_report
 
     report = saved_report(model)
     if report is None:
         raise HiSVDError(f"{model} is not a model that compress.py wrote; pass its folder or its .pt file.")
-    check(report, REPORT_SCHEMA, f"hisvd.json in {model}")
+    check(report, DRAWN_SCHEMA, f"hisvd.json in {model}")
     return report
