@@ -96,7 +96,8 @@ def test_the_help_page_has_every_option_in_a_group_and_examples_that_parse(progr
     assert page == run(program, "--help").output and "\nCommon options:\n" in page and "\nOutput:\n" in page
     for option in main.params:
         assert isinstance(option, Option) and len(option.help) > 15, option.name
-        assert (option.opts[0] in page and option.default in (None, False, "", ())) or "[default" in page
+        assert option.opts[0] in page, option.name
+    assert ("[default" in page) == (program != "report")  # whose options have none
     for line in page.partition("Examples:\n")[2].splitlines():
         hisvd_, name, *words = shlex.split(line)
         assert (hisvd_, name) == ("hisvd", program) and group.get_command(None, name) is main
