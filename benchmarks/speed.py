@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hisvd
 from hisvd import CalibrationSettings, EvaluationSettings, calibration
-from hisvd.calibration_cache import CalibrationCache, input_moment
+from hisvd.cached_moments import input_moment
+from hisvd.calibration_cache import CalibrationCache
 from hisvd.tables import table
 from hisvd.utils.activation_files import ActivationPair
 from hisvd.utils.files import make_folder, write_json

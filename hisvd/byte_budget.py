@@ -8,7 +8,7 @@ import torch
 from hisvd.rank_allocation import RankCurve
 from hisvd.width_allocation import MlpCurves, bracket
 
-SMALLEST = 1e30  # the multiplier at which nothing but the size counts
+SIZE_ALONE = 1e30  # the multiplier at which nothing but the size counts
 
 
 class Curves(NamedTuple):
@@ -28,7 +28,7 @@ class Stored(NamedTuple):
 def least_loss_storages(menu: Sequence[Curves], budget: float) -> list[int]:
     """For every linear the place in `menu` of its storage in the model of least loss within `budget` bytes.
 
-    `budget` holds at least what `storages_at` gives for SMALLEST.
+    `budget` holds at least what `storages_at` gives for SIZE_ALONE.
     """
     high = bracket(lambda multiplier: storages_at(menu, multiplier).size <= budget)[1]
     return storages_at(menu, high).places

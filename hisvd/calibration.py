@@ -163,6 +163,12 @@ def calibration_text(checkpoint: Checkpoint, settings: CalibrationSettings) -> t
     return windows[interleaved(counts[0])], held_out
 
 
+def _shown(cache: CalibrationCache, key: str) -> str:
+    """A part of a cache's identity for a message, fingerprints by what they are of."""
+    value = str(cache.identity.get(key))
+    return f"{cache.options.get(FINGERPRINTS[key][1])}, fingerprint {value[:12]}" if key in FINGERPRINTS else value
+
+
 def open_or_create_cache(cache: CalibrationCache, locks: ExitStack) -> CalibrationCache:
     """The cache that the folder of the empty `cache` already holds, else `cache` itself, newly written.
 
@@ -188,8 +194,9 @@ def open_or_create_cache(cache: CalibrationCache, locks: ExitStack) -> Calibrati
     found = read_cache(folder)
     for key, value in cache.identity.items():
         if found.identity.get(key) != value:
+            what, _ = FINGERPRINTS.get(key, (key, ""))
             raise HiSVDError(
-                f"The cache {folder} was made with another {key} ({found.identity.get(key)}, now {value}); "
+                f"The cache {folder} was made with another {what} ({_shown(found, key)}, now {_shown(cache, key)}); "
                 "choose another --model_name or --output_dir, or delete that folder."
             )
     if found.num_layers != cache.num_layers:
@@ -350,6 +357,8 @@ def _progress(title: str, done: int, total: int) -> Iterable[int]:
 
 # Names of the files that a run or a kill leaves in the cache folder besides the cache itself: Calibration's hidden
 # states and gradients, and half-written files of utils.files.
+# In a cache's identity: what they are of, and the option that says where that came from.
+FINGERPRINTS = {"model": ("model", "model_path"), "data": ("text", "dataset"), "held_out": ("held-out text", "dataset")}
 LOCK = ".lock"  # of the run that is at work on the folder
 ONE_OF = r"(_\d+_of_\d+)?"
 ACTIVATIONS = re.compile(rf"((hidden|gradient)({AGAIN})?{ONE_OF}_(even|odd)|inputs_\d{{3,}}{ONE_OF})\.bin")

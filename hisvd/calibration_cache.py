@@ -18,7 +18,6 @@ from hisvd.shape_utils import Sublayer
 from hisvd.utils.data_utils import token_fingerprint
 from hisvd.utils.files import check_regular, read_json, sha256_of_file, sha256_of_tensor, write_json, write_tensors
 from hisvd.utils.model_utils import Checkpoint, open_safetensors
-from hisvd.whitening_svd import F_DAMPING, PartOfMoment, SecondMoment, damped
 
 FORMAT_VERSION = 4
 AGAIN = "delete the cache folder and run calibrate.py again"
@@ -285,46 +284,6 @@ def _record(sublayer: Sublayer) -> dict:
 
 def _sublayer(record: dict) -> Sublayer:
     return Sublayer(**{f.name: record["type" if f.name == "path" else f.name] for f in fields(Sublayer)})
-
-
-def input_moment(sublayer: Sublayer, statistics: dict[str, torch.Tensor], device: torch.device) -> torch.Tensor:
-    """H = E[x xᵀ] (n, n) at a sublayer's input, undamped, float64."""
-    eigenvalues, eigenvectors = _eigenpairs(statistics, f"{sublayer.input_group}.", device)
-    return (eigenvectors * eigenvalues) @ eigenvectors.T
-
-
-def input_mean(sublayer: Sublayer, statistics: dict[str, torch.Tensor], device: torch.device) -> torch.Tensor | None:
-    """E[x] (n,) at the input of an MLP's output linear that has a bias, float64; None for all others."""
-    mean = statistics.get(f"{sublayer.input_group}.mean")
-    return mean if mean is None else mean.to(device, torch.float64)
-
-
-def output_moment(
-    sublayer: Sublayer,
-    statistics: dict[str, torch.Tensor],
-    whitening: str,
-    device: torch.device,
-    rows: torch.Tensor | None = None,
-) -> SecondMoment | PartOfMoment | None:
-    """The damped F at a sublayer's output (of its entries `rows` (k,) alone) for whitening `two_sided`, else None."""
-    if whitening != "two_sided":
-        return None
-    moment = output_gradient_moment(sublayer, statistics, device)
-    return moment if rows is None else moment.part(rows)
-
-
-def output_gradient_moment(
-    sublayer: Sublayer, statistics: dict[str, torch.Tensor], device: torch.device
-) -> SecondMoment:
-    """F = E[g gᵀ] (m, m) at a sublayer's output, damped."""
-    return damped(*_eigenpairs(statistics, f"{sublayer.path}.F_", device), F_DAMPING)
-
-
-def _eigenpairs(
-    statistics: dict[str, torch.Tensor], prefix: str, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    eigenvalues, eigenvectors = statistics[f"{prefix}eigenvalues"], statistics[f"{prefix}eigenvectors"]
-    return eigenvalues.to(device, torch.float64), eigenvectors.to(device, torch.float64)
 
 
 def _damaged(path: Path) -> HiSVDError:

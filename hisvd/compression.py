@@ -5,6 +5,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from hisvd.cache_defaults import resolved
 from hisvd.calibration_cache import CalibrationCache, check_same_model
 from hisvd.errors import HiSVDError
 from hisvd.estimates import stream_bytes
@@ -133,7 +134,7 @@ def prepared(
     Raises:
         HiSVDError: see `compress`.
     """
-    settings = settings.resolved(cache)
+    settings = resolved(settings, cache)
     device = resolve_device(resources.device)
     checkpoint = open_checkpoint(str(model))
     check_same_model(cache, checkpoint)

@@ -6,6 +6,7 @@ from statistics import median
 from hisvd.calibration_cache import SPECTRA, CalibrationCache
 from hisvd.component.experts import kind_of
 from hisvd.errors import HiSVDError
+from hisvd.schema import COUNT, NUMBER, OBJECT, SIZE, TEXT
 from hisvd.shape_utils import PLAIN_BYTES, Sublayer, matrix_bytes, stored_bytes
 from hisvd.utils.save_utils import PREDICTED
 
@@ -13,6 +14,17 @@ SPECTRUM = {  # by the setting `whitening`: the singular values that factors are
     "two_sided": ("two_sided_singular_values", "F^½ W H^½"),
     "input": ("whitened_singular_values", "W H^½"),
     "none": ("singular_values", "W"),
+}
+DRAWN_SCHEMA = {  # what is drawn of a hisvd.json
+    "source_model": TEXT,
+    "target_compression": NUMBER,
+    "linear_numbers_before": SIZE,
+    "linear_numbers_planned": SIZE,
+    "linear_numbers_after": SIZE,
+    "settings": {key: TEXT for key in ("allocation", "whitening", "moves", "budget", "export")},
+    "calibration": OBJECT,
+    "by_type": {"*": dict.fromkeys(("before", "removed_with_neurons", "saved_by_factors", "stored"), COUNT)},
+    "sublayers": [{"name": TEXT, "shape": [SIZE], "form": TEXT, "rank": COUNT, "numbers": COUNT}],
 }
 MOST_SPECTRA, POINTS = 8, 256  # sublayers whose spectra are drawn, and points of each
 STAGES = ("rank_method", "alpha", "modulation", "lwe_strength", "tail_redundancy_weight", "cluster_by")

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hisvd.evaluation_figures import perplexity_text, with_reference
-from hisvd.utils.files import write_json
+from hisvd.errors import HiSVDError
+from hisvd.evaluation_figures import perplexity_text, speed_columns, task_columns, with_reference
+from hisvd.schema import COUNT, NUMBER, OBJECT, SIZE, TEXT, Kind
+from hisvd.utils.files import read_json, write_json
 from hisvd.utils.html_report import (
     COLORS,
     FAINT,
@@ -24,17 +26,22 @@ from hisvd.utils.html_report import (
 )
 from hisvd.utils.sample_utils import NEW_TOKENS
 from hisvd.utils.save_utils import PREDICTED
-from hisvd.utils.task_utils import main_metric
 
 MOST_PANELS = 3  # beside each other
-SPEEDS = {  # figure → (title, unit, decimals)
-    "prefill_tokens_per_s": ("prefill, tokens/s", 1, 0),
-    "prefill_tokens_per_s_batch_8": ("prefill, batch of 8", 1, 0),
-    "decode_tokens_per_s": ("decoding, tokens/s", 1, 1),
-    "decode_tokens_per_s_batch_8": ("decoding, batch of 8", 1, 1),
-    "time_to_first_token_s": ("first token, s", 1, 3),
-    "loading_peak_bytes": ("memory, loading, MB", 1e6, 1),
-    "running_peak_bytes": ("memory, running, MB", 1e6, 1),
+RESULT_SCHEMA = {  # what is drawn of a model's figures
+    "model": TEXT,
+    "source_model": Kind("a string or null", lambda v: v is None or isinstance(v, str)),
+    "linear_numbers_dense": SIZE,
+    "linear_kept": NUMBER,
+    "weight_file_bytes": COUNT,
+    "perplexity": {"*": {"perplexity": NUMBER, "nll": NUMBER, "tokens_scored": COUNT}},
+    "documents": {"*": COUNT},
+    "seqlen": COUNT,
+    **dict.fromkeys(("protocol", "dtype", "device"), TEXT),
+    "predicted_loss?": NUMBER,
+    "samples?": [{"prompt": TEXT, "continuation": TEXT}],
+    "speed?": {"prompt_tokens": COUNT, "ratios?": {"*": NUMBER}, "reference?": {"model": TEXT}},
+    "tasks?": {"*": OBJECT},
 }
 
 
@@ -74,6 +81,32 @@ def evaluation_report(results: Sequence[dict], folder: str | Path) -> Path:
     path = write_page(Path(folder) / "evaluate.html", f"Evaluation of {shortened(what, 80)}", parts)
     write_json(path.with_name("evaluate.json"), list(results))
     return path
+
+
+def read_results(files: Sequence[Path]) -> list[dict]:
+    """The figures in files of `evaluate.py --json`, one after the other; a model with the same perplexities once.
+
+    Raises:
+        HiSVDError: a file cannot be read, holds something else, or figures on other texts, tasks or prompts than the
+            first.
+    """
+    first: dict | None = None
+    once: dict[tuple[str, str], dict] = {}
+    for file in files:
+        for result in read_json(file, [RESULT_SCHEMA]):
+            first = first or result
+            if what_on(result) != what_on(first):
+                raise HiSVDError(
+                    f"{file} has figures on other texts, tasks or prompts than {files[0]}; draw them apart."
+                )
+            once.setdefault((result["model"], str(result["perplexity"])), result)
+    return list(once.values())
+
+
+def what_on(result: dict) -> tuple:
+    """The names of the texts and tasks that a model was measured on, and the prompts."""
+    prompts = [sample["prompt"] for sample in result.get("samples", [])]
+    return list(result["perplexity"]), list(result.get("tasks", {})), prompts
 
 
 def is_original(result: dict) -> bool:
@@ -185,9 +218,8 @@ def predictions(results: Sequence[dict], names: Sequence[str], texts: Sequence[s
 
 
 def task_table(results: Sequence[dict], names: Sequence[str]) -> str:
-    """The main metric of every task."""
-    tasks = {name: main_metric(figures) for name, figures in results[0]["tasks"].items()}
-    shown = [(task, metric) for task, metric in tasks.items() if metric is not None]
+    """The main metric of every task, or of the group that it belongs to."""
+    shown = task_columns(results[0]["tasks"])
     rows = [
         [name, *(f"{result['tasks'][task][metric]:.4f}" for task, metric in shown)]
         for result, name in zip(results, names, strict=True)
@@ -200,29 +232,25 @@ def speed_table(results: Sequence[dict], names: Sequence[str]) -> str:
     """Speed and memory with their ratios to the reference, which is a row of its own if no model is it."""
     rows_of_models = [(name, result["speed"]) for name, result in zip(names, results, strict=True) if "speed" in result]
     measured, reference = with_reference(rows_of_models)
-    known = [key for key in SPEEDS if any(key in figures for _, figures in measured)]
-    rows = []
-    for name, figures in measured:
-        row = [name]
-        for key in known:
-            _, unit, decimals = SPEEDS[key]
-            ratio = f" ({figures['ratios'][key]:.2f}×)" if key in figures.get("ratios", {}) else ""
-            row.append(f"{figures[key] / unit:.{decimals}f}{ratio}" if key in figures else "–")
-        rows.append(row)
-    caption = f"A prompt of {measured[0][1]['prompt_tokens']} tokens, or its eighths as a batch; medians."
+    caption = (
+        f"A prompt of {measured[0][1]['prompt_tokens']} tokens, or its eighths as a batch of 8; medians. Memory: peaks "
+        "of what the model adds to the process."
+    )
     if reference:
         caption += (
             f" In brackets: relative to {short_names([reference['model']])[0]}; above 1 is faster, for memory below 1 "
             "is less."
         )
-    return table(["model", *(SPEEDS[key][0] for key in known)], rows, caption)
+    return table(*speed_columns(measured), caption)
 
 
 def sample_table(results: Sequence[dict], names: Sequence[str]) -> str:
     """What every model makes of every prompt, side by side."""
     written = [(name, result["samples"]) for name, result in zip(names, results, strict=True) if "samples" in result]
     if not written:
-        return paragraph("No text was generated: with --offload_folder no model is in memory as a whole.")
+        return paragraph(
+            "No text was generated: that needs evaluate.py --prompt or --report, without --offload_folder."
+        )
     prompts = [sample["prompt"] for sample in written[0][1]]
     rows = [[prompt, *(samples[i]["continuation"] for _, samples in written)] for i, prompt in enumerate(prompts)]
     caption = f"Greedy continuations of at most {NEW_TOKENS} tokens, without a chat template."

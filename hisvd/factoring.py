@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
-from hisvd.calibration_cache import CalibrationCache, output_moment
+from hisvd.cached_moments import output_moment
+from hisvd.calibration_cache import CalibrationCache
 from hisvd.component.families import adapter_for
 from hisvd.component.hf_quantizer import config_entries
 from hisvd.errors import naming

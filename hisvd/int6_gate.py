@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from hisvd.calibration_cache import input_moment, output_moment
+from hisvd.cached_moments import input_moment, output_moment
 from hisvd.factor_forms import Entries
 from hisvd.factoring import CompressionJob
 from hisvd.int6_fit import SWEEPS, int6_entries

@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from hisvd.calibration_cache import ROUNDING, CalibrationCache, input_mean, input_moment, output_gradient_moment
+from hisvd.cached_moments import input_mean, input_moment, output_gradient_moment
+from hisvd.calibration_cache import ROUNDING, CalibrationCache
 from hisvd.component.adapter import Mlp
 from hisvd.gradient_pass import OutputGradientMoments
 from hisvd.input_moments import InputMoments

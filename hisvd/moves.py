@@ -5,7 +5,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from hisvd.allocations import ALLOCATIONS, RankProblem, guard_at
-from hisvd.byte_budget import SMALLEST, Curves, least_loss_storages, storages_at
+from hisvd.byte_budget import SIZE_ALONE, Curves, least_loss_storages, storages_at
 from hisvd.errors import HiSVDError
 from hisvd.factor_forms import form_in
 from hisvd.integer_codes import INTEGERS
@@ -55,7 +55,7 @@ def _least_loss(problem: RankProblem, target: float, ranked: bool, narrow: bool)
     if settings.budget == "bytes":
         menu = storages(settings)
         several = [curves_of(problem, [storage] * len(sublayers), ranked, narrow, guard) for storage in menu]
-        refuse_below(storages_at(several, SMALLEST).size, sublayers, target, what, PLAIN_BYTES)
+        refuse_below(storages_at(several, SIZE_ALONE).size, sublayers, target, what, PLAIN_BYTES)
         budget = budget_of(sublayers, target, PLAIN_BYTES)
         chosen = [menu[place] for place in least_loss_storages(several, budget)]
     else:

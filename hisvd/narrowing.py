@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from hisvd.calibration_cache import input_mean, input_moment
+from hisvd.cached_moments import input_mean, input_moment
 from hisvd.factor_forms import Entries
 from hisvd.neurons import fitting_moment, refitted, stacked
 from hisvd.shape_utils import Sublayer

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from hisvd.whitening_svd import SMALLEST, SecondMoment, cholesky_root, values_of_gram, whitened
+from hisvd.whitening_svd import ALMOST_ZERO, SecondMoment, cholesky_root, values_of_gram, whitened
 
 DAMPING = 1e-4  # added to C as a fraction of its mean diagonal entry
 BLOCK = 16  # neurons that are removed between two updates of the whole inverse
@@ -64,7 +64,7 @@ def _cheapest(v: torch.Tensor, p: torch.Tensor, count: int) -> tuple[torch.Tenso
     gone = torch.zeros(len(p), dtype=p.dtype, device=p.device)
     chosen, added = [], []
     for _ in range(count):
-        scores = gram.diagonal().clamp_min(0) / p.diagonal().clamp_min(SMALLEST) + gone
+        scores = gram.diagonal().clamp_min(0) / p.diagonal().clamp_min(ALMOST_ZERO) + gone
         j = scores.argmin().unsqueeze(0)
         chosen.append(j)
         added.append(scores[j] / 2)
@@ -112,7 +112,7 @@ def fitting_moment(moment: torch.Tensor, mean: torch.Tensor | None, damping: flo
     With `mean` E[h] (n,), where a bias takes up the means, the covariance with the same damping.
     """
     fitting = moment.to(torch.float64, copy=True)
-    shift = (damping * fitting.diagonal().mean()).clamp_min(SMALLEST)
+    shift = (damping * fitting.diagonal().mean()).clamp_min(ALMOST_ZERO)
     if mean is not None:
         fitting -= torch.outer(mean, mean)
     fitting.diagonal().add_(shift)

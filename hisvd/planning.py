@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hisvd.allocations import RankProblem
+from hisvd.cache_defaults import resolved
 from hisvd.calibration_cache import CalibrationCache, open_finished_cache
 from hisvd.errors import HiSVDError
 from hisvd.exports import EXPORTS
@@ -104,7 +105,7 @@ def plan(
         >>> rank = plan.ranks["model.layers.0.self_attn.q_proj"]
     """
     cache = opened_cache(cache)
-    settings = settings.resolved(cache)
+    settings = resolved(settings, cache)
     problem = RankProblem(cache, settings)
     assert settings.moves is not None  # resolved
     choose = one_width if EXPORTS[settings.export].stock else MOVES[settings.moves]

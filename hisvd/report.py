@@ -157,6 +157,9 @@ def int6_figures(codes: Collection[str], sizes_in_files: dict[str, int]) -> dict
     }
 
 
+LEGEND = "A number is the rank of a linear's factors; dense: it is not factored."
+
+
 def rank_table(plan: Plan, sublayers: list[Sublayer]) -> str:
     """Ranks and integers as a table: a row for decoder layers that are alike, a column per type; for experts the
     smallest and largest.
@@ -188,7 +191,7 @@ def rank_table(plan: Plan, sublayers: list[Sublayer]) -> str:
         layers.setdefault((*cells, *([neurons(i) or "all"] if plan.shapes else [])), []).append(i)
     unchanged = layers.pop(next((row for row in layers if {*row} <= {"dense", "all", ""}), ()), [])
     titles = ["layer", *(t.rpartition(".")[2] for t in types), *(["neurons"] if plan.shapes else [])]
-    lines = [table(titles, [[ranges(numbers), *row] for row, numbers in layers.items()])] if layers else []
+    lines = [table(titles, [[ranges(numbers), *row] for row, numbers in layers.items()]), LEGEND] if layers else []
     return "\n".join([*lines, *([f"Unchanged: all linears of {layers_called(unchanged)}"] if unchanged else [])])
 
 

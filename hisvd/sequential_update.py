@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from hisvd.calibration_cache import input_moment
+from hisvd.cached_moments import input_moment
 from hisvd.component.experts import is_routed
 from hisvd.factor_forms import Entries
 from hisvd.factoring import Case, CompressionJob, Tensors, without_neurons

@@ -2,11 +2,10 @@
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from hisvd.allocations import ALLOCATIONS, CLUSTERINGS
-from hisvd.calibration_cache import CalibrationCache
 from hisvd.choices import BUDGETS, DTYPES, INT6_MODES, SAMPLINGS
 from hisvd.errors import HiSVDError
 from hisvd.exports import EXPORTS, LINEAR_DTYPES
@@ -16,15 +15,9 @@ from hisvd.moves import MOVES
 from hisvd.rank_allocation import Allowed
 from hisvd.rank_metrics import RANK_METRICS
 from hisvd.refinement import MODULATIONS
-from hisvd.sparse_int6 import COLUMNS
 from hisvd.updates import UPDATES
 from hisvd.utils.data_utils import PROTOCOLS
 from hisvd.whitening_svd import WHITENINGS
-
-# Rows of so many 16-bit numbers are what the kernels of GPUs and CPUs are made for (cuBLAS: 16 bytes), and of so many
-# codes; linears whose smaller side is below the last number would lose too many choices.
-ALIGNED, ALIGNED_CODES, SMALLEST_ALIGNED = 8, 32, 128
-SAVING = 0.05  # the least that factors of such linears save
 
 
 @dataclass(frozen=True)
@@ -226,7 +219,7 @@ class CompressionSettings:
 
     @property
     def allowed_ranks(self) -> Allowed:
-        """The ranks that the loss allocation may choose; the settings are resolved."""
+        """The ranks that the loss allocation may choose; for settings from `cache_defaults.resolved`."""
         assert self.rank_multiple is not None and self.min_saving is not None
         return Allowed(self.rank_multiple, self.min_saving)
 
@@ -234,78 +227,6 @@ class CompressionSettings:
     def gated(self) -> bool:
         """Whether the quality gate chooses the linears that are exported."""
         return EXPORTS[self.export].encode is not None and self.quality_gate_delta is not None
-
-    def resolved(self, cache: CalibrationCache) -> "CompressionSettings":
-        """These settings with the defaults that depend on the cache.
-
-        Raises:
-            HiSVDError: they need what the cache does not have.
-        """
-        if self.whitening == "two_sided" and not cache.has_gradients:
-            raise HiSVDError(
-                f"--whitening two_sided needs gradients, and {cache.folder} was made with --no_gradients; "
-                "use --whitening input, or calibrate again with gradients."
-            )
-        if self.export == "int6" and all(s.in_features < COLUMNS for s in cache.sublayers):
-            raise HiSVDError(
-                f"--export int6 finds nothing to store: no linear of this model has the {COLUMNS} inputs that the "
-                "format needs; leave the option out."
-            )
-        allocation = self.allocation or ("loss" if cache.has_gradients else "hisvd")
-        whitening = self.whitening or ("two_sided" if cache.has_gradients else "input")
-        for name, value, default in (("rank_multiple", self.rank_multiple, 1), ("min_saving", self.min_saving, 0)):
-            if value and value > default and allocation != "loss":
-                raise HiSVDError(f"--{name} {value} needs --allocation loss, not {allocation}; change one of them.")
-        large = allocation == "loss" and all(s.full_rank >= SMALLEST_ALIGNED for s in cache.sublayers)
-        coded = self.budget == "bytes" or self.linear_dtype in INTEGERS
-        multiple = self.rank_multiple or ((ALIGNED_CODES if coded else ALIGNED) if large else 1)
-        if self.budget == "bytes":
-            self._check_bytes(cache, allocation, whitening)
-        moves = self._moves(cache, allocation, whitening)
-        saving = self.min_saving if self.min_saving is not None else SAVING * large
-        resolved = replace(self, allocation=allocation, whitening=whitening, moves=moves)
-        return replace(resolved, rank_multiple=multiple, min_saving=saving)
-
-    def _check_bytes(self, cache: CalibrationCache, allocation: str, whitening: str) -> None:
-        """Refuse what does not go with a budget in bytes.
-
-        Raises:
-            HiSVDError: there is something.
-        """
-        if allocation != "loss" or whitening != "two_sided":
-            raise HiSVDError(
-                "--target_bytes needs --allocation loss and --whitening two_sided, and so a cache with gradients, not "
-                f"{allocation} and {whitening}; change them, or use --target_compression."
-            )
-        if not cache.has_rounding:
-            raise HiSVDError(
-                f"--target_bytes needs what rounding costs, which {cache.folder} lacks (an older version made it); "
-                "calibrate again, or use --target_compression with --linear_dtype."
-            )
-
-    def _moves(self, cache: CalibrationCache, allocation: str, whitening: str) -> str:
-        """The moves that are made, by default all that cache and metric allow.
-
-        Raises:
-            HiSVDError: they do not go with the cache or with other settings.
-        """
-        stock, by_loss = EXPORTS[self.export].stock, allocation == "loss" and whitening == "two_sided"
-        if stock and self.moves not in (None, "neurons"):
-            raise HiSVDError(f"--export plain removes neurons alone, so it does not go with --moves {self.moves}.")
-        moves = self.moves or ("neurons" if stock else "both" if by_loss and cache.has_neurons else "low_rank")
-        needs = f"--moves {moves}" if not stock else "--export plain"
-        if moves != "low_rank" and not by_loss:
-            raise HiSVDError(
-                f"{needs} needs --allocation loss and --whitening two_sided, not {allocation} and {whitening}; change "
-                "them, or use --moves low_rank."
-            )
-        if moves != "low_rank" and not cache.has_neurons:
-            raise HiSVDError(
-                f"{needs} needs what calibration measures of the MLPs, and {cache.folder} lacks it (made with "
-                "--no_gradients or by an older version, or the model's family has no adapter); calibrate again, or use "
-                "--moves low_rank."
-            )
-        return moves
 
 
 @dataclass(frozen=True)

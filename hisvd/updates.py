@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 
-from hisvd.calibration_cache import input_moment
+from hisvd.cached_moments import input_moment
 from hisvd.factor_forms import Entries, Shape
 from hisvd.factoring import Case, CompressionJob, Tensors, Update, without_neurons
 from hisvd.layer_tensors import stored_prefix

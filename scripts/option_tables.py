@@ -1,4 +1,4 @@
-"""Write docs/options.md from the options of the three programs: `python scripts/option_tables.py`."""
+"""Write docs/options.md from the options of all programs: `python scripts/option_tables.py`."""
 
 from pathlib import Path
 
@@ -13,13 +13,14 @@ INTRODUCTION = """# Options
 
 This page is written by `scripts/option_tables.py` from the programs themselves; `hisvd compress -h` shows the same.
 `hisvd compress`, `hisvd-compress`, `python -m hisvd compress` and, in a checkout, `python compress.py` are the same
-program.
+program. The same holds for calibrate and evaluate.
 
 - Dashes may stand for the underscores in an option's name: `--model-path` is `--model_path`.
 - "–" stands for no default: the option does nothing unless it is given.
 - A bad value ends a program with one sentence and exit code 2, Ctrl-C with exit code 130. A run that was stopped
   resumes when the same command is started again ([running.md](running.md)).
-- Where standard error is no terminal, a line for every stage takes the place of progress bars.
+- Where standard error is no terminal, lines take the place of progress bars: one for every stage, and one a minute with
+  the count in long stages.
 """
 
 

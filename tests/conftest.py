@@ -22,14 +22,14 @@ from transformers import (
     Qwen2Config,
 )
 
-from hisvd.cli import calibrate, compress, evaluate
+from hisvd.cli import calibrate, compress, evaluate, report
 from hisvd.rank_allocation import budget_of
 from hisvd.shape_utils import is_dense, next_rank, stored_parameters
 from hisvd.utils.data_utils import CALIBRATION_SPLIT, load_text
 from hisvd.utils.load_utils import read_pt
 
 ROOT = Path(__file__).parents[1]
-PROGRAMS = {"calibrate": calibrate.main, "compress": compress.main, "evaluate": evaluate.main}
+PROGRAMS = {"calibrate": calibrate.main, "compress": compress.main, "evaluate": evaluate.main, "report": report.main}
 SHARED = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
 CONFIGS = {

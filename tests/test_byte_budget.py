@@ -12,7 +12,7 @@ from test_rounding import normal
 from test_width_allocation import mlp_curves
 
 import hisvd
-from hisvd.byte_budget import SMALLEST, Curves, least_loss_storages, storages_at
+from hisvd.byte_budget import SIZE_ALONE, Curves, least_loss_storages, storages_at
 from hisvd.calibration_cache import CalibrationCache, read_cache
 from hisvd.factor_forms import FORMS, factor_tensors
 from hisvd.integer_codes import INTEGERS
@@ -78,7 +78,7 @@ def test_no_other_storages_and_ranks_of_the_same_size_lose_less():
         [(float(t), float(b)) for curves in menu for t, b in zip(*curves.others[k], strict=True)] for k in range(3)
     ]
     every = [(sum(t for t, _ in c), sum(b for _, b in c)) for c in itertools.product(*fronts)]
-    for multiplier in (1e-6, 1e-4, 1e-3, 1e-2, SMALLEST):
+    for multiplier in (1e-6, 1e-4, 1e-3, 1e-2, SIZE_ALONE):
         places, size = storages_at(menu, multiplier)
         loss = min(
             sum(menu[p].others[k].tails[r] for k, (p, r) in enumerate(zip(places, ranks, strict=True)))
@@ -98,7 +98,7 @@ def test_fewer_bytes_mean_fewer_bits_within_the_budget(share):
     whole = 2 * (2 * 24 * 24 + 2 * 3 * 24 * 64)
     places = least_loss_storages(menu, share * whole)
     bits = [(16, 8, 4)[place] for place in places]
-    assert len(bits) == 8 and storages_at(menu, SMALLEST).size < 0.2 * whole
+    assert len(bits) == 8 and storages_at(menu, SIZE_ALONE).size < 0.2 * whole
     richer = least_loss_storages(menu, min(1, share + 0.3) * whole)
     assert sum(bits) <= sum((16, 8, 4)[place] for place in richer)
 

@@ -73,11 +73,11 @@ def test_original_folder_and_pt_in_one_table_with_json(chain, model_folders, tmp
     assert as_folder["perplexity"]["python-docs"]["tokens_scored"] == 4 * 31
     names = [*speed_utils.TIMED, "loading_peak_bytes", "running_peak_bytes"]
     assert all(figures["speed"][name] > 0 for figures in (original, as_folder, as_file) for name in names)
-    assert "reference" not in original["speed"] and "x)" not in row_of(result, model_folders["llama"], 1)
+    assert "reference" not in original["speed"] and "×)" not in row_of(result, model_folders["llama"], 1)
     for figures, path in ((as_folder, folder), (as_file, file)):
         assert figures["speed"]["reference"] == original["speed"] | {"model": str(model_folders["llama"])}
         row = row_of(result, path, 1)
-        assert all(f"({figures['speed']['ratios'][name]:.2f}x)" in row for name in names)
+        assert all(f"({figures['speed']['ratios'][name]:.2f}×)" in row for name in names)
         assert f"{figures['speed']['decode_tokens_per_s']:.1f} (" in row
         for name in names[-2:]:
             expected = figures["speed"][name] / original["speed"][name]

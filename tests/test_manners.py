@@ -11,6 +11,7 @@ import sys
 
 import click
 import pytest
+from click.shell_completion import shell_complete
 from conftest import PROGRAMS, ROOT, build_model, calibrate_arguments, expect_sentence, run, short_text
 from huggingface_hub import ModelCard
 from transformers import AutoConfig, LlamaConfig
@@ -77,7 +78,7 @@ def test_help_and_usage_errors_come_without_pytorch():
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("program", [name for name in PROGRAMS if name != "report"])
 def test_ctrl_c_while_libraries_are_imported_is_no_traceback(program, tmp_path):
     (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
     needed = {"calibrate": ["--model_name", "x"], "compress": ["--calib_cache", "C", "--save_model", "O"]}
@@ -92,10 +93,11 @@ def test_ctrl_c_while_libraries_are_imported_is_no_traceback(program, tmp_path):
 def test_the_help_page_has_every_option_in_a_group_and_examples_that_parse(program):
     main = PROGRAMS[program]
     page = run(program, "-h").output
-    assert page == run(program, "--help").output and page.count("ptions:\n") >= 2 and "\nOutput:\n" in page
+    assert page == run(program, "--help").output and "\nCommon options:\n" in page and "\nOutput:\n" in page
     for option in main.params:
         assert isinstance(option, Option) and len(option.help) > 15, option.name
-        assert (option.opts[0] in page and option.default in (None, False, "", ())) or "[default" in page
+        assert option.opts[0] in page, option.name
+    assert ("[default" in page) == (program != "report")  # whose options have none
     for line in page.partition("Examples:\n")[2].splitlines():
         hisvd_, name, *words = shlex.split(line)
         assert (hisvd_, name) == ("hisvd", program) and group.get_command(None, name) is main
@@ -116,6 +118,30 @@ def test_options_are_known_by_dashes_as_well(program):
                 for words, others in pairs:
                     found, same = (main.make_context("x", w, resilient_parsing=True).params for w in (words, others))
                     assert found[option.name] == same[option.name] != option.default, name
+
+
+def test_options_of_other_programs_are_known(caches):
+    result = run("compress", "--calib-cache", caches["llama"], "--grad-nsamples", 8)
+    assert result.code == 2 and "'--grad-nsamples'. It belongs to hisvd calibrate." in result.error
+    result = run("evaluate", "--dataset", "mine.txt")
+    assert "It belongs to hisvd calibrate." in result.error and "'--datasets'" in result.error
+    assert "belongs" not in run("evaluate", "--best").error
+
+
+def test_the_shell_completes_choices_and_paths(monkeypatch, capsys):
+    def completed(line):
+        monkeypatch.setenv("COMP_WORDS", line)
+        monkeypatch.setenv("COMP_CWORD", str(line.count(" ")))
+        shell_complete(group, {}, "hisvd", "_HISVD_COMPLETE", "bash_complete")
+        return capsys.readouterr().out.split()
+
+    assert completed("hisvd comp") == ["plain,compress"]
+    assert completed("hisvd compress --update n") == ["plain,none"]
+    paths = {"calibrate": ["dataset", "output_dir"], "compress": ["calib_cache", "save_model", "report"]}
+    paths |= {"evaluate": ["datasets", "json"], "report": ["figures", "calib_cache"]}
+    for program, names in paths.items():
+        for name in ("model_path", *names):
+            assert completed(f"hisvd {program} --{name} mod") == ["file,mod"], (program, name)
 
 
 def test_what_is_written_goes_to_json_and_nothing_else_is_said(model_folders, tmp_path):
@@ -149,6 +175,11 @@ def test_what_is_written_goes_to_json_and_nothing_else_is_said(model_folders, tm
 def test_bars_are_for_terminals(monkeypatch, capsys):
     list(progress.progress_bar(range(3), "counting"))
     assert capsys.readouterr().err == "counting\n"
+    monkeypatch.setattr(progress, "SECONDS_PER_LINE", 0)
+    list(progress.progress_bar(range(1, 3), "counting", total=3, initial=1))
+    with progress.progress_bar(None, "trying") as bar:
+        bar.update()
+    assert capsys.readouterr().err == "counting\ncounting: 2 of 3\ncounting: 3 of 3\ntrying\ntrying: 1\n"
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     list(progress.progress_bar(range(3), "counting"))
     assert "3/3" in capsys.readouterr().err
@@ -164,7 +195,7 @@ def test_layers_that_are_alike_share_a_row_and_unchanged_ones_are_named(caches):
     assert printed.startswith("Unchanged: all linears of layers 0–3\n") and "dense" not in printed
     sublayers = read_cache(caches["llama"]).sublayers
     ranks = {s.name: s.full_rank if s.layer == 1 else 8 for s in sublayers}
-    _, _, row, unchanged = rank_table(Plan(0.7, "svd", ranks), sublayers).splitlines()
+    _, _, row, _, unchanged = rank_table(Plan(0.7, "svd", ranks), sublayers).splitlines()
     assert row.startswith("0, 2–3 ") and unchanged == "Unchanged: all linears of layer 1"
 
 
@@ -240,6 +271,12 @@ BAD = {
         "report": [BLOCKED],
         "prompts": ["x --offload_folder FOLDER"],
     },
+    "report": {
+        "figures": ["nowhere", "FOLDER", "FILE"],
+        "model_paths": ["nowhere", "nowhere --calib_cache nowhere"],
+        "calib_cache": ["nowhere"],
+        "report": [BLOCKED],
+    },
 }
 
 
@@ -259,6 +296,7 @@ def test_a_bad_value_gives_a_sentence(program, option, value, model, caches, tmp
         "calibrate": calibrate_arguments(model, tmp_path / "caches"),
         "compress": ["--model_path", model, "--calib_cache", caches["llama"], "--save_model", tmp_path / "out"],
         "evaluate": ["--model_path", model, "--datasets", short_text(), "--seqlen", 32, "--nsamples", 1],
+        "report": ["--report", tmp_path / "pages"],
     }[program]
     if program == "compress":
         arguments += ["--target_compression", "0.8", "--update", "none"]

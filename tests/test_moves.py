@@ -9,7 +9,8 @@ import torch
 from conftest import calibrate_arguments, expect_sentence, run
 
 import hisvd
-from hisvd import settings
+from hisvd import cache_defaults
+from hisvd.cache_defaults import resolved
 from hisvd.calibration_cache import read_cache
 
 
@@ -111,14 +112,14 @@ def test_rank_multiple(caches, moves):
 
 def test_ranks_of_large_linears_are_aligned_by_default(caches, monkeypatch):
     cache, unset = read_cache(caches["llama"]), hisvd.CompressionSettings()
-    assert unset.resolved(cache).rank_multiple == 1 and unset.resolved(cache).min_saving == 0
-    monkeypatch.setattr(settings, "SMALLEST_ALIGNED", min(s.full_rank for s in cache.sublayers))
-    assert unset.resolved(cache).rank_multiple == 8
-    assert hisvd.CompressionSettings(budget="bytes").resolved(cache).rank_multiple == 32
-    assert hisvd.CompressionSettings(rank_multiple=1).resolved(cache).rank_multiple == 1
-    assert unset.resolved(cache).min_saving == 0.05
-    assert hisvd.CompressionSettings(min_saving=0.0).resolved(cache).min_saving == 0
-    staged = hisvd.CompressionSettings(allocation="hisvd").resolved(cache)
+    assert resolved(unset, cache).rank_multiple == 1 and resolved(unset, cache).min_saving == 0
+    monkeypatch.setattr(cache_defaults, "SMALLEST_ALIGNED", min(s.full_rank for s in cache.sublayers))
+    assert resolved(unset, cache).rank_multiple == 8
+    assert resolved(hisvd.CompressionSettings(budget="bytes"), cache).rank_multiple == 32
+    assert resolved(hisvd.CompressionSettings(rank_multiple=1), cache).rank_multiple == 1
+    assert resolved(unset, cache).min_saving == 0.05
+    assert resolved(hisvd.CompressionSettings(min_saving=0.0), cache).min_saving == 0
+    staged = resolved(hisvd.CompressionSettings(allocation="hisvd"), cache)
     assert staged.rank_multiple == 1 and staged.min_saving == 0
 
 
@@ -188,7 +189,7 @@ def test_the_loss_that_a_plan_estimates_is_less_with_both_moves(caches):
 
     cache, losses = read_cache(caches["llama"]), {}
     for moves in ("both", "low_rank", "neurons"):
-        settings = hisvd.CompressionSettings(moves=moves).resolved(cache)
+        settings = resolved(hisvd.CompressionSettings(moves=moves), cache)
         problem, (plan,) = RankProblem(cache, settings), hisvd.plan(cache, 0.6, settings)
         spectra = dict(zip(problem.sublayers, problem.singular_values("two_sided_singular_values"), strict=True))
         total, members = 0.0, set()

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hisvd
 from hisvd import neurons
-from hisvd.calibration_cache import input_moment, output_moment, read_cache
+from hisvd.cached_moments import input_moment, output_moment
+from hisvd.calibration_cache import read_cache
 from hisvd.component.low_rank import swap_linears
 from hisvd.factor_forms import factor_tensors
 from hisvd.int6_fit import fit_weight

@@ -11,8 +11,10 @@ import pytest
 from conftest import expect_sentence, run, short_text
 
 import hisvd
+from hisvd.cache_defaults import resolved
 from hisvd.calibration_cache import SPECTRA, open_finished_cache
 from hisvd.component.experts import kind_of
+from hisvd.evaluation_page import read_results
 from hisvd.rank_allocation import tails_of
 from hisvd.report import plan_report
 from hisvd.utils.html_report import printable
@@ -114,7 +116,7 @@ def test_every_kind_of_plan_has_a_page(caches, tmp_path):
     for settings in ({"budget": "bytes"}, {"allocation": "hisvd", "whitening": "input"}, {"moves": "neurons"}):
         settings = hisvd.CompressionSettings(**settings)
         (plan,) = hisvd.plan(cache, 0.45 if settings.budget == "bytes" else 0.7, settings)
-        reports.append(plan_report(cache, plan, settings.resolved(cache)))
+        reports.append(plan_report(cache, plan, resolved(settings, cache)))
     reports[1]["source_model"] = reports[1]["settings"]["modulation"] = HOSTILE
     page, _ = checked(hisvd.compression_report(reports, cache, tmp_path))
     assert "alert" in page.text and "\x00" not in page.text
@@ -151,7 +153,7 @@ def test_an_output_of_before_predictions_is_still_finished(compressed, model_fol
     assert model.report == report
 
 
-def test_the_page_of_evaluate_says_what_was_measured(compressed, model_folders, tmp_path):
+def test_the_page_of_evaluate_says_what_was_measured(compressed, model_folders, caches, tmp_path):
     models = [model_folders["llama"], compressed / "out_80p", compressed / "out_50p"]
     where = [part for model in models for part in ("--model_path", model)]
     where += ["--datasets", short_text(), "--seqlen", 32, "--nsamples", 2, "--report", tmp_path]
@@ -173,6 +175,41 @@ def test_the_page_of_evaluate_says_what_was_measured(compressed, model_folders, 
     for i, cells in enumerate(written.values()):
         texts = [printable(one["samples"][i]["continuation"]) for one in results]
         assert [cell.split() for cell in cells] == [text.split() for text in texts]
+
+    again = ["--figures", tmp_path / "evaluate.json", "--calib_cache", caches["llama"], "--report", tmp_path / "again"]
+    result = run(
+        "report", *again, *(part for target in (80, 50) for part in ("--model_path", compressed / f"out_{target}p"))
+    )
+    assert result.code == 0 and result.output.count("Page written to") == 2, result
+    for drawn in (tmp_path / "evaluate.json", compressed / "report" / "compress.json"):  # ids in the pages are random
+        again = tmp_path / "again" / drawn.name
+        assert again.read_bytes() == drawn.read_bytes() and checked(again.with_suffix(".html"))[1] >= 2
+
+
+def test_figures_and_folders_that_no_page_can_be_made_of(compressed, model_folders, caches, tmp_path):
+    figures = {"perplexity": {"a": {"perplexity": 2.0, "nll": 0.7, "tokens_scored": 9}}, "documents": {"a": 1}}
+    figures |= {"model": "m", "source_model": None, "linear_numbers_dense": 9, "linear_kept": 1, "seqlen": 9}
+    figures |= {"weight_file_bytes": 9, "protocol": "default", "dtype": "float32", "device": "cpu"}
+    contents = {"good": [figures], "other": [figures | {"perplexity": {}}], "part": [{"model": "m"}], "list": [1]}
+    files = {name: tmp_path / f"{name}.json" for name in contents}
+    for name, content in contents.items():
+        files[name].write_text(json.dumps(content))
+    page = ["--report", tmp_path / "page"]
+    expect_sentence(run("report", *page), "--figures", "--model_path")
+    expect_sentence(run("report", *page, "--model_path", compressed / "out_80p"), "--calib_cache")
+    for name, culprit in (("part", "source_model"), ("list", "not an object"), ("other", "other texts")):
+        expect_sentence(run("report", *page, "--figures", files["good"], "--figures", files[name]), name, culprit)
+    files["more"] = tmp_path / "more.json"
+    files["more"].write_text(json.dumps([figures | {"model": "small"}, figures]))
+    assert [one["model"] for one in read_results([files["good"], files["more"]])] == ["m", "small"]
+    models = [*page, "--calib_cache", caches["llama"], "--model_path"]
+    expect_sentence(run("report", *models, model_folders["llama"]), str(model_folders["llama"]))
+    old = shutil.copytree(compressed / "out_50p", tmp_path / "old")
+    report = json.loads((old / "hisvd.json").read_text())
+    del report["by_type"]
+    (old / "hisvd.json").write_text(json.dumps(report))
+    expect_sentence(run("report", *models, old), "by_type", str(old))
+    assert not list((tmp_path / "page").iterdir())
 
 
 def test_hostile_names_and_texts_are_escaped(tmp_path):

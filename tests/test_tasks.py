@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 import hisvd
 from hisvd.cli.evaluation_tables import result_table
+from hisvd.evaluation_page import task_table
 from hisvd.utils import distributed
 
 TEXT = ("--datasets", "python-docs", "--seqlen", 32, "--nsamples", 1)
@@ -134,5 +135,8 @@ def test_members_of_a_group_are_in_the_table_only_if_it_has_no_score():
     figures = {"model": "m", "linear_kept": 1, "weight_file_bytes": 10**6, "perplexity": {}}
     member = {"acc": 0.5, "acc_stderr": 0.1, "samples": 2, "shots": 0, "subtask_of": "group"}
     for group, header in (({"acc": 0.25}, "group acc"), ({"samples": 2}, "member acc")):
-        table = result_table([figures | {"tasks": {"group": group, "member": member}}])
+        results = [figures | {"tasks": {"group": group, "member": member}}]
+        table = result_table(results)
         assert table.splitlines()[0].endswith(f"file MB  {header}")
+        page = task_table(results, ["m"])
+        assert f">{header}<" in page and page.count('scope="col"') == 2

@@ -18,7 +18,8 @@ from conftest import (
 from safetensors.torch import load_file, save_file
 
 import hisvd
-from hisvd.calibration_cache import input_moment, output_moment, read_cache
+from hisvd.cached_moments import input_moment, output_moment
+from hisvd.calibration_cache import read_cache
 from hisvd.factor_forms import FORMS, factor_tensors
 from hisvd.rank_allocation import budget_of, project_shares, ranks_from_shares, stage1_shares
 from hisvd.shape_utils import Sublayer, is_dense, stored_parameters

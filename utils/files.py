@@ -222,8 +222,8 @@ def check_regular(path: Path) -> Path:
     return path
 
 
-def read_json(path: Path, schema: Any = OBJECT) -> dict:
-    """The object in a JSON file, checked against `schema` (see hisvd.schema).
+def read_json(path: Path, schema: Any = OBJECT) -> Any:
+    """What a JSON file holds, by default an object, checked against `schema` (see hisvd.schema).
 
     Raises:
         HiSVDError: the file is missing, is not an ordinary file, or holds anything else.

@@ -1,9 +1,11 @@
 """Progress bars that a caller of the library can switch off; of several processes only the first shows them.
 
-They are for people who watch: where standard error is no terminal, every stage is announced by a line instead.
+They are for people who watch: where standard error is no terminal, every stage is announced by a line instead, and a
+long one by a line a minute with the count.
 """
 
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,6 +16,8 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from hisvd.utils import distributed
+
+SECONDS_PER_LINE = 60
 
 _shown: ContextVar[bool] = ContextVar("hisvd_progress_shown", default=True)
 
@@ -41,8 +45,32 @@ def _announces() -> bool:
     return _shown.get() and distributed.is_first()
 
 
+class _Lines(tqdm):
+    """A bar that is not drawn, and writes a line at most once a minute instead."""
+
+    def __init__(self, iterable: Iterable | None, title: str, **options: Any) -> None:
+        super().__init__(iterable, title, **{**options, "disable": True})
+        self.title, self.last_line = title, time.monotonic()
+
+    def __iter__(self) -> Iterator:
+        for item in self.iterable:
+            yield item
+            self.update()
+
+    def update(self, n: float | None = 1) -> None:
+        """Count `n` more steps."""
+        self.n += n
+        if time.monotonic() - self.last_line >= SECONDS_PER_LINE:
+            self.last_line = time.monotonic()
+            self.write(f"{self.title}: {self.n}" + (f" of {self.total}" if self.total else ""), sys.stderr)
+
+
 def progress_bar(iterable: Iterable | None, title: str, **options: Any) -> tqdm:
     """A tqdm bar on standard error with tqdm's own `options`, over `iterable` (None: to be updated by hand)."""
-    if _announces() and not is_progress_shown() and length_hint(iterable, 1):
+    if not _announces():
+        return tqdm(iterable, title, disable=True, **options)
+    if is_progress_shown():
+        return tqdm(iterable, title, **options)
+    if length_hint(iterable, 1):
         tqdm.write(title, sys.stderr)
-    return tqdm(iterable, title, disable=not is_progress_shown(), **options)
+    return _Lines(iterable, title, **options)

@@ -17,6 +17,7 @@ from hisvd.cli.options import (
     not_empty,
     option,
     output_options,
+    path_option,
 )
 
 if TYPE_CHECKING:
@@ -31,18 +32,18 @@ hisvd calibrate --model_path M --model_name x --dry_run
 """
 
 
-@click.command("calibrate", cls=Program, examples=EXAMPLES)
-@option("--model_path", required=True, help="Model folder with safetensors, or a Hub id.")
+@click.command("calibrate", cls=Program, examples=EXAMPLES, short_help="Measure a model on text, once.")
+@path_option("--model_path", required=True, help="Model folder with safetensors, or a Hub id.")
 @option("--model_name", required=True, callback=not_empty, help="Name of the model, part of the cache folder's name.")
 @option("--nsamples", type=click.IntRange(1), default=256, help="Calibration sequences.")
 @option("--seqlen", type=click.IntRange(2), default=2048, help="Tokens per sequence.")
-@option(
+@path_option(
     "--dataset",
     default="wikitext2",
     help="wikitext2, c4, ptb, python-docs, a file or a folder of texts or chats; or several with weights: "
     "c4=3,mine.txt=1.",
 )
-@option("--output_dir", default="calibration_cache", help="Folder that holds the caches.")
+@path_option("--output_dir", default="calibration_cache", help="Folder that holds the caches.")
 @option("--dry_run", is_flag=True, help="Print what this run and compress.py need, from config.json alone, and stop.")
 @device_option
 @data_dir_option

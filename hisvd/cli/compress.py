@@ -13,6 +13,7 @@ from hisvd.cli.options import (
     expert,
     option,
     output_options,
+    path_option,
     report_option,
 )
 from hisvd.errors import HiSVDError
@@ -93,13 +94,13 @@ def unless_plan_only(context: click.Context, option: click.Parameter, value: str
     return value
 
 
-@click.command("compress", cls=Program, examples=EXAMPLES)
-@option(
+@click.command("compress", cls=Program, examples=EXAMPLES, short_help="Write a smaller model, within a budget.")
+@path_option(
     "--model_path",
     callback=unless_plan_only,
     help="The folder or Hub id that was calibrated.  [required unless --plan_only]",
 )
-@option("--calib_cache", required=True, help="Cache folder of calibrate.py (X or X.pkl).")
+@path_option("--calib_cache", required=True, help="Cache folder of calibrate.py (X or X.pkl).")
 @option("--target_compression", help="Share of the linear weights to keep: 0.8, or 0.8,0.6,…")
 @option(
     "--target_bytes",
@@ -112,7 +113,7 @@ def unless_plan_only(context: click.Context, option: click.Parameter, value: str
     help="Instead: the smallest model whose perplexity on held-out calibration text rises by at most this fraction, "
     "such as 0.05; it is searched for with --update none and then made as asked.",
 )
-@option("--save_model", callback=unless_plan_only, help="X.pt, or a folder.  [required unless --plan_only]")
+@path_option("--save_model", callback=unless_plan_only, help="X.pt, or a folder.  [required unless --plan_only]")
 @option("--plan_only", is_flag=True, is_eager=True, help="Print the rank table from the cache alone and stop.")
 @option(
     "--update",

@@ -2,6 +2,7 @@
 
 from shlex import quote
 
+from hisvd.cache_defaults import resolved
 from hisvd.calibration_cache import CalibrationCache
 from hisvd.cli.common import command, say
 from hisvd.compression import CompressedModel
@@ -9,13 +10,14 @@ from hisvd.exports import EXPORTS
 from hisvd.planning import plan
 from hisvd.report import int6_summary, parameter_table, plan_report, rank_table, search_summary, size_summary, summary
 from hisvd.settings import CompressionSettings
+from hisvd.utils.data_utils import EVALUATION_SPLIT
 
 
 def print_plans(cache: CalibrationCache, targets: list[float], settings: CompressionSettings) -> list[dict]:
     """Print the ranks that every target would get; returns the figures."""
     reports = []
     for p in plan(cache, targets, settings):
-        reports.append(plan_report(cache, p, settings.resolved(cache)))
+        reports.append(plan_report(cache, p, resolved(settings, cache)))
         say(f"{rank_table(p, cache.sublayers)}\n\n{parameter_table(reports[-1])}\n{summary(reports[-1])}")
     return reports
 
@@ -33,11 +35,15 @@ def print_model(model: CompressedModel, cache: CalibrationCache) -> dict:
 
 
 def next_steps(original: str, model: CompressedModel) -> str:
-    """What can be done with a finished model, a line each."""
+    """What can be done with a finished model, a line each; a named data set has a split of its own to evaluate on."""
+    dataset = model.report["calibration"].get("dataset")
+    texts = f" --datasets {dataset}" if dataset in EVALUATION_SPLIT else ""
     needs = "" if model.report["settings"]["export"] in ("dense", "plain") else " (hisvd must be installed)"
-    lines = [f"Next: {command('evaluate', model_path=original)} --model_path {quote(str(model.path))}"]
+    lines = [f"Next: {command('evaluate', model_path=original)} --model_path {quote(str(model.path))}{texts}"]
     if model.path.suffix == ".pt":
         return f"{lines[0]}\nIn Python: hisvd.load({str(model.path)!r})"
-    lines.append(f"Talk to it: transformers serve, and in another terminal: transformers chat {quote(str(model.path))}")
+    folder = quote(str(model.path))
+    lines.append(f"Serve it (pip install 'transformers[serving]'): transformers serve {folder}")
+    lines.append(f"Talk to it then, in another terminal: transformers chat {folder}")
     loading = f'AutoModelForCausalLM.from_pretrained({str(model.path)!r}, dtype="auto")'
     return "\n".join([*lines, f"In Python: transformers.{loading}{needs}"])

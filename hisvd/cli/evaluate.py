@@ -18,6 +18,7 @@ from hisvd.cli.options import (
     expert,
     option,
     output_options,
+    path_option,
     report_option,
 )
 from hisvd.errors import HiSVDError
@@ -45,15 +46,15 @@ hisvd evaluate --model_path M --attention_residual --layers 27,28,29 --plot stud
 """
 
 
-@click.command("evaluate", cls=Program, examples=EXAMPLES)
-@option(
+@click.command("evaluate", cls=Program, examples=EXAMPLES, short_help="Measure perplexity, speed, memory and tasks.")
+@path_option(
     "--model_path",
     "model_paths",
     multiple=True,
     required=True,
     help="Model folder, .pt file of compress.py or Hub id; repeat it to compare models in one table.",
 )
-@option("--datasets", default="wikitext2", help="Comma-separated names or text files.")
+@path_option("--datasets", default="wikitext2", help="Comma-separated names or text files.")
 @option("--seqlen", type=click.IntRange(2), help="Tokens per window.", show_default="2048, or the model's limit")
 @option("--nsamples", type=click.IntRange(1), help="Only the first N windows of each data set.", show_default="all")
 @device_option
@@ -73,7 +74,9 @@ hisvd evaluate --model_path M --attention_residual --layers 27,28,29 --plot stud
 @option(
     "--speed", is_flag=True, group=SPEED, help="Also measure prefill, decoding, time to first token and peak memory."
 )
-@option("--reference", group=SPEED, help="Model beside which --speed measures.", show_default="the first original row")
+@path_option(
+    "--reference", group=SPEED, help="Model beside which --speed measures.", show_default="the first original row"
+)
 @option(
     "--tasks",
     default="",

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from hisvd.choices import DTYPES
 
@@ -31,7 +32,12 @@ class Program(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse, with names of options in either spelling."""
         known = {name for parameter in self.params for name in (*parameter.opts, *parameter.secondary_opts)}
-        return super().parse_args(ctx, [_with_underscores(word, known) for word in args])
+        try:
+            return super().parse_args(ctx, [_with_underscores(word, known) for word in args])
+        except click.NoSuchOption as error:
+            others = _programs_with(error.option_name)
+            where = f" It belongs to {' and '.join(others)}." if others else ""
+            raise click.NoSuchOption(error.option_name, error.message + where, error.possibilities, ctx) from None
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write a list of options for every group."""
@@ -58,8 +64,24 @@ def _with_underscores(word: str, known: set[str]) -> str:
     return f"{name}{equals}{value}" if word.startswith("--") and name in known else word
 
 
+def _programs_with(name: str) -> list[str]:
+    """The programs that have an option of this name, in either spelling."""
+    from hisvd.cli.programs import main
+
+    name = f"--{name[2:].replace('-', '_')}"
+    return [
+        f"hisvd {program}" for program, command in main.commands.items() if any(name in p.opts for p in command.params)
+    ]
+
+
+def names_of_files(context: click.Context, option: click.Parameter, start: str) -> list[CompletionItem]:
+    """Lets the shell complete what may be a path."""
+    return [CompletionItem(start, type="file")]
+
+
 option = partial(click.option, cls=Option)
 expert = partial(option, group=EXPERT)
+path_option = partial(option, shell_complete=names_of_files)  # also a Hub id, or the name of a data set
 
 
 def together(*options: Callable) -> Callable:
@@ -87,8 +109,9 @@ activation_budget_option = expert(
     default=0.0,
     help="Hidden states up to this size are read from memory, larger ones from the files that always hold them.",
 )
-data_dir_option = expert(
+data_dir_option = path_option(
     "--data_dir",
+    group=EXPERT,
     envvar="HISVD_DATA_DIR",
     default="data",
     show_default="HISVD_DATA_DIR or data",
@@ -100,6 +123,11 @@ report_option = option(
     group=OUTPUT,
     help="Also write a page of tables and figures to this folder (needs matplotlib).",
 )
+talk_options = together(
+    option("--quiet", "-q", is_flag=True, group=OUTPUT, help="Print errors and the path written, nothing else."),
+    option("--verbose", "-v", is_flag=True, group=OUTPUT, help="Also print what is logged, and others' warnings."),
+    click.version_option(package_name="hisvd", cls=Option, group=OUTPUT),
+)
 output_options = together(
     option(
         "--json",
@@ -108,7 +136,5 @@ output_options = together(
         group=OUTPUT,
         help="Also write the figures to this file; -: to standard output, and all text to standard error.",
     ),
-    option("--quiet", "-q", is_flag=True, group=OUTPUT, help="Print errors and the path written, nothing else."),
-    option("--verbose", "-v", is_flag=True, group=OUTPUT, help="Also print what is logged, and others' warnings."),
-    click.version_option(package_name="hisvd", cls=Option, group=OUTPUT),
+    talk_options,
 )
