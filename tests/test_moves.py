@@ -212,7 +212,7 @@ def test_mild_targets_count_the_guarded_losses_of_removal(caches):
     assert parts == pytest.approx([0, 0, 0.5, 1, 1])
     in_bytes = hisvd.CompressionSettings(budget="bytes")  # int4 alone saves three quarters of them
     assert [guard_at(target, in_bytes) for target in (0.15, 0.175)] == pytest.approx([0, 1])
-    problem = RankProblem(cache, settings.resolved(cache))
+    problem = RankProblem(cache, resolved(settings, cache))
     first, mlp = problem.mlps[0]
     measured, half, guarded = (problem.removal_losses(first.layer, mlp.output, part) for part in (0, 0.5, 1))
     assert bool((guarded[1:] > measured[1:]).all()) and not guarded[0] and not measured[0]
