@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 H_DAMPING = 1e-4  # added to H as a fraction of its mean diagonal entry
-F_DAMPING = 1e-2  # the same for F, which is inverted
+F_DAMPING = 3e-2  # the same for F, which is inverted
 # Added to a moment that is zero: in float64 its root can be inverted and its square is not 0, so such a moment weights
 # all directions equally; in float32 it is 0, so what it weights does not count beside the others.
 ALMOST_ZERO = 1e-100
