@@ -18,7 +18,7 @@ from hisvd.shape_utils import Sublayer
 from hisvd.utils.data_utils import token_fingerprint
 from hisvd.utils.files import check_regular, read_json, sha256_of_file, sha256_of_tensor, write_json, write_tensors
 from hisvd.utils.model_utils import Checkpoint, open_safetensors
-from hisvd.whitening_svd import F_DAMPING, PartOfMoment, SecondMoment, damped
+from hisvd.whitening_svd import F_DAMPING, PartOfMoment, SecondMoment, damped, moment_of
 
 FORMAT_VERSION = 3
 AGAIN = "delete the cache folder and run calibrate.py again"
@@ -290,7 +290,7 @@ def _sublayer(record: dict) -> Sublayer:
 def input_moment(sublayer: Sublayer, statistics: dict[str, torch.Tensor], device: torch.device) -> torch.Tensor:
     """H = E[x xᵀ] (n, n) at a sublayer's input, undamped, float64."""
     eigenvalues, eigenvectors = _eigenpairs(statistics, f"{sublayer.input_group}.", device)
-    return (eigenvectors * eigenvalues) @ eigenvectors.T
+    return moment_of(eigenvalues.clamp_min(0), eigenvectors)  # rounding leaves some below 0
 
 
 def input_mean(sublayer: Sublayer, statistics: dict[str, torch.Tensor], device: torch.device) -> torch.Tensor | None:

@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import torch
 
-from hisvd.whitening_svd import SMALLEST, SecondMoment, cholesky_root, values_of_gram, whitened
+from hisvd.whitening_svd import H_DAMPING, SMALLEST, SecondMoment, cholesky_root, values_of_gram, whitened
 
-DAMPING = 1e-4  # added to C as a fraction of its mean diagonal entry
+DAMPING = H_DAMPING  # added to C as a fraction of its mean diagonal entry; the same, so that roots serve both
 BLOCK = 16  # neurons that are removed between two updates of the whole inverse
 SPECTRUM_STEPS = 16  # widths of an MLP, the full one included, for which spectra are kept; others are interpolated
 CANDIDATES = 4  # times as many as a block takes are looked at one by one
@@ -78,12 +78,27 @@ def _cheapest(v: torch.Tensor, p: torch.Tensor, count: int) -> tuple[torch.Tenso
     return torch.cat(chosen), torch.cat(added)
 
 
-def refitted(weight: torch.Tensor, moment: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """W C_{:,S} C_{S,S}⁻¹ (m, k) in float64: down on the kept neurons (k,), for W (m, n) and C as in `eliminate`."""
-    change = weight.double().index_fill(1, kept, 0) @ moment[:, kept]
-    root = cholesky_root(moment[kept][:, kept], 0.0)
-    change = torch.linalg.solve_triangular(root.T, change, upper=True, left=False)
-    return weight.double()[:, kept] + torch.linalg.solve_triangular(root, change, upper=False, left=False)
+class Refits(NamedTuple):
+    """An output linear on the first k of an order of neurons, for every k: `root` (n, n) is lower triangular.
+
+    With C = L Lᵀ in this order, C_{S,S} = L_{S,S} L_{S,S}ᵀ for every k, and the re-fit W C_{:,S} C_{S,S}⁻¹ times L_{S,S}
+    is the first columns of W C L⁻ᵀ, `seen` (m, n). All in float64.
+    """
+
+    root: torch.Tensor
+    seen: torch.Tensor
+
+    def at(self, count: int) -> torch.Tensor:
+        """The weight (m, count), its columns in that order."""
+        seen, root = self.seen[:, :count], self.root[:count, :count]
+        return torch.linalg.solve_triangular(root, seen, upper=False, left=False)
+
+
+def refits(weight: torch.Tensor, moment: torch.Tensor, order: torch.Tensor) -> Refits:
+    """The re-fits of W (m, n) on the neurons `order` (k, at most n), for C (n, n) as in `eliminate`."""
+    root = cholesky_root(moment[order][:, order], 0.0)
+    seen = torch.linalg.solve_triangular(root.T, weight.double() @ moment[:, order], upper=True, left=False)
+    return Refits(root, seen)
 
 
 def fitting_moment(moment: torch.Tensor, mean: torch.Tensor | None, damping: float = DAMPING) -> torch.Tensor:
@@ -104,13 +119,11 @@ def narrow_output_spectra(
 ) -> torch.Tensor:
     """The two-sided singular values (widths, m) of re-fitted W (m, n), largest first, float64; arguments as above.
 
-    `kept` (n,) lists the neurons, those first that stay longest; widths are those of `spectrum_widths`. With C = L Lᵀ
-    in this order, C_{S,S} = L_{S,S} L_{S,S}ᵀ for every width, and the re-fit times L_{S,S} is the first columns of
-    W C L⁻ᵀ, so one decomposition serves all widths. A `mean` that C lacks is added to E[h hᵀ] again.
+    `kept` (n,) lists the neurons, those first that stay longest; widths are those of `spectrum_widths`. One
+    decomposition serves them all, see Refits. A `mean` that C lacks is added to E[h hᵀ] again.
     """
-    root = cholesky_root(moment[kept][:, kept], 0.0)
-    seen = whitened(weight, moment[:, kept], f)
-    seen = torch.linalg.solve_triangular(root.T, seen, upper=True, left=False)
+    root, seen = refits(weight, moment, kept)
+    seen = f.half(seen)
     shift = None if mean is None else torch.linalg.solve_triangular(root, mean[kept][:, None], upper=False)
     gram, spectra, before = seen.new_zeros(len(seen), len(seen)), [], 0
     for width in spectrum_widths(len(kept)):
