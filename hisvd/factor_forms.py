@@ -138,9 +138,9 @@ def factor_tensors(
     Raises:
         HiSVDError: an entry is not finite; the caller puts the linear's name first, see `errors.naming`.
     """
-    return _finite(
-        {"weight": (left @ right).to(dtype)} if form == DENSE else FORMS[form].pack(left, right, root, dtype)
-    )
+    if form == DENSE:
+        return _finite({"weight": (left @ right).to(dtype)})
+    return _finite(FORMS[form].pack(left, right, root, dtype))
 
 
 def tensors_of_ranks(

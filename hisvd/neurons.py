@@ -18,6 +18,7 @@ from hisvd.whitening_svd import H_DAMPING, SMALLEST, SecondMoment, cholesky_root
 DAMPING = H_DAMPING  # added to C as a fraction of its mean diagonal entry; the same, so that roots serve both
 BLOCK = 16  # neurons that are removed between two updates of the whole inverse
 SPECTRUM_STEPS = 16  # widths of an MLP, the full one included, for which spectra are kept; others are interpolated
+COMPACTED = 0.1  # share of removed neurons above which what is left is copied
 CANDIDATES = 4  # times as many as a block takes are looked at one by one
 
 
@@ -33,28 +34,31 @@ def eliminate(weight: torch.Tensor, moment: torch.Tensor, f: SecondMoment) -> El
 
     `moment` is C (n, n) as `fitting_moment` gives it. With P = C_{S,S}⁻¹ and V = F^{1/2} W of the neurons still there,
     removing j adds ½ ‖V_j‖² / P_jj, after which V and P lose their parts along it. Within a block of removals only the
-    cheapest candidates are kept up to date. Memory: three n × n matrices and one m × n matrix in float64.
+    cheapest candidates are kept up to date; what is removed leaves the matrices once it is a share COMPACTED of them,
+    since they are copied then. Memory: three n × n matrices and one m × n matrix in float64.
     """
     n = len(moment)
     v = whitened(weight, None, f)
     p = torch.cholesky_inverse(cholesky_root(moment, 0.0))
-    left = torch.arange(n, device=moment.device)
+    left, gone = torch.arange(n, device=moment.device), v.new_zeros(n)
     order, losses = [], [v.new_zeros(1)]
-    while len(left):
-        count = min(BLOCK, len(left))
-        scores = v.square().sum(0) / p.diagonal()
-        candidates = scores.topk(min(CANDIDATES * count, len(left)), largest=False).indices
+    for start in range(0, n, BLOCK):
+        count = min(BLOCK, n - start)
+        scores = v.square().sum(0) / p.diagonal().clamp_min(SMALLEST) + gone
+        candidates = scores.topk(min(CANDIDATES * count, n - start), largest=False).indices
         chosen, added = _cheapest(v[:, candidates], p[candidates][:, candidates], count)
         removed = candidates[chosen]
         order.append(left[removed])
         losses.append(losses[-1][-1] + added.cumsum(0))
-        keep = torch.ones(len(left), dtype=torch.bool, device=left.device).index_fill_(0, removed, False)
-        keep = keep.nonzero().flatten()
+        gone = gone.index_fill(0, removed, torch.inf)
         rows = p[removed]
-        solved = torch.linalg.solve(rows[:, removed], rows[:, keep])
-        v = v[:, keep] - v[:, removed] @ solved
-        p = p.index_select(0, keep).index_select(1, keep).addmm_(rows[:, keep].T, solved, alpha=-1)
-        left = left[keep]
+        solved = torch.linalg.solve(rows[:, removed], rows)
+        v.addmm_(v[:, removed], solved, alpha=-1)
+        p.addmm_(rows.T, solved, alpha=-1)
+        if n - start - count < (1 - COMPACTED) * len(left):
+            keep = (gone == 0).nonzero().flatten()
+            v, p = v.index_select(1, keep), p.index_select(0, keep).index_select(1, keep)
+            left, gone = left[keep], gone[keep]
     return Elimination(torch.cat(order), torch.cat(losses))
 
 
@@ -81,8 +85,8 @@ def _cheapest(v: torch.Tensor, p: torch.Tensor, count: int) -> tuple[torch.Tenso
 class Refits(NamedTuple):
     """An output linear on the first k of an order of neurons, for every k: `root` (n, n) is lower triangular.
 
-    With C = L Lᵀ in this order, C_{S,S} = L_{S,S} L_{S,S}ᵀ for every k, and the re-fit W C_{:,S} C_{S,S}⁻¹ times L_{S,S}
-    is the first columns of W C L⁻ᵀ, `seen` (m, n). All in float64.
+    With C = L Lᵀ in this order, C_{S,S} = L_{S,S} L_{S,S}ᵀ for every k, and the re-fit W C_{:,S} C_{S,S}⁻¹ times
+    L_{S,S} is the first columns of W C L⁻ᵀ, `seen` (m, n). All in float64.
     """
 
     root: torch.Tensor
@@ -122,8 +126,8 @@ def narrow_output_spectra(
     `kept` (n,) lists the neurons, those first that stay longest; widths are those of `spectrum_widths`. One
     decomposition serves them all, see Refits. A `mean` that C lacks is added to E[h hᵀ] again.
     """
-    root, seen = refits(weight, moment, kept)
-    seen = f.half(seen)
+    root = cholesky_root(moment[kept][:, kept], 0.0)
+    seen = whitened(weight[:, kept], root, f)  # W C L⁻ᵀ, of all neurons
     shift = None if mean is None else torch.linalg.solve_triangular(root, mean[kept][:, None], upper=False)
     gram, spectra, before = seen.new_zeros(len(seen), len(seen)), [], 0
     for width in spectrum_widths(len(kept)):

@@ -47,11 +47,11 @@ def round_with_feedback(
     for end in range(len(columns), 0, -BLOCK):
         start = max(0, end - BLOCK)
         wanted[start:end] = columns[start:end].addmm(slope[end:, start:end].T, errors[end:])
-        near = slope[start:end, start:end].T.contiguous()
+        near, after = slope[start:end, start:end].T.contiguous().unbind(), errors[start:end].T
         rows = zip(*(part[start:end].unbind() for part in (columns, wanted, values, errors)), strict=True)
-        for j, (column, target, value, error) in reversed(list(enumerate(rows, start))):
-            target.addmv_(errors[j + 1 : end].T, near[j - start, j + 1 - start :])
-            value.copy_(nearest(target, j))
+        for k, (column, target, value, error) in reversed(list(enumerate(rows))):
+            target.addmv_(after[:, k + 1 :], near[k][k + 1 :])
+            value.copy_(nearest(target, start + k))
             torch.sub(column, value, out=error)
     # What compensates for all errors after it is known for every column, so no product is needed.
     return Rounded(values.T, ((wanted - values).T * root.diagonal()))

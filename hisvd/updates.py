@@ -11,7 +11,7 @@ from hisvd.layer_tensors import stored_prefix
 from hisvd.narrowing import output_fits
 from hisvd.sequential_update import SequentialUpdate
 from hisvd.shape_utils import Sublayer
-from hisvd.whitening_svd import H_DAMPING, cholesky_root
+from hisvd.whitening_svd import H_DAMPING, WHITENINGS, cholesky_root
 
 
 class OneShot:
@@ -23,8 +23,11 @@ class OneShot:
         self.job = job
 
     def start(self, index: int, stored: Tensors) -> Tensors:
-        """All that the cache holds of the layer."""
-        self.stored, self.statistics = stored, self.job.cache.read_layer(index)
+        """What the cache holds of the layer; what the gradients say of it only if that is needed."""
+        job = self.job
+        needed = WHITENINGS[job.whitening].outputs or any(plan.shapes for plan in job.plans.values())
+        self.stored = stored
+        self.statistics = job.cache.read_layer(index) if needed else job.cache.read_forward(index)
         return self.statistics
 
     def cases(self, index: int, members: list[Sublayer], needs_moment: bool) -> Iterator[Case]:
