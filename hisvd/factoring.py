@@ -103,10 +103,8 @@ class CompressionJob:
                 output = next(s for s in self.cache.sublayers_of(index) if s.path == mlp.output)
                 width = self.plans[target].shape(output)[1]
                 if width < output.in_features:
-                    widths = [plan.shape(output)[1] for plan in self.plans.values()]
-                    widest = max(width for width in widths if width < output.in_features)
                     order = statistics[f"{mlp.output}.removal_order"].to(self.device, torch.long)
-                    longest = order.flip(0)[:widest]
+                    longest = order.flip(0)
                     kept = longest[:width].sort().values
                     return Kept(kept, output, mlp.fused, members[0].path == mlp.output, longest)
         return None

@@ -17,7 +17,8 @@ class Kept(NamedTuple):
     """The neurons of an MLP that stay, seen from linears that share an input: `neurons` (k,), in order.
 
     `output` is the MLP's output linear, `fused` as in component.adapter.Mlp; `at_output`: the linear is that one.
-    `longest` (at least k,) lists the neurons that stay for any target, those first that stay for most.
+    `longest` (n,) lists all neurons, those first that stay longest: all of them, so that what targets share does not
+    depend on which these are.
     """
 
     neurons: torch.Tensor
@@ -84,7 +85,7 @@ def output_fits(
     statistics: dict[str, torch.Tensor],
     moment: torch.Tensor | None = None,
 ) -> OutputFits:
-    """The fits of W (m, n), from the `statistics` of its layer, to all neurons that stay for any target.
+    """The fits of W (m, n) from the `statistics` of its layer.
 
     `moment` is E[h hᵀ] (n, n), if it is known already.
     """

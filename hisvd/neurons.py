@@ -99,7 +99,7 @@ class Refits(NamedTuple):
 
 
 def refits(weight: torch.Tensor, moment: torch.Tensor, order: torch.Tensor) -> Refits:
-    """The re-fits of W (m, n) on the neurons `order` (k, at most n), for C (n, n) as in `eliminate`."""
+    """The re-fits of W (m, n) on the first of the neurons `order` (k, at most n), for C (n, n) as in `eliminate`."""
     root = cholesky_root(moment[order][:, order], 0.0)
     seen = torch.linalg.solve_triangular(root.T, weight.double() @ moment[:, order], upper=True, left=False)
     return Refits(root, seen)

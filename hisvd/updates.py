@@ -41,20 +41,20 @@ class OneShot:
             by_shape.setdefault(plan.shape(members[0]), []).append(target)
         kept = [job.neurons_kept(targets[0], members, self.statistics) for targets in by_shape.values()]
         narrow = next((k for k in kept if k), None)
-        fits = root_of_fits = root = None
+        fits, root_of_fits, root = None, None, None
         seen: dict[str, torch.Tensor] = {}
         if narrow and narrow.at_output:
             fits = output_fits(weights[first], biases.get(first), narrow, self.statistics, moment)
-            root_of_fits = fits.root(moment) if weighed else None
-        if weighed and not (fits and all(kept)):
+            root_of_fits = fits.root(moment) if moment is not None and weighed else None
+        if moment is not None and weighed and not (fits and all(kept)):
             root = cholesky_root(moment, H_DAMPING)
             seen = {path: weight.double() @ root for path, weight in weights.items()} if narrow else {}
         # The weights of every case are its own: what is factored is taken out of them.
         case = Case([], weights, weights[first].dtype, moment if job.fits_codes else None)
         for targets, k in zip(by_shape.values(), kept, strict=True):
-            own = case._replace(targets=targets, weights=dict(weights))
-            shared = {"root": root_of_fits} if k and k.at_output else {"root": root, "seen": seen}
-            yield without_neurons(own._replace(**shared), k, biases, fits)
+            own = case._replace(targets=targets, weights=dict(weights), root=root, seen=seen)
+            own = own._replace(root=root_of_fits, seen={}) if k and k.at_output else own
+            yield without_neurons(own, k, biases, fits)
 
     def place(self, target: float, sublayer: Sublayer, entries: Entries) -> None:
         """Nothing to do: no later case depends on it."""
