@@ -22,7 +22,7 @@ from hisvd.utils.files import write_json
 from hisvd.utils.load_utils import load
 from hisvd.utils.model_utils import load_tokenizer
 from hisvd.utils.streaming import decoder_layers
-from hisvd.whitening_svd import left_singular_vectors, low_rank_factors
+from hisvd.whitening_svd import optimal_factors
 
 TARGETS = [0.8, 0.6]
 EVALUATION_WINDOWS = 16
@@ -66,8 +66,8 @@ def plain_svd_rounded_down(model_path: str, target: float, text: str) -> float:
     for layer in decoder_layers(model, adapter_for(model)):
         for linear in (module for module in layer.modules() if isinstance(module, torch.nn.Linear)):
             m, n = linear.weight.shape
-            basis = left_singular_vectors(linear.weight.detach())
-            left, right = low_rank_factors(linear.weight.detach(), basis, int(target * m * n / (m + n)))
+            rank = int(target * m * n / (m + n))
+            left, right, _ = optimal_factors(linear.weight.detach(), None, None, rank)
             linear.weight.data = (left @ right).float()
     return perplexity(model, evaluation_windows(ids, SEQLEN, EVALUATION_WINDOWS, text), "plain SVD")["perplexity"]
 

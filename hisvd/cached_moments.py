@@ -3,13 +3,13 @@
 import torch
 
 from hisvd.shape_utils import Sublayer
-from hisvd.whitening_svd import F_DAMPING, PartOfMoment, SecondMoment, damped
+from hisvd.whitening_svd import F_DAMPING, PartOfMoment, SecondMoment, damped, moment_of
 
 
 def input_moment(sublayer: Sublayer, statistics: dict[str, torch.Tensor], device: torch.device) -> torch.Tensor:
     """H = E[x xᵀ] (n, n) at a sublayer's input, undamped, float64."""
     eigenvalues, eigenvectors = _eigenpairs(statistics, f"{sublayer.input_group}.", device)
-    return (eigenvectors * eigenvalues) @ eigenvectors.T
+    return moment_of(eigenvalues.clamp_min(0), eigenvectors)  # rounding leaves some below 0
 
 
 def input_mean(sublayer: Sublayer, statistics: dict[str, torch.Tensor], device: torch.device) -> torch.Tensor | None:

@@ -286,7 +286,7 @@ def _backward(shapes: Shapes, sizes: RunSizes) -> Stage:
         peak = max(peak, sums + max(_batch(shapes, sizes.compute, True) + 4 * largest**2, read + held))
         _pass(work, layer, shapes, sizes, sizes.grad_nsamples, backward=1)
         for n, _ in layer.inputs:
-            work.products[F64] += 2 * n**3  # H from its eigenvectors
+            work.products[F64] += 2 * GRAM * n**3  # H from its eigenvectors
             work.decompositions["cholesky", F64, n] += 2
         for m, n in layer.shapes:
             small = min(m, n)
@@ -337,8 +337,21 @@ def _kept_bytes(shapes: Shapes, sizes: RunSizes) -> float:
 def _elimination_flops(neurons: int, linears: list[tuple[int, int]]) -> float:
     """Products and solutions in float64: removing neurons one by one, guarded losses, Gram matrices at all widths."""
     *inputs, (m, _) = linears
-    flops = 2 * neurons**3 + m * neurons * (8 * neurons + 4 * m)
-    return flops + sum(rows * (2 * rows**2 + rows * n + 4 * n**2) for rows, n in inputs)
+    flops = 2 * neurons**3 + m * neurons * (6 * neurons + 4 * m)
+    return flops + sum(rows * (2 * GRAM * rows**2 + rows * n + 4 * n**2) for rows, n in inputs)
+
+
+def _factoring_flops(m: int, n: int, gradients: bool) -> float:
+    """Products and solutions in float64 for one linear and target: the metric, factors, packing and rounding.
+
+    At half of the full rank. A tall weight has its factors from right singular vectors, a wide one through F.
+    """
+    small, rank = min(m, n), min(m, n) / 2
+    flops = 2 * m * n * (n + gradients * m + GRAM * small)
+    flops += rank * (2 * m * n + n**2) if m > n else rank * (4 * m * n + 4 * gradients * m**2)
+    # LU and coefficients; the base and what it sees; rounding it; its Gram matrices; the outer factor and its rounding.
+    packing = rank**2 * (2 * m + 4 * n + 2 * (1 + GRAM) * n + 3 * (m - rank) + 3 * rank)
+    return flops + packing + rank * n**2
 
 
 def _compression(shapes: Shapes, sizes: RunSizes) -> Stage:
@@ -350,6 +363,8 @@ def _compression(shapes: Shapes, sizes: RunSizes) -> Stage:
             statistics = gradients * sum(4 * m * m for _, later in layer.inputs[index:] for m in later)
             sums = targets * 8 * (2 * n * n + shapes.hidden * n)
             held = max(16 * n * n + gradients * 8 * m * m + _decomposition(m, n) for m in outputs)
+            # Roots of F of the linears that feed neurons, which serve all targets.
+            held += gradients * sum(8 * m * m for m in outputs if any((m, n) in mlp[:-1] for _, mlp in layer.mlps))
             batch = _batch(shapes, sizes.compute, False) + 4 * n * (
                 3 * TOKENS_PER_BATCH + n
             )  # x, x', x − x', a product
@@ -363,8 +378,8 @@ def _compression(shapes: Shapes, sizes: RunSizes) -> Stage:
                 work.decompositions["cholesky", F64, n] += 2
         for m, n in layer.shapes:
             small = min(m, n)
-            update, whitening = 2 * m * n * 3 * n, 2 * m * n * (n + 2 * gradients * m + (GRAM + 2) * small)
-            work.products[F64] += targets * (update + whitening)
+            update = 2 * m * n * 3 * n
+            work.products[F64] += targets * (update + _factoring_flops(m, n, gradients))
             work.decompositions["eigh", F64, small] += targets
         stream = sum(2 * tokens * shapes.hidden * n for n, outputs in layer.inputs if shapes.hidden in outputs) / 2
         work.products[F32] += targets * stream

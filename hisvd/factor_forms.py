@@ -4,7 +4,7 @@ FORMS is their registry. A new form is an entry here and a module in `hisvd.comp
 computes with the state dict entries which `pack` makes; nothing else knows a form by its name.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +12,9 @@ import torch
 from hisvd.errors import HiSVDError
 from hisvd.integer_codes import CODES, SCALE, dequantize_codes
 from hisvd.pivoting import pack_pivoted, unpack_pivoted
-from hisvd.rounding import round_product
+from hisvd.rounding import Pair, round_products
 from hisvd.sparse_int6 import dequantize
+from hisvd.whitening_svd import Factors
 
 Shape = tuple[int, int]  # of a weight: (m, n) = (out_features, in_features)
 Entries = dict[str, torch.Tensor]  # state dict entries of a linear, without its bias
@@ -34,6 +35,7 @@ class FactorForm:
     (r, n), that of `outer` (`outer_rows(r, m)`, r); `indices(m)` counts int32 entries, which are not parameters.
     `pack(left, right, root, dtype)` makes the entries, weights in `dtype`, from factors in float64. `root` is the lower
     Cholesky root (n, n) of the inputs' second moment, which weights rounding errors; None: all inputs count equally.
+    `pack_ranks(factors, ranks, root, dtype)` does so for several ranks, which may share work; None: `pack` for each.
     `product(inner, outer, entries)` is the weight (m, n) that the two linears' weights and the other entries stand for.
     `mixable`: outer M and M⁻¹ inner stand for the same weight, whatever M. `noise`: how many times the energy of
     rounding errors that a plain weight would have the product has, by experience (docs/ablations.md).
@@ -44,6 +46,7 @@ class FactorForm:
     parameters: Callable[[int, Shape], int]
     pack: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.dtype], Entries]
     product: Callable[[torch.Tensor, torch.Tensor, Entries], torch.Tensor]
+    pack_ranks: Callable[[Factors, Sequence[int], torch.Tensor | None, torch.dtype], Iterator[Entries]] | None = None
     others: tuple[str, ...] = ()
     mixable: bool = False
     noise: float = 1.5
@@ -51,15 +54,41 @@ class FactorForm:
     indices: Callable[[int], int] = lambda rows: 0
 
 
-def _pack_svd(left: torch.Tensor, right: torch.Tensor, root: torch.Tensor | None, dtype: torch.dtype) -> Entries:
-    left, right = round_product(left, right, root, dtype)
-    return {"left.weight": left.to(dtype), "right.weight": right.to(dtype)}
+def _pack_svd(
+    factors: Factors, ranks: Sequence[int], root: torch.Tensor | None, dtype: torch.dtype
+) -> Iterator[Entries]:
+    cuts = map(factors.cut, ranks)
+    pairs = (Pair(cut.left, cut.right, cut.right if cut.seen is None else cut.seen) for cut in cuts)
+    for left, right in round_products(pairs, root, dtype):
+        yield {"left.weight": left, "right.weight": right}
 
 
-def _pack_pivoted(left: torch.Tensor, right: torch.Tensor, root: torch.Tensor | None, dtype: torch.dtype) -> Entries:
-    base, coefficients, permutation = pack_pivoted(left, right)
-    coefficients, base = round_product(coefficients, base, root, dtype)
-    return {"base.weight": base.to(dtype), "coefficients.weight": coefficients.to(dtype), "permutation": permutation}
+def _pack_pivoted(
+    factors: Factors, ranks: Sequence[int], root: torch.Tensor | None, dtype: torch.dtype
+) -> Iterator[Entries]:
+    permutations: list[torch.Tensor] = []  # of pairs that are not rounded yet
+
+    def pairs() -> Iterator[Pair]:
+        for rank, packed in zip(ranks, pack_pivoted(factors.left, ranks), strict=True):
+            permutations.append(packed.permutation)
+            _, right, seen = factors.cut(rank)
+            base = packed.rows @ right
+            yield Pair(packed.coefficients, base, base if seen is None else packed.rows @ seen)
+
+    for coefficients, base in round_products(pairs(), root, dtype):
+        permutation = permutations.pop(0)
+        yield {"base.weight": base, "coefficients.weight": coefficients, "permutation": permutation}
+
+
+def _alone(pack_ranks: Callable) -> Callable:
+    """`pack` of a form with `pack_ranks`."""
+
+    def pack(left: torch.Tensor, right: torch.Tensor, root: torch.Tensor | None, dtype: torch.dtype) -> Entries:
+        left, right = left.double(), right.double()
+        factors = Factors(left, right, None if root is None else right @ root)
+        return next(pack_ranks(factors, [left.shape[1]], root, dtype))
+
+    return pack
 
 
 FORMS: dict[str, FactorForm] = {
@@ -69,7 +98,8 @@ FORMS: dict[str, FactorForm] = {
         outer="coefficients",
         others=("permutation",),
         parameters=lambda rank, shape: rank * (sum(shape) - rank),
-        pack=_pack_pivoted,
+        pack=_alone(_pack_pivoted),
+        pack_ranks=_pack_pivoted,
         product=lambda inner, outer, entries: unpack_pivoted(inner, outer, entries["permutation"]),
         noise=10.0,
         outer_rows=lambda rank, rows: rows - rank,
@@ -80,7 +110,8 @@ FORMS: dict[str, FactorForm] = {
         inner="right",
         outer="left",
         parameters=lambda rank, shape: rank * sum(shape),
-        pack=_pack_svd,
+        pack=_alone(_pack_svd),
+        pack_ranks=_pack_svd,
         product=lambda inner, outer, entries: outer @ inner,
         mixable=True,
     ),
@@ -107,8 +138,30 @@ def factor_tensors(
     Raises:
         HiSVDError: an entry is not finite; the caller puts the linear's name first, see `errors.naming`.
     """
-    entries = {"weight": (left @ right).to(dtype)} if form == DENSE else FORMS[form].pack(left, right, root, dtype)
+    if form == DENSE:
+        return _finite({"weight": (left @ right).to(dtype)})
+    return _finite(FORMS[form].pack(left, right, root, dtype))
+
+
+def tensors_of_ranks(
+    factors: Factors, ranks: Sequence[int], form: str, dtype: torch.dtype, root: torch.Tensor | None
+) -> Iterator[Entries]:
+    """What `factor_tensors` makes of the factors of every rank, which share work.
+
+    Raises:
+        HiSVDError: see `factor_tensors`.
+    """
+    pack_ranks = None if form == DENSE else FORMS[form].pack_ranks
+    if pack_ranks:
+        yield from map(_finite, pack_ranks(factors, ranks, root, dtype))
+    else:
+        for left, right, _ in map(factors.cut, ranks):
+            yield factor_tensors(left, right, form, dtype, root)
+
+
+def _finite(entries: Entries) -> Entries:
     if not all(tensor.isfinite().all() for tensor in entries.values()):
+        dtype = next(tensor.dtype for tensor in entries.values() if tensor.is_floating_point())
         raise HiSVDError(
             f"its factors hold NaN or infinite values in {str(dtype).removeprefix('torch.')}; use --factors pivoted or "
             "--whitening input, or a checkpoint stored in bfloat16 or float32."
@@ -120,6 +173,12 @@ def form_of(entries: Entries) -> str | None:
     """The form of a linear with these state dict entries, its factors in codes or not; None: it is not factored."""
     names = {key.partition(".")[0] for key in entries} - {"bias"}
     return next((name for name, f in FORMS.items() if names == {f.inner, f.outer, *f.others}), None)
+
+
+def inner_key(entries: Entries) -> str:
+    """The name of the entry that reads the inputs of a plain or factored linear which is not coded."""
+    name = form_of(entries)
+    return "weight" if name is None else f"{FORMS[name].inner}.weight"
 
 
 def dense_weight(entries: Entries, in_features: int) -> torch.Tensor:

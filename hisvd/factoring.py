@@ -4,9 +4,10 @@ An update (hisvd.updates) says which weights are factored and what their inputs 
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -17,21 +18,14 @@ from hisvd.component.families import adapter_for
 from hisvd.component.hf_quantizer import config_entries
 from hisvd.errors import naming
 from hisvd.exports import EXPORTS, Export
-from hisvd.factor_forms import DENSE, Entries, Shape, factor_tensors
+from hisvd.factor_forms import DENSE, Entries, Shape, inner_key, tensors_of_ranks
 from hisvd.layer_tensors import replace_entries, stored_prefix
-from hisvd.narrowing import Kept, refitted_output, with_zeros
+from hisvd.narrowing import F_ROOT, Kept, OutputFits, kept_outputs_moment, with_zeros
 from hisvd.quantization import integer_entries
 from hisvd.shape_utils import PLAIN_BYTES, Sublayer
 from hisvd.utils.model_utils import Checkpoint
 from hisvd.utils.save_utils import ModelWriter
-from hisvd.whitening_svd import (
-    H_DAMPING,
-    WHITENINGS,
-    cholesky_root,
-    left_singular_vectors,
-    low_rank_factors,
-    whitened,
-)
+from hisvd.whitening_svd import H_DAMPING, WHITENINGS, cholesky_root, optimal_factors
 
 if TYPE_CHECKING:  # the settings take their choices from the updates, so they import this module
     from hisvd.planning import Plan
@@ -90,6 +84,10 @@ class CompressionJob:
         """Whether any of the sublayers is factored, or has another shape, for any target."""
         return any(plan.changes(s) for plan in self.plans.values() for s in sublayers)
 
+    def weighs(self, sublayers: list[Sublayer]) -> bool:
+        """Whether any of the sublayers is factored, for any target, in the metric of its inputs."""
+        return self.changes(sublayers) and WHITENINGS[self.whitening].inputs
+
     def shapes(self, target: float, index: int) -> dict[Sublayer, Shape]:
         """The shapes of the weights of layer `index` in the files of `target`."""
         plan, multiply = self.plans[target], self.export.multiply
@@ -107,8 +105,9 @@ class CompressionJob:
                 width = self.plans[target].shape(output)[1]
                 if width < output.in_features:
                     order = statistics[f"{mlp.output}.removal_order"].to(self.device, torch.long)
-                    kept = order[output.in_features - width :].sort().values
-                    return Kept(kept, output, mlp.fused, members[0].path == mlp.output)
+                    longest = order.flip(0)
+                    kept = longest[:width].sort().values
+                    return Kept(kept, output, mlp.fused, members[0].path == mlp.output, longest)
         return None
 
     def config_changes(self, target: float, modules: dict[str, dict]) -> dict:
@@ -137,34 +136,48 @@ class Case(NamedTuple):
     """Linears that share an input, for the targets that agree on their weights and inputs.
 
     `weights` holds W (m, n) by path inside the layer, without removed neurons, `dtype` is what the files store them in,
-    `moment` is E[x xᵀ] (n, n) of their input in float64. `rows` are the outputs that stay (None: all), `biases` holds
-    the biases that change.
+    `moment` is E[x xᵀ] (n, n) of their input in float64, `root` its damped Cholesky root where the metric needs it.
+    `biases` holds the biases that change. `kept` are the neurons of their MLP that stay (None: all). `seen` holds the
+    weights times the root, where several cases share it. `columns` (n,), if any: where the inputs are in the order that
+    the weights and the root have them in, and `moment` has not.
     """
 
     targets: list[float]
     weights: dict[str, torch.Tensor]
     dtype: torch.dtype
     moment: torch.Tensor | None
-    rows: torch.Tensor | None = None
     biases: Tensors | None = None
+    root: torch.Tensor | None = None
+    kept: Kept | None = None
+    seen: Mapping[str, torch.Tensor] = MappingProxyType({})
+    columns: torch.Tensor | None = None
 
 
-def without_neurons(case: Case, kept: Kept | None, biases: Tensors, statistics: Tensors) -> Case:
-    """`case` without the neurons that do not stay, the output linear fitted to the original model's inputs.
+def without_neurons(case: Case, kept: Kept | None, biases: Tensors, fits: OutputFits | None) -> Case:
+    """`case` without the neurons that do not stay; `fits` are those of the MLP's output linear, if it is of the case.
 
-    `biases` are those of the original linears.
+    `biases` are those of the original linears. A root at the output linear is that of `fits`.
     """
     if kept is None:
         return case
     if not kept.at_output:
-        weights = {path: weight[kept.rows] for path, weight in case.weights.items()}
-        return case._replace(weights=weights, rows=kept.rows, biases={p: b[kept.rows] for p, b in biases.items()})
-    path = kept.output.path
-    fit = refitted_output(case.weights[path], biases.get(path), kept, statistics)
-    moment = None if case.moment is None else case.moment[kept.neurons][:, kept.neurons]
-    return case._replace(
-        weights={path: fit.weight}, moment=moment, biases=None if fit.bias is None else {path: fit.bias}
+        rows = kept.rows
+        weights = {path: weight[rows] for path, weight in case.weights.items()}
+        seen = {path: product[rows] for path, product in case.seen.items()}
+        return case._replace(weights=weights, seen=seen, kept=kept, biases={p: b[rows] for p, b in biases.items()})
+    assert fits is not None  # it was asked for
+    path, count = kept.output.path, len(kept.neurons)
+    fit = fits.on(count)
+    case = case._replace(
+        kept=kept,
+        moment=None if case.moment is None else case.moment[kept.neurons][:, kept.neurons],
+        biases=None if fit.bias is None else {path: fit.bias},
     )
+    if case.root is None:
+        return case._replace(weights={path: fit.weight[:, kept.places]})
+    root = case.root[:count, :count]
+    seen = {path: fits.fits.seen[:, :count]} if case.root is fits.fits.root else {}
+    return case._replace(weights={path: fit.weight}, root=root, seen=seen, columns=kept.places)
 
 
 class Update(Protocol):
@@ -195,14 +208,13 @@ def factor_layer(job: CompressionJob, update: Update, index: int, stored: Tensor
     shards = {target: dict(stored) for target in job.plans}
     statistics = update.start(index, stored)
     for members in job.cache.groups_of(index):
-        weighed = job.changes(members) and WHITENINGS[job.whitening].inputs
+        weighed = job.weighs(members)
         for case in update.cases(index, members, weighed or job.fits_codes):
-            root = None
-            if weighed:
+            if weighed and case.root is None:
                 assert case.moment is not None  # it was asked for
-                root = cholesky_root(case.moment, H_DAMPING)
+                case = case._replace(root=cholesky_root(case.moment, H_DAMPING))
             for s in members:
-                for target, entries in _results(job, case, s, statistics, root):
+                for target, entries in _results(job, case, s, statistics):
                     # Rounded like the files: later layers are fitted to what the saved model will compute.
                     update.place(target, s, entries)
                     if job.export.multiply:
@@ -210,27 +222,46 @@ def factor_layer(job: CompressionJob, update: Update, index: int, stored: Tensor
                         entries = with_zeros(entries, s, kept) if kept else entries
                     replace_entries(job.checkpoint, s, shards[target], entries)
         for s in members:
-            statistics.pop(f"{s.path}.F_eigenvectors", None)  # large, and no later group needs them
+            for ending in ("F_eigenvectors", F_ROOT):
+                statistics.pop(f"{s.path}.{ending}", None)  # large, and no later group needs them
     return shards
 
 
-def _results(
-    job: CompressionJob, case: Case, s: Sublayer, statistics: Tensors, root: torch.Tensor | None
-) -> Iterator[tuple[float, Entries]]:
+def _results(job: CompressionJob, case: Case, s: Sublayer, statistics: Tensors) -> Iterator[tuple[float, Entries]]:
     """The entries of sublayer `s` for every target of `case`; one decomposition serves them all."""
-    weight, f, basis = case.weights.pop(s.path), None, None
-    for target in case.targets:
-        plan, encode, dtype = job.plans[target], job.encode(target, s), job.weight_dtype(target, s, case.dtype)
-        entries = {"weight": weight.to(dtype)}
-        with naming(s.name):
-            if not plan.is_dense(s):
-                if basis is None:
-                    f = output_moment(s, statistics, job.whitening, job.device, case.rows)
-                    basis = left_singular_vectors(whitened(weight, root, f))
-                left, right = low_rank_factors(weight, basis, plan.ranks[s.name], f)
-                entries = factor_tensors(left, right, DENSE if job.export.multiply else plan.form_of(s), dtype, root)
-            if encode:
-                entries = encode(entries, case.moment if job.fits_codes else None)
-            if case.biases and s.path in case.biases:
-                entries["bias"] = case.biases[s.path].to(case.dtype)
-        yield target, entries
+    weight = case.weights.pop(s.path)
+    with naming(s.name):
+        kinds: dict[tuple[str, torch.dtype], list[float]] = {}
+        for target in case.targets:
+            plan, dtype = job.plans[target], job.weight_dtype(target, s, case.dtype)
+            if plan.is_dense(s):
+                yield target, _finished(job, case, target, s, {"weight": weight.to(dtype)})
+            else:
+                kinds.setdefault((DENSE if job.export.multiply else plan.form_of(s), dtype), []).append(target)
+        if not kinds:
+            return
+        ranks = {target: job.plans[target].ranks[s.name] for targets in kinds.values() for target in targets}
+        kept = case.kept if WHITENINGS[job.whitening].outputs else None
+        if kept is None or kept.at_output:
+            f = output_moment(s, statistics, job.whitening, job.device)
+        else:
+            f = kept_outputs_moment(s, kept, statistics)
+        factors = optimal_factors(weight, case.root, f, max(ranks.values()), case.seen.get(s.path))
+        del f, weight
+        for (form, dtype), targets in kinds.items():
+            made = tensors_of_ranks(factors, [ranks[target] for target in targets], form, dtype, case.root)
+            for target, entries in zip(targets, made, strict=True):
+                yield target, _finished(job, case, target, s, entries)
+
+
+def _finished(job: CompressionJob, case: Case, target: float, s: Sublayer, entries: Entries) -> Entries:
+    """The entries with inputs in their own order, encoded, if they are, and with the bias, if it changes."""
+    encode = job.encode(target, s)
+    if case.columns is not None:
+        inner = inner_key(entries)
+        entries[inner] = entries[inner][:, case.columns]
+    if encode:
+        entries = encode(entries, case.moment if job.fits_codes else None)
+    if case.biases and s.path in case.biases:
+        entries["bias"] = case.biases[s.path].to(case.dtype)
+    return entries

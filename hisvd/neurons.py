@@ -13,11 +13,12 @@ from typing import NamedTuple
 
 import torch
 
-from hisvd.whitening_svd import ALMOST_ZERO, SecondMoment, cholesky_root, values_of_gram, whitened
+from hisvd.whitening_svd import ALMOST_ZERO, H_DAMPING, SecondMoment, cholesky_root, values_of_gram, whitened
 
-DAMPING = 1e-4  # added to C as a fraction of its mean diagonal entry
+DAMPING = H_DAMPING  # added to C as a fraction of its mean diagonal entry; the same, so that roots serve both
 BLOCK = 16  # neurons that are removed between two updates of the whole inverse
 SPECTRUM_STEPS = 8  # steps between widths of an MLP for which spectra are kept; others are interpolated
+COMPACTED = 0.1  # share of removed neurons above which what is left is copied
 CANDIDATES = 4  # times as many as a block takes are looked at one by one
 
 
@@ -33,28 +34,31 @@ def eliminate(weight: torch.Tensor, moment: torch.Tensor, f: SecondMoment) -> El
 
     `moment` is C (n, n) as `fitting_moment` gives it. With P = C_{S,S}⁻¹ and V = F^{1/2} W of the neurons still there,
     removing j adds ½ ‖V_j‖² / P_jj, after which V and P lose their parts along it. Within a block of removals only the
-    cheapest candidates are kept up to date. Memory: three n × n matrices and one m × n matrix in float64.
+    cheapest candidates are kept up to date; what is removed leaves the matrices once it is a share COMPACTED of them,
+    since they are copied then. Memory: three n × n matrices and one m × n matrix in float64.
     """
     n = len(moment)
     v = whitened(weight, None, f)
     p = torch.cholesky_inverse(cholesky_root(moment, 0.0))
-    left = torch.arange(n, device=moment.device)
+    left, gone = torch.arange(n, device=moment.device), v.new_zeros(n)
     order, losses = [], [v.new_zeros(1)]
-    while len(left):
-        count = min(BLOCK, len(left))
-        scores = v.square().sum(0) / p.diagonal()
-        candidates = scores.topk(min(CANDIDATES * count, len(left)), largest=False).indices
+    for start in range(0, n, BLOCK):
+        count = min(BLOCK, n - start)
+        scores = v.square().sum(0) / p.diagonal().clamp_min(ALMOST_ZERO) + gone
+        candidates = scores.topk(min(CANDIDATES * count, n - start), largest=False).indices
         chosen, added = _cheapest(v[:, candidates], p[candidates][:, candidates], count)
         removed = candidates[chosen]
         order.append(left[removed])
         losses.append(losses[-1][-1] + added.cumsum(0))
-        keep = torch.ones(len(left), dtype=torch.bool, device=left.device).index_fill_(0, removed, False)
-        keep = keep.nonzero().flatten()
+        gone = gone.index_fill(0, removed, torch.inf)
         rows = p[removed]
-        solved = torch.linalg.solve(rows[:, removed], rows[:, keep])
-        v = v[:, keep] - v[:, removed] @ solved
-        p = p.index_select(0, keep).index_select(1, keep).addmm_(rows[:, keep].T, solved, alpha=-1)
-        left = left[keep]
+        solved = torch.linalg.solve(rows[:, removed], rows)
+        v.addmm_(v[:, removed], solved, alpha=-1)
+        p.addmm_(rows.T, solved, alpha=-1)
+        if n - start - count < (1 - COMPACTED) * len(left):
+            keep = (gone == 0).nonzero().flatten()
+            v, p = v.index_select(1, keep), p.index_select(0, keep).index_select(1, keep)
+            left, gone = left[keep], gone[keep]
     return Elimination(torch.cat(order), torch.cat(losses))
 
 
@@ -81,29 +85,34 @@ def _cheapest(v: torch.Tensor, p: torch.Tensor, count: int) -> tuple[torch.Tenso
 def removal_losses(weight: torch.Tensor, moment: torch.Tensor, f: SecondMoment, order: torch.Tensor) -> torch.Tensor:
     """What removing the first 0 … n neurons of any `order` (n,) adds, (n + 1,) in float64; arguments as in `eliminate`.
 
-    With C = L Lᵀ, the neurons in reverse order, the last i columns of F^{1/2} W C L⁻ᵀ are what is lost with i of them.
+    With C = L Lᵀ, the neurons in reverse order, the last i columns of F^{1/2} W L are what is lost with i of them.
     """
     kept = order.flip(0)
-    lost = _seen_by_width(weight, moment, f, kept, cholesky_root(moment[kept][:, kept], 0.0)).square().sum(0).flip(0)
+    lost = whitened(weight[:, kept], cholesky_root(moment[kept][:, kept], 0.0), f).square().sum(0).flip(0)
     return torch.cat([lost.new_zeros(1), lost.cumsum(0) / 2])
 
 
-def _seen_by_width(
-    weight: torch.Tensor, moment: torch.Tensor, f: SecondMoment, kept: torch.Tensor, root: torch.Tensor
-) -> torch.Tensor:
-    """F^{1/2} W C L⁻ᵀ (m, n) for neurons in the order `kept` (n,), L = `root` being C's in that order.
+class Refits(NamedTuple):
+    """An output linear on the first k of an order of neurons, for every k: `root` (n, n) is lower triangular.
 
-    C_{S,S} = L_{S,S} L_{S,S}ᵀ for the first neurons S, so the first columns are the re-fit on them times L_{S,S}.
+    With C = L Lᵀ in this order, C_{S,S} = L_{S,S} L_{S,S}ᵀ for every k, and the re-fit W C_{:,S} C_{S,S}⁻¹ times
+    L_{S,S} is the first columns of W C L⁻ᵀ, `seen` (m, n). All in float64.
     """
-    return torch.linalg.solve_triangular(root.T, whitened(weight, moment[:, kept], f), upper=True, left=False)
+
+    root: torch.Tensor
+    seen: torch.Tensor
+
+    def at(self, count: int) -> torch.Tensor:
+        """The weight (m, count), its columns in that order."""
+        seen, root = self.seen[:, :count], self.root[:count, :count]
+        return torch.linalg.solve_triangular(root, seen, upper=False, left=False)
 
 
-def refitted(weight: torch.Tensor, moment: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """W C_{:,S} C_{S,S}⁻¹ (m, k) in float64: down on the kept neurons (k,), for W (m, n) and C as in `eliminate`."""
-    change = weight.double().index_fill(1, kept, 0) @ moment[:, kept]
-    root = cholesky_root(moment[kept][:, kept], 0.0)
-    change = torch.linalg.solve_triangular(root.T, change, upper=True, left=False)
-    return weight.double()[:, kept] + torch.linalg.solve_triangular(root, change, upper=False, left=False)
+def refits(weight: torch.Tensor, moment: torch.Tensor, order: torch.Tensor) -> Refits:
+    """The re-fits of W (m, n) on the first of the neurons `order` (k, at most n), for C (n, n) as in `eliminate`."""
+    root = cholesky_root(moment[order][:, order], 0.0)
+    seen = torch.linalg.solve_triangular(root.T, weight.double() @ moment[:, order], upper=True, left=False)
+    return Refits(root, seen)
 
 
 def fitting_moment(moment: torch.Tensor, mean: torch.Tensor | None, damping: float = DAMPING) -> torch.Tensor:
@@ -125,10 +134,10 @@ def narrow_output_spectra(
     """The two-sided singular values (widths, m) of re-fitted W (m, n), largest first, float64; arguments as above.
 
     `kept` (n,) lists the neurons, those first that stay longest; widths are those of `spectrum_widths`. One
-    decomposition serves them all. A `mean` that C lacks is added to E[h hᵀ] again.
+    decomposition serves them all, see Refits. A `mean` that C lacks is added to E[h hᵀ] again.
     """
     root = cholesky_root(moment[kept][:, kept], 0.0)
-    seen = _seen_by_width(weight, moment, f, kept, root)
+    seen = whitened(weight[:, kept], root, f)  # W C L⁻ᵀ, of all neurons
     shift = None if mean is None else torch.linalg.solve_triangular(root, mean[kept][:, None], upper=False)
     gram, spectra, before = seen.new_zeros(len(seen), len(seen)), [], 0
     for width in spectrum_widths(len(kept)):

@@ -4,31 +4,49 @@ A rank-r matrix is determined by r of its rows and the coefficients that rebuild
 Source: PIFA, arXiv 2501.19090; the exchange of rows is maxvol (Goreinov et al., "How to find a good submatrix", 2010).
 """
 
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
 import torch
 
 MAXVOL_TOLERANCE = 1.05  # rows are exchanged while a coefficient is larger than this
 
 
-def pack_pivoted(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Pack left (m, r) @ right (r, n) into (base, coefficients, permutation), float64 and int32.
+class Packed(NamedTuple):
+    """Row i of the matrix (m, n) is row permutation[i] of [B; C B], B = rows @ right: r of the rows of `left`, (r, r).
 
-    With B = base (r, n) and C = coefficients (m−r, r), row i of the product is row permutation[i] of [B; C B];
-    permutation has shape (m,). The base rows are picked by LU with partial pivoting of `left`, then exchanged
-    until no coefficient is much larger than 1: that lowers the error of rounding C and B to bfloat16 by a third.
+    `coefficients` C (m−r, r) and `rows` are in float64, `permutation` (m,) in int32.
+    """
+
+    rows: torch.Tensor
+    coefficients: torch.Tensor
+    permutation: torch.Tensor
+
+
+def pack_pivoted(left: torch.Tensor, ranks: Sequence[int]) -> Iterator[Packed]:
+    """Pack left[:, :r] @ right[:r] for every r of `ranks`, whatever `right`, and `left` (m, at least r).
+
+    The base rows are picked by LU with partial pivoting of `left`, whose first columns are factored alike for all
+    ranks, then exchanged until no coefficient is much larger than 1: that lowers the error of rounding C and B to
+    bfloat16 by a third. The other rows keep their order.
     """
     left = left.double()
-    m, rank = left.shape
-    lu, pivots = torch.linalg.lu_factor(left)
-    order = _row_order(pivots, m)
-    coefficients = torch.linalg.solve_triangular(lu[:rank], lu[rank:], upper=False, left=False, unitriangular=True)
-    _exchange_rows(order, coefficients)
-    rows = torch.tensor(order, device=left.device)
-    base = left[rows[:rank]] @ right.double()
-    return base, coefficients, torch.argsort(rows).to(torch.int32)
+    lu, pivots = torch.linalg.lu_factor(left[:, : max(ranks)])
+    first = _row_order(pivots, len(left))
+    for rank in ranks:
+        order, base = list(first), lu[:rank, :rank]
+        coefficients = torch.linalg.solve_triangular(
+            base, lu[rank:, :rank], upper=False, left=False, unitriangular=True
+        )
+        _exchange_rows(order, coefficients)
+        rows = torch.tensor(order, device=left.device)
+        places = rows[rank:].argsort()
+        rows[rank:] = rows[rank:][places]
+        yield Packed(left[rows[:rank], :rank], coefficients[places], torch.argsort(rows).to(torch.int32))
 
 
 def unpack_pivoted(base: torch.Tensor, coefficients: torch.Tensor, permutation: torch.Tensor) -> torch.Tensor:
-    """The dense (m, n) matrix that pack_pivoted's output stands for, in the dtype of `base`."""
+    """The dense (m, n) matrix that base (r, n) and pack_pivoted's output stand for, in the dtype of `base`."""
     return torch.cat([base, coefficients @ base]).index_select(0, permutation)
 
 
@@ -41,11 +59,15 @@ def _exchange_rows(order: list[int], coefficients: torch.Tensor) -> None:
     """
     rest, rank = coefficients.shape
     for _ in range(rank if rest else 0):
-        i, j = divmod(int(coefficients.abs().argmax()), rank)
-        pivot = coefficients[i, j].item()
+        # The row first: the place of the largest of all entries takes several times as long to find.
+        largest = coefficients.abs().amax(1).argmax(keepdim=True)
+        row = coefficients.index_select(0, largest).flatten()
+        place = row.abs().argmax(keepdim=True)
+        i, j, pivot = torch.cat([largest, place, row[place]]).tolist()
         if abs(pivot) <= MAXVOL_TOLERANCE:
             return
-        row, column = coefficients[i].clone(), coefficients[:, j].clone()
+        i, j = int(i), int(j)
+        column = coefficients[:, j].clone()
         row[j] -= 1
         coefficients.addr_(column, row, alpha=-1 / pivot)
         coefficients[i] = -row / pivot

@@ -61,7 +61,7 @@ def fit_codes(weight: torch.Tensor, root: torch.Tensor, name: str) -> Codes:
     def nearest(column: torch.Tensor, j: int) -> torch.Tensor:
         return form.nearest(column, steps[:, j])
 
-    rounded = round_with_feedback(weight, root, nearest)
+    rounded = round_with_feedback(weight, root, nearest).values
     return Codes((rounded / steps).round().to(torch.int8), scales, rounded)
 
 
@@ -93,7 +93,7 @@ def integer_entries(entries: Entries, moment: torch.Tensor, name: str) -> Entrie
         outer, inner = mixed(outer, inner)
     codes = fit_codes(inner, root, name)
     _replace(coded, inner_key, codes, name)
-    fitted, metric = refitted_outer(outer, inner, codes.weight, root)
+    fitted, metric = refitted_outer(outer, inner @ root, (inner - codes.weight) @ root)
     _replace(coded, outer_key, fit_codes(fitted, metric, name), name)
     return coded
 

@@ -23,7 +23,7 @@ from hisvd.component.experts import is_routed
 from hisvd.factor_forms import Entries
 from hisvd.factoring import Case, CompressionJob, Tensors, without_neurons
 from hisvd.layer_tensors import compressed_layer, place_entries, stored_prefix
-from hisvd.narrowing import Fit, refitted_output
+from hisvd.narrowing import Fit, output_fits
 from hisvd.shape_utils import Sublayer
 from hisvd.utils import distributed
 from hisvd.utils.activation_files import AGAIN, ActivationPair, is_reusable
@@ -189,16 +189,18 @@ class SequentialUpdate:
         weights: dict[str, torch.Tensor] = {s.path: self.dense_layer.get_parameter(f"{s.path}.weight") for s in members}
         biases = self.job.biases(members, self.stored)
         kept = {target: self.job.neurons_kept(target, members, self.statistics) for target in self.layers}
+        narrow = next((k for k in kept.values() if k and k.at_output), None)
+        of_output = narrow and output_fits(weights[first], biases.get(first), narrow, self.statistics)
+        fits: dict[float, Fit] = {}
         if routed:
-            fits: dict[float, Fit] = {}
             own = input_moment(members[0], self.statistics, self.device)
             measured = dict.fromkeys(self.layers, UpdateMoments(own))
         else:
-            fits = {
-                target: refitted_output(weights[first], biases.get(first), k, self.statistics)
-                for target, k in kept.items()
-                if k and k.at_output
-            }
+            for target, k in kept.items():
+                if k and of_output:
+                    on_kept = of_output.on(len(k.neurons))
+                    fits[target] = on_kept._replace(weight=on_kept.weight[:, k.places])
+            of_output = None  # large
             measured = self._measure(index, members, fits)
         dtype = self.stored[f"{stored_prefix(self.job.checkpoint, members[0])}weight"].dtype
         for target in self.layers:
@@ -208,7 +210,7 @@ class SequentialUpdate:
             if fit:
                 yield case._replace(biases=None if fit.bias is None else {first: fit.bias})
             else:
-                yield without_neurons(case, kept[target], biases, self.statistics)
+                yield without_neurons(case, kept[target], biases, of_output)
 
     def place(self, target: float, sublayer: Sublayer, entries: Entries) -> None:
         """Put the result into the compressed layer, which the next measurements run through."""

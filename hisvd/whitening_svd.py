@@ -21,6 +21,9 @@ F_DAMPING = 3e-2  # the same for F, which is inverted
 ALMOST_ZERO = 1e-100
 SMALLEST_BLOCK = 384  # columns up to which `gram` is one product
 VANISHING = 1e-20  # the largest entry of F's root below which factors as large as its inverse could not be stored
+# The square of the smallest singular value, as a fraction of that of the largest, up to which A V has a full rank that
+# rounding leaves alone.
+FLAT = 1e-12
 
 
 class Whitening(NamedTuple):
@@ -41,11 +44,12 @@ class SecondMoment(NamedTuple):
 
     def matrix(self) -> torch.Tensor:
         """The moment itself, (n, n)."""
-        return (self.eigenvectors * self.eigenvalues) @ self.eigenvectors.T
+        return moment_of(self.eigenvalues, self.eigenvectors)
 
     def part(self, rows: torch.Tensor) -> "PartOfMoment":
         """That of the entries `rows` (k,) alone."""
-        return PartOfMoment(cholesky_root(self.matrix()[rows][:, rows], 0.0))
+        root = cholesky_root(moment_of(self.eigenvalues, self.eigenvectors[rows]), 0.0)
+        return PartOfMoment(root, torch.arange(len(rows), device=rows.device))
 
     def half(self, matrix: torch.Tensor) -> torch.Tensor:
         """Rᵀ M for the root R Rᵀ of the moment, and M (n, …)."""
@@ -59,21 +63,41 @@ class SecondMoment(NamedTuple):
         return self.eigenvectors @ (left / root), self.eigenvectors @ (left * root)
 
 
+class Factors(NamedTuple):
+    """left (m, r) @ right (r, n) in float64; their first columns and rows are the factors of every smaller rank.
+
+    `seen` (r, n) is right @ root for the root of the inputs' second moment, None without one.
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor
+    seen: torch.Tensor | None = None
+
+    def cut(self, rank: int) -> "Factors":
+        """Those of a smaller rank."""
+        return Factors(self.left[:, :rank], self.right[:rank], None if self.seen is None else self.seen[:rank])
+
+
 class PartOfMoment(NamedTuple):
-    """A damped second moment L Lᵀ in float64, L (n, n) lower triangular: quicker to find than its eigenvectors."""
+    """A damped second moment L Lᵀ in float64, L (n, n) lower triangular: quicker to find than its eigenvectors.
+
+    `order` (n,) lists its entries in the order of L, in which that of a part is its leading block.
+    """
 
     root: torch.Tensor
+    order: torch.Tensor
 
     def half(self, matrix: torch.Tensor) -> torch.Tensor:
         """As in SecondMoment."""
-        return self.root.T @ matrix
+        return self.root.T @ matrix[self.order]
 
     def projection(self, left: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As in SecondMoment."""
         root = self.root
         if root.max() < VANISHING:
             root = root / root.max()
-        return torch.linalg.solve_triangular(root.T, left, upper=True), root @ left
+        places = self.order.argsort()
+        return torch.linalg.solve_triangular(root.T, left, upper=True)[places], (root @ left)[places]
 
 
 def gram(x: torch.Tensor) -> torch.Tensor:
@@ -124,6 +148,11 @@ def eigenpairs(moment: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, 
     except torch.linalg.LinAlgError:
         values, vectors = torch.linalg.eigh(moment.to("cpu", torch.float64))
         return values.to(moment.device), vectors.to(moment.device)
+
+
+def moment_of(eigenvalues: torch.Tensor, eigenvectors: torch.Tensor) -> torch.Tensor:
+    """V diag(λ) Vᵀ (k, k) for λ (n,), none below 0, and V (k, n)."""
+    return gram((eigenvectors * eigenvalues.sqrt()).T)
 
 
 def damped(eigenvalues: torch.Tensor, eigenvectors: torch.Tensor, damping: float) -> SecondMoment:
@@ -195,16 +224,35 @@ def left_singular_vectors(matrix: torch.Tensor) -> torch.Tensor:
     return left_singular_pairs(matrix)[1]
 
 
-def low_rank_factors(
-    weight: torch.Tensor, left_basis: torch.Tensor, rank: int, f: SecondMoment | PartOfMoment | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(left, right) of shapes (m, r), (r, n) in float64: left @ right = F^{−1/2} U_r U_rᵀ F^{1/2} W.
+def optimal_factors(
+    weight: torch.Tensor,
+    root: torch.Tensor | None,
+    f: SecondMoment | PartOfMoment | None,
+    rank: int,
+    seen: torch.Tensor | None = None,
+) -> Factors:
+    """left @ right = F^{−1/2} U_r U_rᵀ F^{1/2} W for W (m, n) in the metric of `whitened`, for all ranks up to `rank`.
 
-    `left_basis` holds the left singular vectors of `whitened(weight, root, f)` for the same f. An F that is zero, or
-    nearly so, does not give extreme factors: only ratios within F matter to the product.
+    `root` is lower triangular; `seen` (m, n) is W root in float64, if it is known already. A tall W has its factors
+    from the right singular vectors of A, which are quicker to find: with A V_r V_rᵀ the truncation of A, they are
+    W root V_r and V_rᵀ root⁻¹, up to scales; but not where A loses rank. An F that is zero, or nearly so, does not give
+    extreme factors: only ratios within F matter to the product.
     """
-    left = left_basis[:, :rank]
-    if f is None:
-        return left, left.T @ weight.double()
-    outer, inner = f.projection(left)
-    return outer, inner.T @ weight.double()
+    weight = weight.double()
+    if seen is None:
+        seen = weight if root is None else weight @ root
+    matrix = seen if f is None else f.half(seen)
+    if weight.shape[0] <= weight.shape[1]:
+        basis = left_singular_vectors(matrix)[:, :rank]
+    else:
+        eigenvalues, eigenvectors = torch.linalg.eigh(gram(matrix))
+        vectors = eigenvectors.flip(1)[:, :rank]
+        if eigenvalues[-rank] > FLAT * eigenvalues[-1]:
+            left, right = seen @ vectors, vectors.T
+            norms = left.norm(dim=0)
+            if root is not None:
+                right = torch.linalg.solve_triangular(root, right, upper=False, left=False)
+            return Factors(left / norms, norms[:, None] * right, None if root is None else norms[:, None] * vectors.T)
+        basis = torch.linalg.qr(matrix @ vectors).Q
+    left, inner = (basis, basis) if f is None else f.projection(basis)
+    return Factors(left, inner.T @ weight, None if root is None else inner.T @ seen)

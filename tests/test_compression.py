@@ -167,8 +167,8 @@ def test_interrupted_run_keeps_its_shards(chain, model_folders, caches, tmp_path
 
     monkeypatch.setattr(ModelWriter, "write_shard", real_write)
     decomposed = []
-    real_basis = factoring.left_singular_vectors
-    monkeypatch.setattr(factoring, "left_singular_vectors", lambda a: decomposed.append(1) or real_basis(a))
+    real = factoring.optimal_factors
+    monkeypatch.setattr(factoring, "optimal_factors", lambda *args: decomposed.append(1) or real(*args))
     assert run("compress", *arguments).code == 0
     assert len(decomposed) <= 2 * 7  # two of four layers remained
     resumed = saved_tensors(tmp_path / "out")
@@ -180,8 +180,8 @@ def test_every_matrix_is_decomposed_once_for_several_targets(chain, monkeypatch)
     from hisvd import factoring
 
     calls = []
-    real_basis = factoring.left_singular_vectors
-    monkeypatch.setattr(factoring, "left_singular_vectors", lambda a: calls.append(1) or real_basis(a))
+    real = factoring.optimal_factors
+    monkeypatch.setattr(factoring, "optimal_factors", lambda *args: calls.append(1) or real(*args))
     chain("llama", "0.8,0.6,0.4", "out", "--update", "none", "--moves", "low_rank")
     assert len(calls) <= 4 * 7
 

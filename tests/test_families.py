@@ -413,3 +413,24 @@ def test_stock_checkpoints_need_no_hisvd(calibrated, tmp_path):
     subprocess.run(command, check=True, cwd=tmp_path)
     for folder, logits in zip(folders, torch.load(tmp_path / "logits"), strict=True):
         torch.testing.assert_close(logits, logits_of(folder))
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("gpt2", ("--moves", "both")),  # with biases, which take up the means of neurons
+        ("phi3", ("--moves", "both")),  # with a linear that stands for two
+        ("phi3", ("--moves", "low_rank", "--factors", "svd")),
+    ],
+)
+def test_several_targets_in_one_run_give_the_files_of_a_run_for_each(calibrated, tmp_path, family, options):
+    """In 16 bits, to which the factors of all targets are rounded together."""
+    folder, cache = calibrated(family)
+    options = [*options, "--update", "none", "--linear_dtype", "bf16"]
+    where = ["--model_path", folder, "--calib_cache", cache, "--save_model", tmp_path / "several"]
+    assert run("compress", *where, "--target_compression", "0.8,0.5", *options).code == 0
+    for target, name in (("0.8", "several_80p"), ("0.5", "several_50p")):
+        compressed(folder, cache, tmp_path / target, target, *options)
+        alone, together = saved_tensors(tmp_path / target), saved_tensors(tmp_path / name)
+        assert alone.keys() == together.keys()
+        assert all(torch.equal(alone[key], together[key]) for key in alone)

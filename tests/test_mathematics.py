@@ -29,7 +29,7 @@ from hisvd.whitening_svd import (
     eigenpairs,
     gram,
     left_singular_vectors,
-    low_rank_factors,
+    optimal_factors,
     singular_values,
     whitened,
 )
@@ -275,12 +275,13 @@ def test_factors_are_the_best_rank_r_matrix_in_the_weighted_objective(m, n, two_
     def error(candidate):
         return torch.trace(gradient_metric @ (weight - candidate) @ metric @ (weight - candidate).T).item()
 
-    a = whitened(weight, torch.linalg.cholesky(dense_moment(h)), f)
-    sigma = singular_values(a)
-    basis = left_singular_vectors(a)
-    torch.testing.assert_close(basis.T @ basis, torch.eye(min(m, n), dtype=torch.float64))
+    root = torch.linalg.cholesky(dense_moment(h))
+    sigma = singular_values(whitened(weight, root, f))
+    factors = optimal_factors(weight, root, f, 5)
     for rank in (1, 3, 5):
-        left, right = low_rank_factors(weight, basis, rank, f)
+        left, right, seen = factors.cut(rank)
+        assert left.shape == (m, rank) and right.shape == (rank, n)
+        torch.testing.assert_close(seen, right @ root)
         assert error(left @ right) == pytest.approx(sigma[rank:].square().sum().item(), rel=1e-6)
         # Brute force: alternating weighted least squares from random starts cannot do better.
         for seed in range(5):
@@ -297,9 +298,27 @@ def test_two_sided_with_the_identity_is_input_whitening():
     identity = damped(torch.ones(8), torch.eye(8), F_DAMPING)
     products = []
     for f in (None, identity):
-        left, right = low_rank_factors(weight, left_singular_vectors(whitened(weight, root, f)), 3, f)
+        left, right, _ = optimal_factors(weight, root, f, 3)
         products.append(left @ right)
     torch.testing.assert_close(products[0], products[1])
+
+
+@pytest.mark.parametrize("whitening", ["none", "input", "two_sided"])
+@pytest.mark.parametrize("deficient", [False, True])
+def test_factors_of_a_tall_weight_are_those_of_its_left_singular_vectors(whitening, deficient):
+    """Also where it loses rank: `left` then still has its full rank, without which it could not be packed."""
+    weight = torch.randn(30, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    if deficient:
+        weight[:, 6:] = weight[:, :6]
+    root = None if whitening == "none" else cholesky_root(random_psd(12, 36, seed=1), H_DAMPING)
+    f = random_moment(30, F_DAMPING, seed=2) if whitening == "two_sided" else None
+    basis = left_singular_vectors(whitened(weight, root, f))[:, :5]
+    outer, inner = f.projection(basis) if f else (basis, basis)
+    factors = optimal_factors(weight, root, f, 9)
+    torch.testing.assert_close(factors.left[:, :5] @ factors.right[:5], outer @ inner.T @ weight)
+    assert torch.linalg.cond(factors.left) < 1e4
+    if root is not None:
+        torch.testing.assert_close(factors.seen, factors.right @ root)
 
 
 def test_singular_values_and_vectors_agree_with_the_svd_also_when_rank_deficient():
@@ -323,7 +342,7 @@ def test_factors_lose_nothing_where_the_eigenpairs_of_f_are_found_in_float32(spr
     losses = []
     for dtype in (torch.float64, torch.float32):
         f = damped(*eigenpairs(moment, dtype), F_DAMPING)
-        left, right = low_rank_factors(weight, left_singular_vectors(whitened(weight, root, f)), rank, f)
+        left, right, _ = optimal_factors(weight, root, f, rank)
         losses.append(whitened(weight - left @ right, root, exact).square().sum())
     assert losses[1] <= (1 + 1e-5) * losses[0]
 
@@ -348,7 +367,8 @@ def test_eigenpairs_that_do_not_converge_are_found_in_float64(monkeypatch):
 def test_packing_is_lossless_and_stores_r_squared_fewer_parameters(m, n, rank):
     torch.manual_seed(rank)
     left, right = torch.randn(m, rank), torch.randn(rank, n)
-    base, coefficients, permutation = pack_pivoted(left, right)
+    ((rows, coefficients, permutation),) = pack_pivoted(left, [rank])
+    base = rows @ right.double()
     torch.testing.assert_close(unpack_pivoted(base, coefficients, permutation), left.double() @ right.double())
     assert base.numel() + coefficients.numel() == left.numel() + right.numel() - rank**2
     assert base.numel() + coefficients.numel() == stored_parameters(rank, (m, n), "pivoted")
@@ -358,10 +378,19 @@ def test_packing_is_lossless_and_stores_r_squared_fewer_parameters(m, n, rank):
 def test_packing_picks_rows_of_the_product_with_coefficients_of_about_one():
     torch.manual_seed(1)
     left, right = torch.linalg.qr(torch.randn(300, 40).double()).Q, torch.randn(40, 80).double()
-    base, coefficients, permutation = pack_pivoted(left, right)
-    rows = torch.argsort(permutation)[:40]
-    torch.testing.assert_close(base, (left @ right)[rows])
+    ((rows, coefficients, permutation),) = pack_pivoted(left, [40])
+    assert torch.equal(rows, left[torch.argsort(permutation)[:40]])
+    torch.testing.assert_close(unpack_pivoted(rows @ right, coefficients, permutation), left @ right)
     assert coefficients.abs().max() <= 1.05
+
+
+def test_packing_for_several_ranks_is_that_for_each():
+    left = torch.linalg.qr(torch.randn(90, 40, generator=torch.Generator().manual_seed(0)).double()).Q
+    ranks = [17, 40, 3]
+    for rank, together in zip(ranks, pack_pivoted(left, ranks), strict=True):
+        (alone,) = pack_pivoted(left[:, :rank], [rank])
+        assert torch.equal(together.permutation, alone.permutation) and torch.equal(together.rows, alone.rows)
+        torch.testing.assert_close(together.coefficients, alone.coefficients, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(5, 3), (3, 400), (50, 1001)])

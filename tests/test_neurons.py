@@ -12,12 +12,12 @@ from hisvd.neurons import (
     fitting_moment,
     narrow_input_spectra,
     narrow_output_spectra,
-    refitted,
+    refits,
     removal_losses,
     spectrum_widths,
     stacked,
 )
-from hisvd.whitening_svd import SecondMoment, cholesky_root, damped, left_singular_vectors, low_rank_factors, whitened
+from hisvd.whitening_svd import PartOfMoment, SecondMoment, cholesky_root, damped, optimal_factors, whitened
 
 TOKENS = 400
 
@@ -59,6 +59,10 @@ def problem(n, m, seed, mean=None):
 
 def kept_at(order, width):
     return order[len(order) - width :].sort().values
+
+
+def refitted(weight, moment, kept):
+    return refits(weight, moment, kept).at(len(kept))
 
 
 def loss_of_weight(weight, moment, f, kept, fit):
@@ -128,7 +132,18 @@ def test_refit_is_the_minimum():
 
 def test_refit_on_all_neurons_is_the_weight_itself():
     weight, moment, _ = problem(10, 4, seed=2)
-    assert torch.equal(refitted(weight, moment, torch.arange(10)), weight)
+    torch.testing.assert_close(refitted(weight, moment, torch.arange(10)), weight)
+
+
+def test_one_root_serves_the_refits_on_all_numbers_of_neurons():
+    weight, moment, f = problem(20, 8, seed=4)
+    order = eliminate(weight, moment, f).order.flip(0)
+    every = refits(weight, moment, order[:15])
+    for width in (1, 6, 15):
+        torch.testing.assert_close(every.at(width), refitted(weight, moment, order[:width]))
+        root = cholesky_root(moment[order[:width]][:, order[:width]], 0.0)
+        torch.testing.assert_close(every.root[:width, :width], root)
+        torch.testing.assert_close(every.at(width) @ root, every.seen[:, :width])
 
 
 def test_refit_is_least_squares_on_the_activations():
@@ -322,8 +337,10 @@ def test_factors_in_a_part_of_the_metric_are_those_of_its_eigenvectors():
     rows = torch.tensor([0, 3, 4, 7, 8, 11])
     by_eigenvectors = damped(*torch.linalg.eigh(f.matrix()[rows][:, rows]), 0.0)
     products = []
-    for metric in (f.part(rows), by_eigenvectors):
-        basis = left_singular_vectors(whitened(weight[rows], None, metric))
-        left, right = low_rank_factors(weight[rows], basis, 3, metric)
+    order = torch.tensor([3, 0, 5, 1, 2, 4])
+    in_another_order = PartOfMoment(f.part(rows[order]).root, order)
+    for metric in (f.part(rows), in_another_order, by_eigenvectors):
+        left, right, _ = optimal_factors(weight[rows], None, metric, 3)
         products.append(left @ right)
-    torch.testing.assert_close(*products)
+    torch.testing.assert_close(products[0], products[2])
+    torch.testing.assert_close(products[1], products[2])

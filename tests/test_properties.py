@@ -13,7 +13,7 @@ from hisvd.clustering import layer_clusters
 from hisvd.errors import HiSVDError
 from hisvd.factor_forms import FORMS, dense_weight, factor_tensors
 from hisvd.integer_codes import INTEGERS, dequantize_codes, pack_codes, unpack_codes
-from hisvd.neurons import DAMPING, eliminate, fitting_moment, refitted
+from hisvd.neurons import DAMPING, eliminate, fitting_moment, refits
 from hisvd.quantization import fit_codes
 from hisvd.rank_allocation import budget_of, project_shares, ranks_from_shares, stage1_shares, uniform_shares
 from hisvd.rank_metrics import RANK_METRICS, rank_of
@@ -27,8 +27,7 @@ from hisvd.whitening_svd import (
     cholesky_root,
     damped,
     gram,
-    left_singular_vectors,
-    low_rank_factors,
+    optimal_factors,
     singular_values,
     whitened,
 )
@@ -72,8 +71,8 @@ def test_factors_leave_the_tail_and_any_form_stores_them(m, n, weights, inputs, 
     root = cholesky_root(h, H_DAMPING)
     f = damped(*torch.linalg.eigh(moment(m, gradients, seed + 2)), F_DAMPING)
     seen = whitened(weight, root, f)
-    sigma, basis, rank = singular_values(seen), left_singular_vectors(seen), 1 + seed % min(m, n)
-    left, right = low_rank_factors(weight, basis, rank, f)
+    sigma, rank = singular_values(seen), 1 + seed % min(m, n)
+    left, right, _ = optimal_factors(weight, root, f, rank)
     assert left.shape == (m, rank) and right.shape == (rank, n)
     missed = whitened(weight - left @ right, root, f).square().sum()
     energy = sigma.square().sum()
@@ -96,7 +95,7 @@ def test_removed_neurons_cost_what_a_refit_leaves(m, n, weights, inputs, gradien
     kept = order[removed:].sort().values
     change = weight.clone()
     if len(kept):
-        change[:, kept] -= refitted(weight, c, kept)
+        change[:, kept] -= refits(weight, c, kept).at(len(kept))
     left = torch.trace(f.matrix() @ change @ c @ change.T) / 2
     error = 2 if inputs == "zero" else 1e-7  # a moment that is zero is damped twice
     assert losses[removed].item() == pytest.approx(left.item(), rel=1e-5, abs=error * losses[-1].item() + 1e-200)

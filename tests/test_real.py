@@ -21,7 +21,7 @@ from hisvd.sparse_int6 import dequantize, pack_weight
 from hisvd.utils.data_utils import EVALUATION_SPLIT, evaluation_windows, load_text, tokenize
 from hisvd.utils.eval_utils import perplexity
 from hisvd.utils.model_utils import open_checkpoint
-from hisvd.whitening_svd import H_DAMPING, cholesky_root, left_singular_vectors, low_rank_factors, whitened
+from hisvd.whitening_svd import H_DAMPING, cholesky_root, optimal_factors
 
 MODEL = Path(os.environ.get("HISVD_TEST_MODEL", ROOT / "models" / "smollm2-135m"))
 CPU = torch.device("cpu")
@@ -110,11 +110,9 @@ def test_packing_loses_nothing_on_real_weights(cache):
             weight = checkpoint.read([f"{s.name}.weight"])[f"{s.name}.weight"]
             root = cholesky_root(input_moment(s, tensors, CPU), H_DAMPING)
             f = output_moment(s, tensors, "two_sided", CPU)
-            basis = left_singular_vectors(whitened(weight, root, f))
-            left, right = low_rank_factors(weight, basis, s.full_rank // 2, f)
-            base, coefficients, permutation = (
-                t.float() if t.is_floating_point() else t for t in pack_pivoted(left, right)
-            )
+            left, right, _ = optimal_factors(weight, root, f, s.full_rank // 2)
+            ((rows, coefficients, permutation),) = pack_pivoted(left, [s.full_rank // 2])
+            base, coefficients = (rows @ right).float(), coefficients.float()
             x = torch.randn(64, s.in_features, generator=torch.Generator().manual_seed(0))
             expected = x @ right.float().T @ left.float().T
             t = x @ base.T
@@ -150,7 +148,7 @@ def test_both_forms_of_the_same_ranks_have_the_same_perplexity_in_bfloat16(cache
             weight = checkpoint.read([f"{s.name}.weight"])[f"{s.name}.weight"]
             root = cholesky_root(input_moment(s, tensors, CPU), H_DAMPING)
             f = output_moment(s, tensors, "two_sided", CPU)
-            factors = low_rank_factors(weight, left_singular_vectors(whitened(weight, root, f)), ranks[s.name], f)
+            factors = optimal_factors(weight, root, f, ranks[s.name])[:2]
             svd.get_submodule(s.name).load_state_dict(factor_tensors(*factors, "svd", torch.bfloat16, root))
     figures = {name: perplexity(m, windows, name)["perplexity"] for name, m in (("pivoted", pivoted), ("svd", svd))}
     assert figures["pivoted"] == pytest.approx(figures["svd"], rel=3e-3), figures

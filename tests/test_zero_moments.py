@@ -28,8 +28,7 @@ from hisvd.whitening_svd import (
     H_DAMPING,
     cholesky_root,
     damped,
-    left_singular_vectors,
-    low_rank_factors,
+    optimal_factors,
     singular_values,
     whitened,
 )
@@ -99,13 +98,12 @@ def test_factors_are_finite_whatever_is_zero(form, dtype, zero, m, n):
     h, f = h @ h.T * (zero not in ("H", "all")), f @ f.T * (zero not in ("F", "all"))
     root, output = cholesky_root(h, H_DAMPING), damped(*torch.linalg.eigh(f), F_DAMPING)
     a = whitened(weight, root, output)
-    left, right = low_rank_factors(weight, left_singular_vectors(a), 3, output)
+    left, right, _ = optimal_factors(weight, root, output, 3)
     entries = factor_tensors(left, right, form, dtype, root)
     assert all(tensor.isfinite().all() for tensor in entries.values())
     if zero in ("H", "F"):  # as without that side
         without = {"H": (None, output), "F": (root, None)}[zero]
-        basis = left_singular_vectors(whitened(weight, *without))
-        expected = torch.matmul(*low_rank_factors(weight, basis, 3, without[1]))
+        expected = torch.matmul(*optimal_factors(weight, *without, 3)[:2])
         torch.testing.assert_close(left @ right, expected, rtol=1e-6, atol=1e-9)
         assert not singular_values(a).float().any()
     else:
@@ -118,7 +116,7 @@ def test_gradients_close_to_zero_give_factors_that_can_be_stored():
     products = []
     for scale in (1.0, 1e-44):
         output = damped(*torch.linalg.eigh(scale * f @ f.T), F_DAMPING)
-        left, right = low_rank_factors(weight, left_singular_vectors(whitened(weight, None, output)), 3, output)
+        left, right, _ = optimal_factors(weight, None, output, 3)
         assert left.float().isfinite().all() and right.float().any()
         products.append(left @ right)
     torch.testing.assert_close(*products)
