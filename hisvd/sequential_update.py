@@ -196,8 +196,8 @@ class SequentialUpdate:
         else:
             for target, k in kept.items():
                 if k and of_output:
-                    fit = of_output.on(len(k.neurons))
-                    fits[target] = fit._replace(weight=fit.weight[:, k.places])
+                    ordered = of_output.on(len(k.neurons))
+                    fits[target] = ordered._replace(weight=ordered.weight[:, k.places])
             of_output = None  # large
             measured = self._measure(index, members, fits)
         dtype = self.stored[f"{stored_prefix(self.job.checkpoint, members[0])}weight"].dtype
