@@ -342,12 +342,9 @@ def _elimination_flops(neurons: int, linears: list[tuple[int, int]]) -> float:
 
 
 def _factoring_flops(m: int, n: int, gradients: bool) -> float:
-    """Products and solutions in float64 for one linear and target: the metric, factors, packing and rounding.
-
-    At half of the full rank. A tall weight has its factors from right singular vectors, a wide one through F.
-    """
-    small, rank = min(m, n), min(m, n) / 2
-    flops = 2 * m * n * (n + gradients * m + GRAM * small)
+    """Products and solutions in float64 to factor, pack and round one linear at half of its full rank."""
+    rank = min(m, n) / 2
+    flops = 2 * m * n * (n + gradients * m + GRAM * min(m, n))
     flops += rank * (2 * m * n + n**2) if m > n else rank * (4 * m * n + 4 * gradients * m**2)
     # LU and coefficients; the base and what it sees; rounding it; its Gram matrices; the outer factor and its rounding.
     packing = rank**2 * (2 * m + 4 * n + 2 * (1 + GRAM) * n + 3 * (m - rank) + 3 * rank)
@@ -378,8 +375,7 @@ def _compression(shapes: Shapes, sizes: RunSizes) -> Stage:
                 work.decompositions["cholesky", F64, n] += 2
         for m, n in layer.shapes:
             small = min(m, n)
-            update = 2 * m * n * 3 * n
-            work.products[F64] += targets * (update + _factoring_flops(m, n, gradients))
+            work.products[F64] += targets * (2 * m * n * 3 * n + _factoring_flops(m, n, gradients))  # update first
             work.decompositions["eigh", F64, small] += targets
         stream = sum(2 * tokens * shapes.hidden * n for n, outputs in layer.inputs if shapes.hidden in outputs) / 2
         work.products[F32] += targets * stream

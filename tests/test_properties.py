@@ -129,11 +129,12 @@ def test_int6(m, n, kind, seed):
 @some(60, SIZES, SIZES, KINDS, SEEDS, st.sampled_from([1e-3, 0.1, 3.0]))
 def test_rounding_with_feedback_stays_within_half_a_step_of_every_direction(m, n, kind, seed, step):
     weight, root = matrix(m, n, kind, seed), cholesky_root(moment(n, "deficient", seed), 1e-3)
-    rounded = round_with_feedback(weight, root, lambda column, _: (column / step).round() * step)
+    rounded, lost = round_with_feedback(weight, root, lambda column, _: (column / step).round() * step)
     torch.testing.assert_close((rounded / step).round() * step, rounded)
     # Babai's bound: what is left along each direction of the root is at most half a step of it.
     bound = m * (root.diagonal() * step / 2).square().sum()
-    assert ((weight - rounded) @ root).square().sum() <= bound * (1 + 1e-6) + 1e-12 * weight.square().sum()
+    torch.testing.assert_close(lost, (weight - rounded) @ root, rtol=1e-6, atol=1e-9 * (1 + weight.abs().max().item()))
+    assert lost.square().sum() <= bound * (1 + 1e-6) + 1e-12 * weight.square().sum()
 
 
 SHAPES = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=5)
