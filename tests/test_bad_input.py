@@ -199,7 +199,7 @@ def test_nan_in_the_activations_names_the_layer(model, tmp_path):
 def test_cache_of_other_settings_is_not_overwritten(model, tmp_path):
     assert calibrate(model, tmp_path).code == 0
     before = {f: f.read_bytes() for f in (tmp_path / "caches").rglob("*") if f.is_file()}
-    expect_sentence(calibrate(model, tmp_path, "--seed", 4), "data", "--model_name")
+    expect_sentence(calibrate(model, tmp_path, "--seed", 4), "fingerprint", "--model_name")
     expect_sentence(calibrate(model, tmp_path, "--dtype", "bfloat16"), "dtype")
     assert before == {f: f.read_bytes() for f in (tmp_path / "caches").rglob("*") if f.is_file()}
 
