@@ -56,8 +56,8 @@ class RankProblem:
 
     @cached_property
     def _spectra(self) -> list[dict[str, torch.Tensor]]:
-        """By layer, the spectra and what rounding costs."""
-        return [self.cache.read_small(index, SPECTRA, ROUNDING) for index in range(self.cache.num_layers)]
+        """By layer, the spectra and what removing neurons and rounding cost."""
+        return [self.cache.read_small(index, SPECTRA, REMOVAL, ROUNDING) for index in range(self.cache.num_layers)]
 
     def singular_values(self, kind: str) -> list[torch.Tensor]:
         """Singular values (min(m, n),) of every sublayer, largest first.
@@ -78,13 +78,9 @@ class RankProblem:
         layers = range(self.cache.num_layers)
         return [(self.cache.sublayers_of(index)[0], mlp) for index in layers for mlp in self.cache.mlps_of(index)]
 
-    @cached_property
-    def _eliminations(self) -> list[dict[str, torch.Tensor]]:
-        return [self.cache.read_small(index, REMOVAL) for index in range(self.cache.num_layers)]
-
     def removal_losses(self, layer: int, path: str, guard: float) -> torch.Tensor:
         """What removing 0 … n neurons adds (n + 1,), for the MLP with the output linear `path`; see `guard_at`."""
-        measured, guarded = self._eliminations[layer][f"{path}.removal_losses"]
+        measured, guarded = self._spectra[layer][f"{path}.{REMOVAL}"]
         return torch.lerp(measured, guarded, guard)
 
     def noise(self, sublayer: Sublayer, storage: Storage) -> float:
