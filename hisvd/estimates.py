@@ -301,7 +301,7 @@ def _backward(shapes: Shapes, sizes: RunSizes) -> Stage:
             peak = max(peak, kept + 8 * (4 * max(max(s) for s in linears) ** 2 + 2 * sum(m * n for m, n in linears)))
             work.products[F64] += _elimination_flops(neurons, linears)
             work.memory += ELIMINATION_MOVED * 8 * neurons**3 / BLOCK
-            work.decompositions["cholesky", F64, neurons] += 3
+            work.decompositions["cholesky", F64, neurons] += 2
             for size in (linears[-1][0], *(n for _, n in linears[:-1])):
                 work.decompositions["eigvalsh", F64, size] += len(spectrum_widths(neurons))
     work.disk += 6 * _kept_bytes(shapes, sizes) + 2 * cache_bytes(shapes, True)

@@ -9,7 +9,7 @@ from hisvd.component.adapter import Mlp
 from hisvd.gradient_pass import OutputGradientMoments
 from hisvd.input_moments import InputMoments
 from hisvd.integer_codes import INTEGERS
-from hisvd.neurons import eliminate, fitting_moment, narrow_input_spectra, narrow_output_spectra, removal_losses
+from hisvd.neurons import eliminate, fitting_moment, narrow_input_spectra, narrow_output_spectra, refits, removal_losses
 from hisvd.quantization import rounding_energy
 from hisvd.shape_utils import Sublayer
 from hisvd.whitening_svd import (
@@ -103,10 +103,11 @@ def neuron_statistics(
     f, mean = output_gradient_moment(output, statistics, device), input_mean(output, statistics, device)
     moment = input_moment(output, statistics, device)
     order, losses = eliminate(weight, fitting_moment(moment, mean), f)
-    kept, guarded = order.flip(0), fitting_moment(moment, mean, GUARD)
-    found = {mlp.output: narrow_output_spectra(weight, guarded, mean, f, kept)}
-    guarded_losses = removal_losses(weight, guarded, f, order)
-    del moment, guarded
+    kept = order.flip(0)
+    fits = refits(weight, fitting_moment(moment, mean, GUARD), kept)
+    found = {mlp.output: narrow_output_spectra(fits, mean, f, kept)}
+    guarded_losses = removal_losses(fits, f)
+    del moment, fits
     root = cholesky_root(input_moment(sublayers[mlp.inputs[0]], statistics, device), GUARD)  # all read the same
     for path in mlp.inputs:
         metric = output_gradient_moment(sublayers[path], statistics, device)

@@ -82,16 +82,6 @@ def _cheapest(v: torch.Tensor, p: torch.Tensor, count: int) -> tuple[torch.Tenso
     return torch.cat(chosen), torch.cat(added)
 
 
-def removal_losses(weight: torch.Tensor, moment: torch.Tensor, f: SecondMoment, order: torch.Tensor) -> torch.Tensor:
-    """What removing the first 0 … n neurons of any `order` (n,) adds, (n + 1,) in float64; arguments as in `eliminate`.
-
-    With C = L Lᵀ, the neurons in reverse order, the last i columns of F^{1/2} W L are what is lost with i of them.
-    """
-    kept = order.flip(0)
-    lost = whitened(weight[:, kept], cholesky_root(moment[kept][:, kept], 0.0), f).square().sum(0).flip(0)
-    return torch.cat([lost.new_zeros(1), lost.cumsum(0) / 2])
-
-
 class Refits(NamedTuple):
     """An output linear on the first k of an order of neurons, for every k: `root` (n, n) is lower triangular.
 
@@ -115,6 +105,12 @@ def refits(weight: torch.Tensor, moment: torch.Tensor, order: torch.Tensor) -> R
     return Refits(root, seen)
 
 
+def removal_losses(fits: Refits, f: SecondMoment) -> torch.Tensor:
+    """What removing the neurons in the reverse of the order of `fits` adds after 0 … n of them, (n + 1,) in float64."""
+    lost = f.half(fits.seen).square().sum(0).flip(0)
+    return torch.cat([lost.new_zeros(1), lost.cumsum(0) / 2])
+
+
 def fitting_moment(moment: torch.Tensor, mean: torch.Tensor | None, damping: float = DAMPING) -> torch.Tensor:
     """C (n, n) for the functions above, from E[h hᵀ]: damped by a fraction of its mean diagonal entry, in float64.
 
@@ -128,17 +124,14 @@ def fitting_moment(moment: torch.Tensor, mean: torch.Tensor | None, damping: flo
     return fitting
 
 
-def narrow_output_spectra(
-    weight: torch.Tensor, moment: torch.Tensor, mean: torch.Tensor | None, f: SecondMoment, kept: torch.Tensor
-) -> torch.Tensor:
-    """The two-sided singular values (widths, m) of re-fitted W (m, n), largest first, float64; arguments as above.
+def narrow_output_spectra(fits: Refits, mean: torch.Tensor | None, f: SecondMoment, kept: torch.Tensor) -> torch.Tensor:
+    """The two-sided singular values (widths, m) of an output linear on fewer neurons, largest first, float64.
 
-    `kept` (n,) lists the neurons, those first that stay longest; widths are those of `spectrum_widths`. One
-    decomposition serves them all, see Refits. A `mean` that C lacks is added to E[h hᵀ] again.
+    `kept` (n,) is the order of `fits`, those first that stay longest; widths are those of `spectrum_widths`. A `mean`
+    that the moment of `fits` lacks is added to E[h hᵀ] again.
     """
-    root = cholesky_root(moment[kept][:, kept], 0.0)
-    seen = whitened(weight[:, kept], root, f)  # W C L⁻ᵀ, of all neurons
-    shift = None if mean is None else torch.linalg.solve_triangular(root, mean[kept][:, None], upper=False)
+    seen = f.half(fits.seen)
+    shift = None if mean is None else torch.linalg.solve_triangular(fits.root, mean[kept][:, None], upper=False)
     gram, spectra, before = seen.new_zeros(len(seen), len(seen)), [], 0
     for width in spectrum_widths(len(kept)):
         new = seen[:, before:width]

@@ -259,9 +259,11 @@ def test_losses_of_a_given_order_are_those_of_its_refits(n, biased):
     fitting = fitting_moment(h.T @ h / TOKENS, h.mean(0) if biased else None)
     weight, f = gaussian(5, n, seed=3), second_moment(5, n)
     own = eliminate(weight, fitting, f)
-    torch.testing.assert_close(removal_losses(weight, fitting, f, own.order), own.losses, rtol=1e-6, atol=1e-10)
+    torch.testing.assert_close(
+        removal_losses(refits(weight, fitting, own.order.flip(0)), f), own.losses, rtol=1e-6, atol=1e-10
+    )
     order = torch.randperm(n)
-    found = removal_losses(weight, fitting, f, order)
+    found = removal_losses(refits(weight, fitting, order.flip(0)), f)
     for removed, loss in enumerate(found):
         left = order[removed:].sort().values
         narrow = torch.zeros_like(weight).double()
@@ -278,7 +280,7 @@ def test_spectra_of_the_output_linear_are_those_of_its_refits(n, m, biased):
     moment, mean = h.T @ h / TOKENS, h.mean(0) if biased else None
     weight, f, kept = gaussian(m, n, seed=3), second_moment(m, n), torch.randperm(n)
     fitting = fitting_moment(moment, mean)
-    found = narrow_output_spectra(weight, fitting, mean, f, kept)
+    found = narrow_output_spectra(refits(weight, fitting, kept), mean, f, kept)
     assert found.shape == (len(spectrum_widths(n)), m)
     inputs = fitting if mean is None else fitting + torch.outer(mean, mean)
     for values, width in zip(found, spectrum_widths(n), strict=True):
