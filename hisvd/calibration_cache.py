@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from hisvd.cached_moments import packed_shape
 from hisvd.component.adapter import Mlp
 from hisvd.errors import HiSVDError
 from hisvd.schema import COUNT, FILE_NAME, OBJECT, SIZE, TEXT, one_of
@@ -19,7 +20,7 @@ from hisvd.utils.data_utils import token_fingerprint
 from hisvd.utils.files import check_regular, read_json, sha256_of_file, sha256_of_tensor, write_json, write_tensors
 from hisvd.utils.model_utils import Checkpoint, open_safetensors
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 AGAIN = "delete the cache folder and run calibrate.py again"
 MANIFEST = "manifest.json"
 TOKENS = "tokens.safetensors"
@@ -261,10 +262,10 @@ class CalibrationCache:
             with open_safetensors(self.folder / entry["file"]) as file:
                 found |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (not a dict)
         for s in self.sublayers_of(index):
-            due = {f"{s.path}.singular_values": s.full_rank, f"{s.input_group}.eigenvalues": s.in_features}
+            due = {f"{s.path}.singular_values": (s.full_rank,), f"{s.input_group}.H": packed_shape(s.in_features)}
             if self.has_gradients:
-                due[f"{s.path}.F_eigenvalues"] = s.out_features
-            if any(found.get(name) != [size] for name, size in due.items()):
+                due[f"{s.path}.F"] = packed_shape(s.out_features)
+            if any(found.get(name) != list(shape) for name, shape in due.items()):
                 raise HiSVDError(
                     f"{s.name} has another shape in {self.folder / MANIFEST} than in the cache's files; {AGAIN}."
                 )

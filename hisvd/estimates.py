@@ -205,18 +205,23 @@ def activation_bytes(shapes: Shapes, sizes: RunSizes) -> int:
 
 
 def cache_bytes(shapes: Shapes, gradients: bool) -> int:
-    """Bytes of the finished cache: float32 eigenvectors of H (n, n) per input and of F (m, m) per linear, and the
-    leading singular vectors, spectra and rounding errors of each linear.
+    """Bytes of the finished cache: the lower triangles of H (n, n) per input, in float64, and of F (m, m) per linear,
+    in float32; the leading singular vectors, spectra and rounding errors of each linear.
     """
     total = 0
     for layer in shapes.layers:
-        total += sum(4 * n * n for n, _ in layer.inputs)
+        total += sum(8 * _triangle(n) for n, _ in layer.inputs)
         for m, n in layer.shapes:
             leading = min(NUM_LEADING_VECTORS, m, n)
-            total += 4 * (leading * n + (2 + gradients) * min(m, n) + gradients * m * m) + 8 * gradients * len(INTEGERS)
+            total += 4 * (leading * n + 2 * min(m, n))
+            total += gradients * (4 * (_triangle(m) + min(m, n)) + 8 * len(INTEGERS))
         for neurons, linears in layer.mlps if gradients else ():
             total += 4 * neurons + 16 * (neurons + 1) + 4 * len(spectrum_widths(neurons)) * sum(map(min, linears))
     return total
+
+
+def _triangle(n: int) -> int:
+    return n * (n + 1) // 2
 
 
 def stream_bytes(hidden: int, tokens: int, compute: torch.dtype, targets: int) -> int:
@@ -249,15 +254,14 @@ def _forward(shapes: Shapes, sizes: RunSizes) -> Stage:
     tokens, peak, work = sizes.tokens, 0.0, Work()
     for layer in shapes.layers:
         sums = sum(8 * n * n for n, _ in layer.inputs)
-        eigenvectors = sum(4 * n * n for n, _ in layer.inputs)
+        stored = sum(4 * n * n for n, _ in layer.inputs)
         for n, outputs in layer.inputs:
-            # The moment is among the sums; eigh adds the vectors and two matrices of workspace, Cholesky two.
-            held = max([24 * n * n, *(16 * n * n + _decomposition(m, n) for m in outputs)])
-            peak = max(peak, sums + max(_batch(shapes, sizes.compute, False) + 4 * n * n, eigenvectors + held))
+            # The moment is among the sums. To pack it takes two matrices, and so does its Cholesky root, which is one.
+            held = max(16 * n * n, *(8 * n * n + _decomposition(m, n) for m in outputs))
+            peak = max(peak, sums + max(_batch(shapes, sizes.compute, False) + 4 * n * n, stored + held))
         _pass(work, layer, shapes, sizes, sizes.nsamples)
         for n, _ in layer.inputs:
             _gram(work, tokens, n, sizes.compute)
-            work.decompositions["eigh", F64, n] += 1
             work.decompositions["cholesky", F64, n] += 1
         for m, n in layer.shapes:
             small = min(m, n)
@@ -282,22 +286,21 @@ def _backward(shapes: Shapes, sizes: RunSizes) -> Stage:
         sums = sum(8 * m * m for m, _ in layer.shapes)
         read = sum(4 * n * n for n, _ in layer.inputs)
         largest = max(max(m, n) for m, n in layer.shapes)
-        held = max(24 * m * m + 8 * n * n + _decomposition(m, n) for m, n in layer.shapes)
+        held = max(16 * n * n + max(16 * m * m, 8 * m * m + _decomposition(m, n)) for m, n in layer.shapes)
         peak = max(peak, sums + max(_batch(shapes, sizes.compute, True) + 4 * largest**2, read + held))
         _pass(work, layer, shapes, sizes, sizes.grad_nsamples, backward=1)
         for n, _ in layer.inputs:
-            work.products[F64] += 2 * GRAM * n**3  # H from its eigenvectors
             work.decompositions["cholesky", F64, n] += 2
         for m, n in layer.shapes:
             small = min(m, n)
             _gram(work, tokens, m, sizes.compute)
             work.products[F64] += 2 * m * n * (2 * n + m + GRAM * small)
-            work.decompositions["eigh", F32, m] += 1
+            work.decompositions["cholesky", F64, m] += 1
             work.decompositions["eigvalsh", F64, small] += 1
             work.memory += ROUNDING_MOVED * len(INTEGERS) * 8 * m * n
         for neurons, linears in layer.mlps:
             # Statistics of all its linears; C, its inverse and the part that is kept of it, or F and its root.
-            kept = sum(4 * m * m for m, _ in linears) + 4 * neurons**2
+            kept = sum(2 * m * m for m, _ in linears) + 4 * neurons**2
             peak = max(peak, kept + 8 * (4 * max(max(s) for s in linears) ** 2 + 2 * sum(m * n for m, n in linears)))
             work.products[F64] += _elimination_flops(neurons, linears)
             work.memory += ELIMINATION_MOVED * 8 * neurons**3 / BLOCK
@@ -357,9 +360,10 @@ def _compression(shapes: Shapes, sizes: RunSizes) -> Stage:
     for layer in shapes.layers:
         weights = layer.parameters * sizes.stored.itemsize * (1 + targets)
         for index, (n, outputs) in enumerate(layer.inputs):
-            statistics = gradients * sum(4 * m * m for _, later in layer.inputs[index:] for m in later)
+            statistics = gradients * sum(2 * m * m for _, later in layer.inputs[index:] for m in later)
             sums = targets * 8 * (2 * n * n + shapes.hidden * n)
-            held = max(16 * n * n + gradients * 8 * m * m + _decomposition(m, n) for m in outputs)
+            roots = [(24 * m * m, 8 * m * m) if gradients else (0, 0) for m in outputs]  # of F: to find, to hold
+            held = 16 * n * n + max(max(f, r + _decomposition(m, n)) for m, (f, r) in zip(outputs, roots, strict=True))
             # Roots of F of the linears that feed neurons, which serve all targets.
             held += gradients * sum(8 * m * m for m in outputs if any((m, n) in mlp[:-1] for _, mlp in layer.mlps))
             batch = _batch(shapes, sizes.compute, False) + 4 * n * (

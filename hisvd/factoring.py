@@ -222,7 +222,7 @@ def factor_layer(job: CompressionJob, update: Update, index: int, stored: Tensor
                         entries = with_zeros(entries, s, kept) if kept else entries
                     replace_entries(job.checkpoint, s, shards[target], entries)
         for s in members:
-            for ending in ("F_eigenvectors", F_ROOT):
+            for ending in ("F", F_ROOT):
                 statistics.pop(f"{s.path}.{ending}", None)  # large, and no later group needs them
     return shards
 

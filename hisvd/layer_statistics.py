@@ -1,9 +1,9 @@
-"""Turn the moments of one decoder layer into what the cache keeps: eigenpairs and singular values."""
+"""Turn the moments of one decoder layer into what the cache keeps: moments and singular values."""
 
 import torch
 from torch import nn
 
-from hisvd.cached_moments import input_mean, input_moment, output_gradient_moment
+from hisvd.cached_moments import input_mean, input_moment, output_gradient_moment, output_moment, packed
 from hisvd.calibration_cache import ROUNDING, CalibrationCache
 from hisvd.component.adapter import Mlp
 from hisvd.gradient_pass import OutputGradientMoments
@@ -16,9 +16,8 @@ from hisvd.whitening_svd import (
     F_DAMPING,
     H_DAMPING,
     cholesky_root,
-    damped,
-    eigenpairs,
     left_singular_pairs,
+    second_moment,
     singular_values,
     whitened,
 )
@@ -34,7 +33,7 @@ def layer_statistics(
 ) -> tuple[dict[str, torch.Tensor], list[Sublayer]]:
     """The cache tensors of one layer (float32, CPU) and its sublayers in order.
 
-    Per input group: `{group}.eigenvalues` (n,) and `{group}.eigenvectors` (n, n) of H = E[x xᵀ], undamped.
+    Per input group: `{group}.H`, H = E[x xᵀ] (n, n), undamped, packed, float64.
     Where an MLP's output linear with a bias reads it, `{group}.mean` (n,) of E[x].
     Per sublayer: `{path}.singular_values` of W and `{path}.whitened_singular_values` of W H^{1/2}, both
     (min(m, n),), largest first, and `{path}.Vh`, the leading right singular vectors of W as rows.
@@ -43,11 +42,9 @@ def layer_statistics(
     sublayers = []
     for group, paths in moments.groups.items():
         moment = moments.moments.pop(group).div_(moments.tokens[group])  # popped to free the largest tensors early
-        eigenvalues, eigenvectors = eigenpairs(moment, torch.float64)
         if group in moments.sums:
             tensors[f"{group}.mean"] = _stored(moments.sums[group] / moments.tokens[group])
-        tensors |= {f"{group}.eigenvalues": _stored(eigenvalues), f"{group}.eigenvectors": _stored(eigenvectors)}
-        del eigenvalues, eigenvectors
+        tensors[f"{group}.H"] = packed(moment).cpu()
         root = cholesky_root(moment, H_DAMPING)
         for path in paths:
             weight = layer.get_parameter(f"{path}.weight")
@@ -63,10 +60,9 @@ def gradient_statistics(
 ) -> dict[str, torch.Tensor]:
     """The gradient pass's cache tensors of one layer (float32, CPU).
 
-    Per sublayer: `{path}.F_eigenvalues` (m,) and `{path}.F_eigenvectors` (m, m) of F = E[g gᵀ], undamped (a mean over
-    all tokens, so that F of an expert is small where few tokens reach it), `{path}.two_sided_singular_values` of
-    F^{1/2} W H^{1/2} with H damped by GUARD, and `{path}.rounding_errors` (formats,), float64, see
-    quantization.rounding_energy. And what neuron_statistics adds.
+    Per sublayer: `{path}.F`, F = E[g gᵀ] (m, m), undamped, packed (a mean over all tokens, so that F of an expert is
+    small where few tokens reach it), `{path}.two_sided_singular_values` of F^{1/2} W H^{1/2} with H damped by GUARD,
+    and `{path}.rounding_errors` (formats,), float64, see quantization.rounding_energy. And what neuron_statistics adds.
     """
     tensors: dict[str, torch.Tensor] = {}
     forward = cache.read_forward(index)
@@ -75,9 +71,9 @@ def gradient_statistics(
         root, guarded = cholesky_root(moment, H_DAMPING), cholesky_root(moment, GUARD)
         del moment
         for path in (s.path for s in members):
-            eigenvalues, eigenvectors = eigenpairs(moments.moments.pop(path).div_(moments.tokens), torch.float32)
-            tensors |= {f"{path}.F_eigenvalues": _stored(eigenvalues), f"{path}.F_eigenvectors": _stored(eigenvectors)}
-            f = damped(eigenvalues, eigenvectors, F_DAMPING)
+            moment = moments.moments.pop(path).div_(moments.tokens)
+            tensors[f"{path}.F"] = _stored(packed(moment))
+            f = second_moment(moment, F_DAMPING)
             weight = layer.get_parameter(f"{path}.weight")
             tensors[f"{path}.two_sided_singular_values"] = _stored(singular_values(whitened(weight, guarded, f)))
             errors = [rounding_energy(weight, root, f, name) for name in INTEGERS]
@@ -100,7 +96,8 @@ def neuron_statistics(
     """
     device = next(layer.parameters()).device
     output, weight = sublayers[mlp.output], layer.get_parameter(f"{mlp.output}.weight")
-    f, mean = output_gradient_moment(output, statistics, device), input_mean(output, statistics, device)
+    f, mean = output_moment(output, statistics, "two_sided", device), input_mean(output, statistics, device)
+    assert f is not None  # two-sided
     moment = input_moment(output, statistics, device)
     order, losses = eliminate(weight, fitting_moment(moment, mean), f)
     kept = order.flip(0)

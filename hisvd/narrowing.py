@@ -8,7 +8,7 @@ from hisvd.cached_moments import input_mean, input_moment, output_gradient_momen
 from hisvd.factor_forms import Entries
 from hisvd.neurons import Refits, fitting_moment, refits, stacked
 from hisvd.shape_utils import Sublayer
-from hisvd.whitening_svd import PartOfMoment, cholesky_root
+from hisvd.whitening_svd import SecondMoment, cholesky_root
 
 F_ROOT = "F_root"  # the ending of the name, among a layer's statistics, of what `kept_outputs_moment` finds
 
@@ -95,7 +95,7 @@ def output_fits(
     return OutputFits(weight, bias, mean, kept.longest, refits(weight, fitting_moment(moment, mean), kept.longest))
 
 
-def kept_outputs_moment(s: Sublayer, kept: Kept, statistics: dict[str, torch.Tensor]) -> PartOfMoment:
+def kept_outputs_moment(s: Sublayer, kept: Kept, statistics: dict[str, torch.Tensor]) -> SecondMoment:
     """The damped F of the outputs kept.rows of a linear `s` that feeds an MLP's neurons.
 
     One root, which is put among the `statistics` of the layer, serves all targets.
@@ -103,9 +103,9 @@ def kept_outputs_moment(s: Sublayer, kept: Kept, statistics: dict[str, torch.Ten
     n, name = kept.output.in_features, f"{s.path}.{F_ROOT}"
     rows = torch.stack([kept.longest + part * n for part in range(kept.fused)], dim=1).flatten()
     if name not in statistics:
-        statistics[name] = output_gradient_moment(s, statistics, rows.device).part(rows).root
+        statistics[name] = cholesky_root(output_gradient_moment(s, statistics, rows.device)[rows][:, rows], 0.0)
     count = kept.fused * len(kept.neurons)
-    return PartOfMoment(statistics[name][:count, :count], torch.searchsorted(kept.rows, rows[:count]))
+    return SecondMoment(statistics[name][:count, :count], torch.searchsorted(kept.rows, rows[:count]))
 
 
 def with_zeros(entries: Entries, sublayer: Sublayer, kept: Kept) -> Entries:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from hisvd.whitening_svd import ALMOST_ZERO, H_DAMPING, SecondMoment, cholesky_root, values_of_gram, whitened
+from hisvd.whitening_svd import ALMOST_ZERO, H_DAMPING, SecondMoment, cholesky_root, shift_of, values_of_gram, whitened
 
 DAMPING = H_DAMPING  # added to C as a fraction of its mean diagonal entry; the same, so that roots serve both
 BLOCK = 16  # neurons that are removed between two updates of the whole inverse
@@ -117,7 +117,7 @@ def fitting_moment(moment: torch.Tensor, mean: torch.Tensor | None, damping: flo
     With `mean` E[h] (n,), where a bias takes up the means, the covariance with the same damping.
     """
     fitting = moment.to(torch.float64, copy=True)
-    shift = (damping * fitting.diagonal().mean()).clamp_min(ALMOST_ZERO)
+    shift = shift_of(moment, damping)
     if mean is not None:
         fitting -= torch.outer(mean, mean)
     fitting.diagonal().add_(shift)
@@ -143,14 +143,15 @@ def narrow_output_spectra(fits: Refits, mean: torch.Tensor | None, f: SecondMome
 
 
 def narrow_input_spectra(
-    weight: torch.Tensor, root: torch.Tensor, f: SecondMoment, kept: torch.Tensor, fused: int
+    weight: torch.Tensor, root: torch.Tensor, f: torch.Tensor, kept: torch.Tensor, fused: int
 ) -> torch.Tensor:
     """The two-sided singular values (widths, n) of the rows that stay of W (fused · neurons, n), as above.
 
-    `root` (n, n) is one of the inputs' second moment. The Gram matrix rootᵀ W_Sᵀ F_{S,S} W_S root grows with S.
+    `root` (n, n) is one of the inputs' second moment, `f` the damped F of all rows. The Gram matrix
+    rootᵀ W_Sᵀ F_{S,S} W_S root grows with S.
     """
     rows = torch.stack([kept + part * len(kept) for part in range(fused)], dim=1).flatten()
-    seen, metric = weight.double()[rows] @ root, f.matrix()[rows][:, rows]
+    seen, metric = weight.double()[rows] @ root, f[rows][:, rows]
     gram, spectra, before = seen.new_zeros(len(root), len(root)), [], 0
     for width in spectrum_widths(len(kept)):
         new, old = slice(fused * before, fused * width), slice(0, fused * before)

@@ -11,7 +11,7 @@ import torch
 from hisvd.factor_forms import FORMS, Entries, dense_weight, form_of
 from hisvd.integer_codes import INTEGERS, SCALE, SMALLEST_SCALE, pack_codes
 from hisvd.rounding import refitted_outer, round_with_feedback
-from hisvd.whitening_svd import H_DAMPING, PartOfMoment, SecondMoment, cholesky_root, whitened
+from hisvd.whitening_svd import H_DAMPING, SecondMoment, cholesky_root, whitened
 
 # Fractions that are tried of the scale at which the largest weight of a group has the largest code. With 127 codes a
 # side, nothing is to be gained from cutting weights off.
@@ -74,8 +74,7 @@ def rounding_energy(weight: torch.Tensor, root: torch.Tensor, f: SecondMoment, n
     form, importance = INTEGERS[name], root.diagonal().square()
     steps = form.of_columns(group_scales(weight, importance, name).double(), weight.shape[1])
     error = form.nearest(weight, steps) - weight
-    rows = f.eigenvectors.square() @ f.eigenvalues
-    return rows @ (error.double().square() @ importance)
+    return f.diagonal() @ (error.double().square() @ importance)
 
 
 def integer_entries(entries: Entries, moment: torch.Tensor, name: str) -> Entries:
@@ -113,7 +112,7 @@ def mixed(outer: torch.Tensor, inner: torch.Tensor) -> tuple[torch.Tensor, torch
     return outer / norms @ rotation, rotation.T @ (norms[:, None] * inner)
 
 
-def added_loss(exact: Entries, coded: Entries, root: torch.Tensor, f: SecondMoment | PartOfMoment | None) -> float:
+def added_loss(exact: Entries, coded: Entries, root: torch.Tensor, f: SecondMoment | None) -> float:
     """The loss that the codes of a linear add by the second-order estimate, ½ ‖F^{1/2} (W − Ŵ) H^{1/2}‖².
 
     `exact` and `coded` are its state dict entries before and after, `root` (n, n) is a root of H. Without F, `f`, the

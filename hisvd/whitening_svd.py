@@ -37,30 +37,32 @@ WHITENINGS = {"two_sided": Whitening(True, True), "input": Whitening(True, False
 
 
 class SecondMoment(NamedTuple):
-    """A damped second moment V diag(λ) Vᵀ in float64: λ (n,), V (n, n)."""
+    """A damped second moment L Lᵀ in float64, L (n, n) lower triangular.
 
-    eigenvalues: torch.Tensor
-    eigenvectors: torch.Tensor
+    `order` (n,) lists its entries in the order of L, in which that of a part is its leading block; None: they are.
+    """
 
-    def matrix(self) -> torch.Tensor:
-        """The moment itself, (n, n)."""
-        return moment_of(self.eigenvalues, self.eigenvectors)
+    root: torch.Tensor
+    order: torch.Tensor | None = None
 
-    def part(self, rows: torch.Tensor) -> "PartOfMoment":
-        """That of the entries `rows` (k,) alone."""
-        root = cholesky_root(moment_of(self.eigenvalues, self.eigenvectors[rows]), 0.0)
-        return PartOfMoment(root, torch.arange(len(rows), device=rows.device))
+    def diagonal(self) -> torch.Tensor:
+        """Its diagonal (n,), in the order of L."""
+        return self.root.square().sum(1)
 
     def half(self, matrix: torch.Tensor) -> torch.Tensor:
-        """Rᵀ M for the root R Rᵀ of the moment, and M (n, …)."""
-        return self.eigenvalues.sqrt()[:, None] * (self.eigenvectors.T @ matrix)
+        """Rᵀ M for a root R Rᵀ of the moment, and M (n, …)."""
+        return self.root.T @ (matrix if self.order is None else matrix[self.order])
 
     def projection(self, left: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(R⁻ᵀ U, R U), both up to one factor, for U (n, r)."""
-        root = self.eigenvalues.sqrt()[:, None]
+        root = self.root
         if root.max() < VANISHING:
             root = root / root.max()
-        return self.eigenvectors @ (left / root), self.eigenvectors @ (left * root)
+        outer, inner = torch.linalg.solve_triangular(root.T, left, upper=True), root @ left
+        if self.order is None:
+            return outer, inner
+        places = self.order.argsort()
+        return outer[places], inner[places]
 
 
 class Factors(NamedTuple):
@@ -76,28 +78,6 @@ class Factors(NamedTuple):
     def cut(self, rank: int) -> "Factors":
         """Those of a smaller rank."""
         return Factors(self.left[:, :rank], self.right[:rank], None if self.seen is None else self.seen[:rank])
-
-
-class PartOfMoment(NamedTuple):
-    """A damped second moment L Lᵀ in float64, L (n, n) lower triangular: quicker to find than its eigenvectors.
-
-    `order` (n,) lists its entries in the order of L, in which that of a part is its leading block.
-    """
-
-    root: torch.Tensor
-    order: torch.Tensor
-
-    def half(self, matrix: torch.Tensor) -> torch.Tensor:
-        """As in SecondMoment."""
-        return self.root.T @ matrix[self.order]
-
-    def projection(self, left: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """As in SecondMoment."""
-        root = self.root
-        if root.max() < VANISHING:
-            root = root / root.max()
-        places = self.order.argsort()
-        return torch.linalg.solve_triangular(root.T, left, upper=True)[places], (root @ left)[places]
 
 
 def gram(x: torch.Tensor) -> torch.Tensor:
@@ -137,51 +117,40 @@ def _fill_gram(x: torch.Tensor, product: torch.Tensor) -> None:
     product[second, first] = product[first, second].T
 
 
-def eigenpairs(moment: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eigenvalues (n,), the smallest first, and eigenvectors (n, n) of a second moment, found in `dtype`.
-
-    Float32 takes half the time, on most GPUs much less, and is enough for F, whose damping is far above its errors; H
-    needs float64 (measured in docs/ablations.md). What does not converge is found in float64 on the CPU.
-    """
-    try:
-        return torch.linalg.eigh(moment.to(dtype))
-    except torch.linalg.LinAlgError:
-        values, vectors = torch.linalg.eigh(moment.to("cpu", torch.float64))
-        return values.to(moment.device), vectors.to(moment.device)
+def shift_of(moment: torch.Tensor, damping: float) -> torch.Tensor:
+    """What is added to the diagonal of `moment` (n, n): damping · mean diagonal entry, ALMOST_ZERO at least."""
+    return (damping * moment.diagonal().double().mean()).clamp_min(ALMOST_ZERO)
 
 
-def moment_of(eigenvalues: torch.Tensor, eigenvectors: torch.Tensor) -> torch.Tensor:
-    """V diag(λ) Vᵀ (k, k) for λ (n,), none below 0, and V (k, n)."""
-    return gram((eigenvectors * eigenvalues.sqrt()).T)
-
-
-def damped(eigenvalues: torch.Tensor, eigenvectors: torch.Tensor, damping: float) -> SecondMoment:
-    """Add damping · mean diagonal entry · I, ALMOST_ZERO at least; eigenvalues below 0, from rounding, count as 0."""
-    values = eigenvalues.double().clamp_min(0)
-    return SecondMoment(values + (damping * values.mean()).clamp_min(ALMOST_ZERO), eigenvectors.double())
+def damped(moment: torch.Tensor, damping: float) -> torch.Tensor:
+    """`moment` (n, n) with `shift_of` added to its diagonal, a copy in float64."""
+    shifted = moment.to(torch.float64, copy=True)
+    shifted.diagonal().add_(shift_of(moment, damping))
+    return shifted
 
 
 def cholesky_root(moment: torch.Tensor, damping: float) -> torch.Tensor:
-    """Lower-triangular L (n, n) in float64, L Lᵀ = `moment` + damping · mean diagonal entry (ALMOST_ZERO at least) · I.
+    """Lower-triangular L (n, n) in float64 with L Lᵀ = damped(moment, damping).
 
-    Eigenvalues that rounding left below zero count as zero.
+    Eigenvalues of the moment that rounding left below zero count as zero.
     """
-    shifted = moment.to(torch.float64, copy=True)
-    shift = (damping * shifted.diagonal().mean()).clamp_min(ALMOST_ZERO)
-    shifted.diagonal().add_(shift)
-    root, failed = torch.linalg.cholesky_ex(shifted)
+    root, failed = torch.linalg.cholesky_ex(damped(moment, damping))
     if not failed:
         return root
     eigenvalues, eigenvectors = torch.linalg.eigh(moment.double())
-    return torch.linalg.qr((eigenvectors * (eigenvalues.clamp_min(0) + shift).sqrt()).T).R.T
+    shifted = eigenvalues.clamp_min(0) + shift_of(moment, damping)
+    return torch.linalg.qr((eigenvectors * shifted.sqrt()).T).R.T
 
 
-def whitened(
-    weight: torch.Tensor, root: torch.Tensor | None, f: SecondMoment | PartOfMoment | None = None
-) -> torch.Tensor:
+def second_moment(moment: torch.Tensor, damping: float) -> SecondMoment:
+    """The damped `moment` (n, n)."""
+    return SecondMoment(cholesky_root(moment, damping))
+
+
+def whitened(weight: torch.Tensor, root: torch.Tensor | None, f: SecondMoment | None = None) -> torch.Tensor:
     """A = F^{1/2} W H^{1/2} in float64 for W (m, n), up to rotations from both sides; None leaves a side out.
 
-    `root` (n, n) is any root of H: root rootᵀ = H. With F = Q diag(φ) Qᵀ it is diag(φ)^{1/2} Qᵀ W root.
+    `root` (n, n) is any root of H: root rootᵀ = H.
     """
     matrix = weight.double()
     if root is not None:
@@ -227,7 +196,7 @@ def left_singular_vectors(matrix: torch.Tensor) -> torch.Tensor:
 def optimal_factors(
     weight: torch.Tensor,
     root: torch.Tensor | None,
-    f: SecondMoment | PartOfMoment | None,
+    f: SecondMoment | None,
     rank: int,
     seen: torch.Tensor | None = None,
 ) -> Factors:

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from conftest import expect_sentence, logits_of, run, saved_tensors
-from test_neurons import second_moment
+from test_neurons import output_metric
 from test_rounding import normal
 from test_width_allocation import mlp_curves
 
@@ -44,7 +44,7 @@ def test_what_rounding_costs_is_known_beforehand(name):
         # In 4 bits, stronger correlations than these make feedback ask for more than the largest code.
         inputs = normal(96, 24, seed=seed)
         weight, root = normal(30, 96, seed=seed), torch.linalg.cholesky(inputs @ inputs.T + 4 * torch.eye(96))
-        f = second_moment(30, seed)
+        f = output_metric(30, seed)
         estimated += float(rounding_energy(weight, root, f, name))
         coded = integer_entries({"weight": weight}, root @ root.T, name)
         measured += 2 * added_loss({"weight": weight}, coded, root, f)

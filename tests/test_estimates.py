@@ -45,10 +45,9 @@ def test_disk_of_a_calibration_is_what_its_files_take(model_folders, caches, tmp
     shapes = shapes_of(empty_model(checkpoint.config))
     sizes = RunSizes(nsamples=6, grad_nsamples=6, seqlen=32, compute=torch.float32, stored=torch.float32)
     assert sum(written.values()) == activation_bytes(shapes, sizes)
-    eigenvalues = sum(n + sum(ms) for layer in shapes.layers for n, ms in layer.inputs)  # too small to count
     stored = [file for file in caches["llama"].glob("*.safetensors") if file.name != "tokens.safetensors"]
     in_files = sum(t.nbytes for file in stored for t in load_file(file).values())
-    assert in_files - 4 * eigenvalues == cache_bytes(shapes, gradients=True)
+    assert in_files == cache_bytes(shapes, gradients=True)
 
     written.clear()
     where = ["--model_path", model_folders["llama"], "--calib_cache", caches["llama"], "--save_model", tmp_path / "out"]

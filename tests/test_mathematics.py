@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import assert_budget_spent
 
+from hisvd.cached_moments import packed, packed_shape, unpacked
 from hisvd.cluster_sublayer_lwe import cluster_scores, tail_redundancy
 from hisvd.clustering import layer_clusters, subspace_overlap
 from hisvd.errors import HiSVDError
@@ -25,11 +26,10 @@ from hisvd.whitening_svd import (
     F_DAMPING,
     H_DAMPING,
     cholesky_root,
-    damped,
-    eigenpairs,
     gram,
     left_singular_vectors,
     optimal_factors,
+    second_moment,
     singular_values,
     whitened,
 )
@@ -255,11 +255,11 @@ def test_layers_are_cut_where_their_subspaces_change():
 
 
 def random_moment(n, damping, seed):
-    return damped(*torch.linalg.eigh(random_psd(n, 3 * n, seed)), damping)
+    return second_moment(random_psd(n, 3 * n, seed), damping)
 
 
 def dense_moment(moment):
-    return moment.eigenvectors @ torch.diag(moment.eigenvalues) @ moment.eigenvectors.T
+    return moment.root @ moment.root.T
 
 
 @pytest.mark.parametrize("two_sided", [False, True])
@@ -295,7 +295,7 @@ def test_factors_are_the_best_rank_r_matrix_in_the_weighted_objective(m, n, two_
 def test_two_sided_with_the_identity_is_input_whitening():
     torch.manual_seed(0)
     weight, root = torch.randn(8, 12, dtype=torch.float64), cholesky_root(random_psd(12, 36, seed=1), H_DAMPING)
-    identity = damped(torch.ones(8), torch.eye(8), F_DAMPING)
+    identity = second_moment(torch.eye(8), F_DAMPING)
     products = []
     for f in (None, identity):
         left, right, _ = optimal_factors(weight, root, f, 3)
@@ -333,31 +333,27 @@ def test_singular_values_and_vectors_agree_with_the_svd_also_when_rank_deficient
 
 
 @pytest.mark.parametrize("spread", [1e1, 1e3, 1e6])
-def test_factors_lose_nothing_where_the_eigenpairs_of_f_are_found_in_float32(spread):
+def test_factors_lose_nothing_where_f_is_kept_in_float32(spread):
     m, n, rank = 40, 60, 8
     weight = torch.randn(m, n, generator=torch.Generator().manual_seed(0))
     root, basis = cholesky_root(random_psd(n, 90, 1), H_DAMPING), torch.linalg.qr(random_psd(m, m, 2)).Q
     moment = 1e-9 * (basis * torch.logspace(0, math.log10(spread), m, dtype=torch.float64)) @ basis.T
-    exact = damped(*torch.linalg.eigh(moment), F_DAMPING)
+    exact = second_moment(moment, F_DAMPING)
     losses = []
-    for dtype in (torch.float64, torch.float32):
-        f = damped(*eigenpairs(moment, dtype), F_DAMPING)
+    for kept in (packed(moment), packed(moment).float()):
+        f = second_moment(unpacked(kept), F_DAMPING)
         left, right, _ = optimal_factors(weight, root, f, rank)
         losses.append(whitened(weight - left @ right, root, exact).square().sum())
     assert losses[1] <= (1 + 1e-5) * losses[0]
 
 
-def test_eigenpairs_that_do_not_converge_are_found_in_float64(monkeypatch):
-    moment, eigh = random_psd(12, 20, 0), torch.linalg.eigh
-
-    def failing(matrix):
-        if matrix.dtype == torch.float32:
-            raise torch.linalg.LinAlgError("did not converge")
-        return eigh(matrix)
-
-    monkeypatch.setattr(torch.linalg, "eigh", failing)
-    values, vectors = eigenpairs(moment, torch.float32)
-    torch.testing.assert_close((vectors * values) @ vectors.T, moment)
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 7, 8])
+def test_symmetric_matrices_are_packed_without_loss(n):
+    matrix = random_psd(n, n, 0)
+    rectangle = packed(matrix)
+    assert tuple(rectangle.shape) == packed_shape(n) and rectangle.numel() == n * (n + 1) // 2
+    assert torch.equal(unpacked(rectangle), matrix.tril() + matrix.tril(-1).T)
+    assert sorted(rectangle.flatten().tolist()) == sorted(matrix[tuple(torch.tril_indices(n, n))].tolist())
 
 
 # --- lossless packing ---

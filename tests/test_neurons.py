@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hisvd import neurons
+from hisvd.cached_moments import packed
 from hisvd.layer_statistics import neuron_statistics
 from hisvd.neurons import (
     eliminate,
@@ -17,7 +18,7 @@ from hisvd.neurons import (
     spectrum_widths,
     stacked,
 )
-from hisvd.whitening_svd import PartOfMoment, SecondMoment, cholesky_root, damped, optimal_factors, whitened
+from hisvd.whitening_svd import SecondMoment, cholesky_root, optimal_factors, second_moment, whitened
 
 TOKENS = 400
 
@@ -45,16 +46,21 @@ def activations(n, seed, noise=1.5):
     return (shared + noise * gaussian(TOKENS, n, seed=seed + 2)) * (gaussian(n, seed=seed + 3) / 2).exp()
 
 
-def second_moment(m, seed):
+def part(f, rows):
+    """The second moment `f` of the entries `rows` alone."""
+    return second_moment((f.root @ f.root.T)[rows][:, rows], 0.0)
+
+
+def output_metric(m, seed):
     g = gaussian(TOKENS, m, seed=seed + 4) @ gaussian(m, m, seed=seed + 5)
-    return damped(*torch.linalg.eigh(g.T @ g / TOKENS), 1e-2)
+    return second_moment(g.T @ g / TOKENS, 1e-2)
 
 
 def problem(n, m, seed, mean=None):
     """W (m, n), C (n, n) and F (m, m)."""
     h = activations(n, seed)
     moment = h.T @ h / TOKENS
-    return gaussian(m, n, seed=seed + 6), fitting_moment(moment, mean, 1e-4), second_moment(m, seed)
+    return gaussian(m, n, seed=seed + 6), fitting_moment(moment, mean, 1e-4), output_metric(m, seed)
 
 
 def kept_at(order, width):
@@ -69,7 +75,7 @@ def loss_of_weight(weight, moment, f, kept, fit):
     """½ tr(F D C Dᵀ), D = W − fit on the kept neurons: the definition."""
     difference = weight.double().clone()
     difference[:, kept] -= fit
-    return (f.matrix() @ difference @ moment @ difference.T).trace() / 2
+    return (f.root @ f.root.T @ difference @ moment @ difference.T).trace() / 2
 
 
 @pytest.mark.parametrize(("n", "m"), [(1, 3), (2, 1), (7, 5), (16, 4), (17, 30), (100, 24)])
@@ -81,7 +87,7 @@ def test_recorded_losses_are_those_of_the_neurons_kept(n, m):
     for width in range(n + 1):
         expected = elimination_loss(weight, moment, f, kept_at(order, width))
         torch.testing.assert_close(losses[n - width], expected, rtol=1e-8, atol=1e-8 * losses[-1].item())
-    whole = (f.matrix() @ weight @ moment @ weight.T).trace() / 2
+    whole = (f.root @ f.root.T @ weight @ moment @ weight.T).trace() / 2
     torch.testing.assert_close(losses[-1], whole, rtol=1e-8, atol=0)
 
 
@@ -124,7 +130,7 @@ def test_refit_is_the_minimum():
     fit = refitted(weight, moment, kept).requires_grad_()
     loss = loss_of_weight(weight, moment, f, kept, fit)
     loss.backward()
-    assert fit.grad.abs().max() < 1e-8 * (f.matrix() @ weight @ moment).abs().max()
+    assert fit.grad.abs().max() < 1e-8 * (f.root @ f.root.T @ weight @ moment).abs().max()
     for seed in range(10):
         other = fit.detach() + 1e-3 * gaussian(8, 9, seed=seed)
         assert loss_of_weight(weight, moment, f, kept, other) > loss
@@ -166,7 +172,7 @@ def test_with_a_bias_the_refit_is_least_squares_with_a_constant():
 def test_where_a_bias_takes_up_the_means_a_constant_neuron_costs_nothing():
     h, m = activations(6, seed=0), 5
     h[:, 2] = 7.0
-    weight, f, moment = gaussian(m, 6, seed=9), second_moment(m, seed=1), h.T @ h / TOKENS
+    weight, f, moment = gaussian(m, 6, seed=9), output_metric(m, seed=1), h.T @ h / TOKENS
     with_bias = eliminate(weight, fitting_moment(moment, h.mean(0), 1e-9), f)
     assert with_bias.order[0] == 2 and with_bias.losses[1] < 1e-6 * with_bias.losses[-1]
     without = eliminate(weight, fitting_moment(moment, None, 1e-9), f)
@@ -189,7 +195,7 @@ def test_dead_neurons_go_first_and_cost_nothing():
 def test_moment_of_deficient_rank():
     """Fewer tokens than neurons: as many neurons as there are tokens say all."""
     h, m = activations(30, seed=2)[:12], 6
-    weight, f = gaussian(m, 30, seed=1), second_moment(m, seed=2)
+    weight, f = gaussian(m, 30, seed=1), output_metric(m, seed=2)
     moment = fitting_moment(h.T @ h / 12, None, 1e-8)
     order, losses = eliminate(weight, moment, f)
     assert bool(losses.isfinite().all()) and losses[18] < 1e-5 * losses[-1]
@@ -203,7 +209,7 @@ def test_nothing_measured_is_no_failure():
     """An MLP that never gets a token, or a loss without gradient: all orders are alike, and nothing divides by zero."""
     weight, moment, f = problem(6, 4, seed=0)
     silent = fitting_moment(torch.zeros(6, 6), None, 1e-4)
-    flat = damped(torch.zeros(4), torch.eye(4), 1e-2)
+    flat = second_moment(torch.zeros(4, 4), 1e-2)
     for c, outputs in ((silent, f), (moment, flat), (silent, flat)):
         order, losses = eliminate(weight, c, outputs)
         assert sorted(order.tolist()) == list(range(6)) and bool(losses.isfinite().all())
@@ -257,7 +263,7 @@ def test_spectra_are_kept_at_ascending_widths_below_the_full_one(n):
 def test_losses_of_a_given_order_are_those_of_its_refits(n, biased):
     h = activations(n, seed=n) + 2
     fitting = fitting_moment(h.T @ h / TOKENS, h.mean(0) if biased else None)
-    weight, f = gaussian(5, n, seed=3), second_moment(5, n)
+    weight, f = gaussian(5, n, seed=3), output_metric(5, n)
     own = eliminate(weight, fitting, f)
     torch.testing.assert_close(
         removal_losses(refits(weight, fitting, own.order.flip(0)), f), own.losses, rtol=1e-6, atol=1e-10
@@ -278,7 +284,7 @@ def test_losses_of_a_given_order_are_those_of_its_refits(n, biased):
 def test_spectra_of_the_output_linear_are_those_of_its_refits(n, m, biased):
     h = activations(n, seed=n) + 2
     moment, mean = h.T @ h / TOKENS, h.mean(0) if biased else None
-    weight, f, kept = gaussian(m, n, seed=3), second_moment(m, n), torch.randperm(n)
+    weight, f, kept = gaussian(m, n, seed=3), output_metric(m, n), torch.randperm(n)
     fitting = fitting_moment(moment, mean)
     found = narrow_output_spectra(refits(weight, fitting, kept), mean, f, kept)
     assert found.shape == (len(spectrum_widths(n)), m)
@@ -293,12 +299,12 @@ def test_spectra_of_the_output_linear_are_those_of_its_refits(n, m, biased):
 @pytest.mark.parametrize(("n", "inputs", "fused"), [(1, 3, 1), (7, 5, 2), (40, 12, 1), (24, 30, 2)])
 def test_spectra_of_an_input_linear_are_those_of_its_rows(n, inputs, fused):
     weight, kept = gaussian(fused * n, inputs, seed=3), torch.randperm(n)
-    root, f = cholesky_root(second_moment(inputs, 1).matrix(), 0.0), second_moment(fused * n, 2)
-    found = narrow_input_spectra(weight, root, f, kept, fused)
+    root, f = output_metric(inputs, 1).root, output_metric(fused * n, 2)
+    found = narrow_input_spectra(weight, root, f.root @ f.root.T, kept, fused)
     assert found.shape == (len(spectrum_widths(n)), inputs)
     for values, width in zip(found, spectrum_widths(n), strict=True):
         rows = stacked(kept[:width], n, fused)
-        expected = torch.linalg.svdvals(whitened(weight[rows], root, f.part(rows)))
+        expected = torch.linalg.svdvals(whitened(weight[rows], root, part(f, rows)))
         expected = torch.nn.functional.pad(expected, (0, inputs - len(expected)))
         torch.testing.assert_close(values, expected, rtol=1e-6, atol=1e-6 * values[0].item())
 
@@ -314,12 +320,9 @@ def test_one_order_whether_gate_and_up_are_fused():
 
     def moment(name, size):
         x = torch.randn(200, size)
-        values, vectors = torch.linalg.eigh(x.T @ x / 200)
-        return {f"{name}.eigenvalues": values, f"{name}.eigenvectors": vectors}
+        return {name: packed(x.T @ x / 200)}
 
-    statistics = moment("mlp_in", hidden) | moment("mlp_mid", n)
-    for path, size in (("up", 2 * n), ("down", hidden)):
-        statistics |= {key.replace(".", ".F_"): value for key, value in moment(path, size).items()}
+    statistics = moment("mlp_in.H", hidden) | moment("mlp_mid.H", n) | moment("up.F", 2 * n) | moment("down.F", hidden)
     sublayers = {
         "up": Sublayer("up", 0, "up", "mlp_in", 2 * n, hidden),
         "down": Sublayer("down", 0, "down", "mlp_mid", hidden, n),
@@ -334,15 +337,13 @@ def test_one_order_whether_gate_and_up_are_fused():
     assert bool((guarded >= measured).all()) and guarded[-1] > 1.01 * measured[-1]
 
 
-def test_factors_in_a_part_of_the_metric_are_those_of_its_eigenvectors():
+def test_factors_do_not_depend_on_the_order_or_the_root_of_the_metric():
     weight, _, f = problem(9, 12, seed=5)
-    rows = torch.tensor([0, 3, 4, 7, 8, 11])
-    by_eigenvectors = damped(*torch.linalg.eigh(f.matrix()[rows][:, rows]), 0.0)
-    products = []
-    order = torch.tensor([3, 0, 5, 1, 2, 4])
-    in_another_order = PartOfMoment(f.part(rows[order]).root, order)
-    for metric in (f.part(rows), in_another_order, by_eigenvectors):
+    rows, order = torch.tensor([0, 3, 4, 7, 8, 11]), torch.tensor([3, 0, 5, 1, 2, 4])
+    in_another_order = SecondMoment(part(f, rows[order]).root, order)
+    values, vectors = torch.linalg.eigh((f.root @ f.root.T)[rows][:, rows])
+    root, inverse = (vectors * values.sqrt()) @ vectors.T, (vectors / values.sqrt()) @ vectors.T
+    u = torch.linalg.svd(root @ weight[rows]).U[:, :3]
+    for metric in (part(f, rows), in_another_order):
         left, right, _ = optimal_factors(weight[rows], None, metric, 3)
-        products.append(left @ right)
-    torch.testing.assert_close(products[0], products[2])
-    torch.testing.assert_close(products[1], products[2])
+        torch.testing.assert_close(left @ right, inverse @ u @ u.T @ root @ weight[rows])

@@ -25,9 +25,9 @@ from hisvd.whitening_svd import (
     F_DAMPING,
     H_DAMPING,
     cholesky_root,
-    damped,
     gram,
     optimal_factors,
+    second_moment,
     singular_values,
     whitened,
 )
@@ -69,7 +69,7 @@ def moment(n, kind, seed, tokens=9):
 def test_factors_leave_the_tail_and_any_form_stores_them(m, n, weights, inputs, gradients, seed, form):
     weight, h = matrix(m, n, weights, seed), moment(n, inputs, seed + 1)
     root = cholesky_root(h, H_DAMPING)
-    f = damped(*torch.linalg.eigh(moment(m, gradients, seed + 2)), F_DAMPING)
+    f = second_moment(moment(m, gradients, seed + 2), F_DAMPING)
     seen = whitened(weight, root, f)
     sigma, rank = singular_values(seen), 1 + seed % min(m, n)
     left, right, _ = optimal_factors(weight, root, f, rank)
@@ -87,7 +87,7 @@ def test_factors_leave_the_tail_and_any_form_stores_them(m, n, weights, inputs, 
 @some(40, SIZES, SIZES, KINDS, KINDS, KINDS, SEEDS)
 def test_removed_neurons_cost_what_a_refit_leaves(m, n, weights, inputs, gradients, seed):
     weight, c = matrix(m, n, weights, seed), fitting_moment(moment(n, inputs, seed + 1), None, DAMPING)
-    f = damped(*torch.linalg.eigh(moment(m, gradients, seed + 2)), F_DAMPING)
+    f = second_moment(moment(m, gradients, seed + 2), F_DAMPING)
     order, losses = eliminate(weight, c, f)
     assert sorted(order.tolist()) == list(range(n)) and len(losses) == n + 1
     assert losses[0] == 0 and (losses.diff() >= 0).all()
@@ -96,7 +96,7 @@ def test_removed_neurons_cost_what_a_refit_leaves(m, n, weights, inputs, gradien
     change = weight.clone()
     if len(kept):
         change[:, kept] -= refits(weight, c, kept).at(len(kept))
-    left = torch.trace(f.matrix() @ change @ c @ change.T) / 2
+    left = torch.trace(f.root @ f.root.T @ change @ c @ change.T) / 2
     error = 2 if inputs == "zero" else 1e-7  # a moment that is zero is damped twice
     assert losses[removed].item() == pytest.approx(left.item(), rel=1e-5, abs=error * losses[-1].item() + 1e-200)
 
