@@ -3,7 +3,7 @@
 import torch
 
 from hisvd.shape_utils import Sublayer
-from hisvd.whitening_svd import SecondMoment, damped, second_moment
+from hisvd.whitening_svd import F_DAMPING, SecondMoment, damped, second_moment
 
 
 def packed_shape(n: int) -> tuple[int, int]:
@@ -63,5 +63,4 @@ def output_gradient_moment(
     sublayer: Sublayer, statistics: dict[str, torch.Tensor], device: torch.device
 ) -> torch.Tensor:
     """F = E[g gᵀ] (m, m) at a sublayer's output, damped, float64."""
-    moment = unpacked(statistics[f"{sublayer.path}.F"].to(device, torch.float64))
-    return damped(moment, float(statistics[f"{sublayer.path}.F_damping"]))
+    return damped(unpacked(statistics[f"{sublayer.path}.F"].to(device, torch.float64)), F_DAMPING)

@@ -214,7 +214,7 @@ def cache_bytes(shapes: Shapes, gradients: bool) -> int:
         for m, n in layer.shapes:
             leading = min(NUM_LEADING_VECTORS, m, n)
             total += 4 * (leading * n + 2 * min(m, n))
-            total += gradients * (4 * (_triangle(m) + min(m, n) + 1) + 8 * len(INTEGERS))
+            total += gradients * (4 * (_triangle(m) + min(m, n)) + 8 * len(INTEGERS))
         for neurons, linears in layer.mlps if gradients else ():
             total += 4 * neurons + 16 * (neurons + 1) + 4 * len(spectrum_widths(neurons)) * sum(map(min, linears))
     return total

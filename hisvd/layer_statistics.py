@@ -13,9 +13,9 @@ from hisvd.neurons import eliminate, fitting_moment, narrow_input_spectra, narro
 from hisvd.quantization import rounding_energy
 from hisvd.shape_utils import Sublayer
 from hisvd.whitening_svd import (
+    F_DAMPING,
     H_DAMPING,
     cholesky_root,
-    f_damping,
     left_singular_pairs,
     second_moment,
     singular_values,
@@ -61,9 +61,8 @@ def gradient_statistics(
     """The gradient pass's cache tensors of one layer (float32, CPU).
 
     Per sublayer: `{path}.F`, F = E[g gᵀ] (m, m), undamped, packed (a mean over all tokens, so that F of an expert is
-    small where few tokens reach it), and its damping `{path}.F_damping` (); `{path}.two_sided_singular_values` of
-    F^{1/2} W H^{1/2} with H damped by GUARD; `{path}.rounding_errors` (formats,), float64, see
-    quantization.rounding_energy. And what neuron_statistics adds.
+    small where few tokens reach it), `{path}.two_sided_singular_values` of F^{1/2} W H^{1/2} with H damped by GUARD,
+    and `{path}.rounding_errors` (formats,), float64, see quantization.rounding_energy. And what neuron_statistics adds.
     """
     tensors: dict[str, torch.Tensor] = {}
     forward = cache.read_forward(index)
@@ -73,9 +72,8 @@ def gradient_statistics(
         del moment
         for path in (s.path for s in members):
             moment = moments.moments.pop(path).div_(moments.tokens)
-            damping = f_damping(moments.tokens_at[path])
-            tensors |= {f"{path}.F": _stored(packed(moment)), f"{path}.F_damping": torch.tensor(damping)}
-            f = second_moment(moment, damping)
+            tensors[f"{path}.F"] = _stored(packed(moment))
+            f = second_moment(moment, F_DAMPING)
             weight = layer.get_parameter(f"{path}.weight")
             tensors[f"{path}.two_sided_singular_values"] = _stored(singular_values(whitened(weight, guarded, f)))
             errors = [rounding_energy(weight, root, f, name) for name in INTEGERS]

@@ -15,9 +15,7 @@ from typing import NamedTuple
 import torch
 
 H_DAMPING = 1e-4  # added to H as a fraction of its mean diagonal entry
-F_DAMPING = 3e-2  # the same for F, which is inverted, if many tokens were measured
-MOST_F_DAMPING = 1e-1  # for F of few tokens
-F_NOISE = 750  # between them, the damping is this over the number of tokens
+F_DAMPING = 3e-2  # the same for F, which is inverted
 # Added to a moment that is zero: in float64 its root can be inverted and its square is not 0, so such a moment weights
 # all directions equally; in float32 it is 0, so what it weights does not count beside the others.
 ALMOST_ZERO = 1e-100
@@ -122,11 +120,6 @@ def _fill_gram(x: torch.Tensor, product: torch.Tensor) -> None:
 def shift_of(moment: torch.Tensor, damping: float) -> torch.Tensor:
     """What is added to the diagonal of `moment` (n, n): damping · mean diagonal entry, ALMOST_ZERO at least."""
     return (damping * moment.diagonal().double().mean()).clamp_min(ALMOST_ZERO)
-
-
-def f_damping(tokens: int) -> float:
-    """The damping of an F that was measured on so many tokens; by experience, see docs/ablations.md."""
-    return min(max(F_NOISE / max(tokens, 1), F_DAMPING), MOST_F_DAMPING)
 
 
 def damped(moment: torch.Tensor, damping: float) -> torch.Tensor:

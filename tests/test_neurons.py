@@ -323,7 +323,6 @@ def test_one_order_whether_gate_and_up_are_fused():
         return {name: packed(x.T @ x / 200)}
 
     statistics = moment("mlp_in.H", hidden) | moment("mlp_mid.H", n) | moment("up.F", 2 * n) | moment("down.F", hidden)
-    statistics |= {"up.F_damping": torch.tensor(1e-2), "down.F_damping": torch.tensor(1e-2)}
     sublayers = {
         "up": Sublayer("up", 0, "up", "mlp_in", 2 * n, hidden),
         "down": Sublayer("down", 0, "down", "mlp_mid", hidden, n),
