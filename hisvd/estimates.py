@@ -8,10 +8,12 @@ of an input, m that of an output.
 
 import os
 from dataclasses import dataclass, field, replace
+from math import prod
 
 import torch
 from transformers import PreTrainedModel
 
+from hisvd.cached_moments import packed_shape
 from hisvd.component.families import adapter_for
 from hisvd.integer_codes import INTEGERS
 from hisvd.layer_statistics import NUM_LEADING_VECTORS
@@ -210,18 +212,14 @@ def cache_bytes(shapes: Shapes, gradients: bool) -> int:
     """
     total = 0
     for layer in shapes.layers:
-        total += sum(8 * _triangle(n) for n, _ in layer.inputs)
+        total += sum(8 * prod(packed_shape(n)) for n, _ in layer.inputs)
         for m, n in layer.shapes:
             leading = min(NUM_LEADING_VECTORS, m, n)
             total += 4 * (leading * n + 2 * min(m, n))
-            total += gradients * (4 * (_triangle(m) + min(m, n)) + 8 * len(INTEGERS))
+            total += gradients * (4 * (prod(packed_shape(m)) + min(m, n)) + 8 * len(INTEGERS))
         for neurons, linears in layer.mlps if gradients else ():
             total += 4 * neurons + 16 * (neurons + 1) + 4 * len(spectrum_widths(neurons)) * sum(map(min, linears))
     return total
-
-
-def _triangle(n: int) -> int:
-    return n * (n + 1) // 2
 
 
 def stream_bytes(hidden: int, tokens: int, compute: torch.dtype, targets: int) -> int:

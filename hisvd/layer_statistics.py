@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from hisvd.cached_moments import input_mean, input_moment, output_gradient_moment, output_moment, packed
+from hisvd.cached_moments import input_mean, input_moment, output_gradient_moment, packed
 from hisvd.calibration_cache import ROUNDING, CalibrationCache
 from hisvd.component.adapter import Mlp
 from hisvd.gradient_pass import OutputGradientMoments
@@ -96,8 +96,8 @@ def neuron_statistics(
     """
     device = next(layer.parameters()).device
     output, weight = sublayers[mlp.output], layer.get_parameter(f"{mlp.output}.weight")
-    f, mean = output_moment(output, statistics, "two_sided", device), input_mean(output, statistics, device)
-    assert f is not None  # two-sided
+    f = second_moment(output_gradient_moment(output, statistics, device), 0.0)
+    mean = input_mean(output, statistics, device)
     moment = input_moment(output, statistics, device)
     order, losses = eliminate(weight, fitting_moment(moment, mean), f)
     kept = order.flip(0)

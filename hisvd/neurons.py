@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from hisvd.whitening_svd import ALMOST_ZERO, H_DAMPING, SecondMoment, cholesky_root, shift_of, values_of_gram, whitened
+from hisvd.whitening_svd import ALMOST_ZERO, H_DAMPING, SecondMoment, cholesky_root, damped, values_of_gram, whitened
 
 DAMPING = H_DAMPING  # added to C as a fraction of its mean diagonal entry; the same, so that roots serve both
 BLOCK = 16  # neurons that are removed between two updates of the whole inverse
@@ -116,11 +116,9 @@ def fitting_moment(moment: torch.Tensor, mean: torch.Tensor | None, damping: flo
 
     With `mean` E[h] (n,), where a bias takes up the means, the covariance with the same damping.
     """
-    fitting = moment.to(torch.float64, copy=True)
-    shift = shift_of(moment, damping)
+    fitting = damped(moment, damping)
     if mean is not None:
         fitting -= torch.outer(mean, mean)
-    fitting.diagonal().add_(shift)
     return fitting
 
 
