@@ -11,7 +11,6 @@ bash scripts/check_types.sh
 "$VENV/bin/shellcheck" scripts/*.sh .ci/run
 if (($#)); then
     "$PYTHON" -m pytest -q "$@"
-else # the tests of tiny models run in two processes, with one core each
-    OMP_NUM_THREADS=1 "$PYTHON" -m pytest -q -m "not real" -n 2 --dist loadfile --no-loadscope-reorder
-    "$PYTHON" -m pytest -q -m real
+else # two processes with one core each; the files that take longest come first (tests/conftest.py)
+    OMP_NUM_THREADS=1 "$PYTHON" -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 fi

@@ -41,7 +41,7 @@ CONFIGS = {
 IDS = torch.arange(40).view(2, 20)
 
 
-SLOWEST = {f"test_{name}.py" for name in ("families", "distributed", "scripts", "placement")}
+SLOWEST = [f"test_{name}.py" for name in ("real", "families", "distributed", "scripts", "placement")]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -50,7 +50,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         long = [item for item in items if item.get_closest_marker("long")]
         config.hook.pytest_deselected(items=long)
         items[:] = [item for item in items if item not in long]
-    items.sort(key=lambda item: item.path.name not in SLOWEST)
+    places = {name: place for place, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(SLOWEST)))
 
 
 @dataclass
