@@ -18,7 +18,8 @@ from hisvd.schema import COUNT, FILE_NAME, OBJECT, SIZE, TEXT, one_of
 from hisvd.shape_utils import Sublayer
 from hisvd.utils.data_utils import token_fingerprint
 from hisvd.utils.files import check_regular, read_json, sha256_of_file, sha256_of_tensor, write_json, write_tensors
-from hisvd.utils.model_utils import Checkpoint, open_safetensors
+from hisvd.utils.model_folders import open_safetensors
+from hisvd.utils.model_utils import Checkpoint
 
 FORMAT_VERSION = 5
 AGAIN = "delete the cache folder and run calibrate.py again"

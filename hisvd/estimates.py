@@ -22,10 +22,10 @@ from hisvd.neurons import BLOCK, spectrum_widths
 from hisvd.settings import CalibrationSettings, Resources
 from hisvd.utils.data_utils import TOKENS_PER_BATCH
 from hisvd.utils.eval_utils import LOGITS_AT_ONCE
+from hisvd.utils.model_folders import local_folder
 from hisvd.utils.model_utils import (
     check_calibratable,
     empty_model,
-    local_folder,
     read_config,
     resolve_device,
     resolve_dtype,

@@ -40,14 +40,8 @@ from hisvd.utils.eval_utils import (
 )
 from hisvd.utils.files import make_folder
 from hisvd.utils.load_utils import bytes_in_memory, check_tensors, config_of, load, tokenizer_of
-from hisvd.utils.model_utils import (
-    local_folder,
-    open_checkpoint,
-    quant_method,
-    resolve_device,
-    resolve_dtype,
-    stored_dtype,
-)
+from hisvd.utils.model_folders import local_folder
+from hisvd.utils.model_utils import open_checkpoint, quant_method, resolve_device, resolve_dtype, stored_dtype
 from hisvd.utils.progress import progress_shown
 from hisvd.utils.sample_utils import continuations
 from hisvd.utils.save_utils import PREDICTED, saved_report

@@ -19,7 +19,8 @@ from hisvd.utils import distributed
 from hisvd.utils.data_utils import default_batch_size
 from hisvd.utils.eval_utils import streamed_perplexity
 from hisvd.utils.files import make_folder, read_json, sync_file, write_json
-from hisvd.utils.model_utils import local_folder, open_checkpoint, resolve_device
+from hisvd.utils.model_folders import local_folder
+from hisvd.utils.model_utils import open_checkpoint, resolve_device
 from hisvd.utils.progress import progress_shown
 from hisvd.utils.save_utils import REPORT, is_pt
 from hisvd.utils.streaming import StreamedModel

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, GPT2Config, MixtralConfig, PreTrainedMod
 
 import hisvd
 from hisvd.utils import load_utils
-from hisvd.utils.model_utils import local_folder
+from hisvd.utils.model_folders import local_folder
 
 TINY = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 EXPERTS = MixtralConfig(**TINY, intermediate_size=96, num_key_value_heads=2, num_local_experts=4)

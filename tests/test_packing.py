@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import hisvd
 from hisvd.utils import save_utils
-from hisvd.utils.model_utils import safetensors_header
+from hisvd.utils.model_folders import safetensors_header
 from hisvd.utils.safetensors_merge import merge_safetensors
 
 

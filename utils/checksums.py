@@ -7,7 +7,7 @@ from pathlib import Path
 from hisvd.errors import HiSVDError
 from hisvd.schema import NUMBER, SIZE, TEXT
 from hisvd.utils.files import check_regular, read_json, sha256_of_file
-from hisvd.utils.model_utils import weight_file_names
+from hisvd.utils.model_folders import weight_file_names
 
 REPORT = "hisvd.json"
 CHECKSUMS = "weight_files_sha256"

@@ -27,19 +27,14 @@ from hisvd.schema import is_plain_name
 from hisvd.utils.checksums import verify_weights
 from hisvd.utils.config_checks import check_config
 from hisvd.utils.files import read_json, writing
-from hisvd.utils.model_utils import (
-    NO_CODE,
-    Checkpoint,
-    check_size,
+from hisvd.utils.model_folders import (
     check_stored,
-    load_tokenizer,
     local_folder,
-    open_checkpoint,
     open_safetensors,
-    read_config,
     safetensors_header,
     weight_file_names,
 )
+from hisvd.utils.model_utils import NO_CODE, Checkpoint, check_size, load_tokenizer, open_checkpoint, read_config
 
 PT_FORMAT = "hisvd-pt-1"
 PT_FILE_PREFIX = "file:"

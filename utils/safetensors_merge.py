@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hisvd.utils.files import atomic_path
-from hisvd.utils.model_utils import safetensors_header
+from hisvd.utils.model_folders import safetensors_header
 
 CHUNK = 2**22  # bytes copied at once
 BITS = {"F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U16": 16}

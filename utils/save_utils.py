@@ -16,14 +16,8 @@ from hisvd.schema import FILE_NAME, check
 from hisvd.utils.checksums import REPORT, REPORT_SCHEMA
 from hisvd.utils.files import atomic_path, make_folder, read_json, sync_file, write_json, write_tensors, write_text
 from hisvd.utils.load_utils import PT_FILE_PREFIX, PT_FORMAT, read_pt
-from hisvd.utils.model_utils import (
-    INDEX_NAME,
-    SINGLE_NAME,
-    Checkpoint,
-    found_side_files,
-    open_safetensors,
-    safetensors_header,
-)
+from hisvd.utils.model_folders import INDEX_NAME, SINGLE_NAME, found_side_files, open_safetensors, safetensors_header
+from hisvd.utils.model_utils import Checkpoint
 from hisvd.utils.safetensors_merge import merge_safetensors
 
 Item = TypeVar("Item")
