@@ -1,8 +1,9 @@
-"""The linears whose weights are stored in codes."""
+"""The linears whose weights are stored in codes, and a check of what cannot be any number."""
 
 from torch import nn
 
 from hisvd.component.int6_linear import INT6SparseLinear
+from hisvd.component.low_rank import PivotedLinear
 from hisvd.component.mapped_files import forget_pages, mapped_ranges
 from hisvd.component.quantized_linear import QuantizedLinear
 from hisvd.errors import HiSVDError
@@ -10,17 +11,17 @@ from hisvd.errors import HiSVDError
 CODED_LINEARS = (INT6SparseLinear, QuantizedLinear)
 
 
-def check_coded_linears(model: nn.Module, prefix: str = "") -> None:
-    """Refuse a model, or a part of one whose modules' names start with `prefix`, with a damaged weight in codes.
+def check_buffers(model: nn.Module, prefix: str = "") -> None:
+    """Refuse a model, or a part of one whose modules' names start with `prefix`, with damaged codes or permutations.
 
-    The model has just been loaded; codes in mapped files do not stay in memory for having been checked.
+    The model has just been loaded; what lies in mapped files does not stay in memory for having been checked.
 
     Raises:
         HiSVDError: a wrong size or dtype, or values that the format does not allow; the module is named.
     """
     mapped = mapped_ranges()
     for name, module in model.named_modules():
-        if isinstance(module, CODED_LINEARS):
+        if isinstance(module, (PivotedLinear, *CODED_LINEARS)) and not any(b.is_meta for b in module.buffers()):
             try:
                 module.check()
             except HiSVDError as error:

@@ -11,7 +11,7 @@ from transformers.core_model_loading import WeightConverter
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hisvd.component.coded_linears import CODED_LINEARS, check_coded_linears
+from hisvd.component.coded_linears import CODED_LINEARS, check_buffers
 from hisvd.component.experts import SeparateExperts
 from hisvd.component.families import separate_experts
 from hisvd.component.fold import fold_permutations
@@ -102,7 +102,7 @@ class HiSVDQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         release_files(model)
-        check_coded_linears(model)
+        check_buffers(model)
         fold_permutations(model)
         support_lora()
         if not any(isinstance(module, CODED_LINEARS) for module in model.modules()):

@@ -89,6 +89,18 @@ class PivotedLinear(nn.Module):
             y = rows if self.in_order else rows.index_select(-1, order)
         return y if self.bias is None else y + self.bias
 
+    def check(self) -> None:
+        """Refuse a damaged permutation.
+
+        Raises:
+            HiSVDError: its entries are not the numbers from 0 to m - 1, each once; it begins with the tensor.
+        """
+        order = self.permutation
+        if order.is_floating_point() or not torch.equal(order.sort().values.long().cpu(), torch.arange(len(order))):
+            raise HiSVDError(
+                f"permutation does not name every one of {len(order)} rows once; create or copy the model again."
+            )
+
     def _permutes_weights(self, x: torch.Tensor) -> bool:
         """Whether to permute the rows of [1; coefficients] rather than the outputs of many tokens.
 

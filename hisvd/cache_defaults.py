@@ -40,7 +40,7 @@ def resolved(settings: CompressionSettings, cache: CalibrationCache) -> Compress
     coded = settings.budget == "bytes" or settings.linear_dtype in INTEGERS
     multiple = settings.rank_multiple or ((ALIGNED_CODES if coded else ALIGNED) if large else 1)
     if settings.budget == "bytes":
-        _check_bytes(cache, allocation, whitening)
+        _check_bytes(allocation, whitening)
     return replace(
         settings,
         allocation=allocation,
@@ -51,7 +51,7 @@ def resolved(settings: CompressionSettings, cache: CalibrationCache) -> Compress
     )
 
 
-def _check_bytes(cache: CalibrationCache, allocation: str, whitening: str) -> None:
+def _check_bytes(allocation: str, whitening: str) -> None:
     """Refuse what does not go with a budget in bytes.
 
     Raises:
@@ -61,11 +61,6 @@ def _check_bytes(cache: CalibrationCache, allocation: str, whitening: str) -> No
         raise HiSVDError(
             "--target_bytes needs --allocation loss and --whitening two_sided, and so a cache with gradients, not "
             f"{allocation} and {whitening}; change them, or use --target_compression."
-        )
-    if not cache.has_rounding:
-        raise HiSVDError(
-            f"--target_bytes needs what rounding costs, which {cache.folder} lacks (an older version made it); "
-            "calibrate again, or use --target_compression with --linear_dtype."
         )
 
 
@@ -88,7 +83,6 @@ def _moves(settings: CompressionSettings, cache: CalibrationCache, allocation: s
     if moves != "low_rank" and not cache.has_neurons:
         raise HiSVDError(
             f"{needs} needs what calibration measures of the MLPs, and {cache.folder} lacks it (made with "
-            "--no_gradients or by an older version, or the model's family has no adapter); calibrate again, or use "
-            "--moves low_rank."
+            "--no_gradients, or the model's family has no adapter); calibrate again, or use --moves low_rank."
         )
     return moves

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from hisvd.cached_moments import packed_shape
 from hisvd.component.adapter import Mlp
 from hisvd.errors import HiSVDError
+from hisvd.integer_codes import INTEGERS
 from hisvd.schema import COUNT, FILE_NAME, OBJECT, SIZE, TEXT, one_of
 from hisvd.shape_utils import Sublayer
 from hisvd.utils.data_utils import token_fingerprint
@@ -55,7 +56,7 @@ SCHEMA = {
     "identity": IDENTITY,
     "options": OBJECT,
     "num_layers": SIZE,
-    "layers": [FILE | {"sublayers": [SUBLAYER], "mlps?": [{"inputs": [TEXT], "output": TEXT, "fused": SIZE}]}],
+    "layers": [FILE | {"sublayers": [SUBLAYER], "mlps": [{"inputs": [TEXT], "output": TEXT, "fused": SIZE}]}],
     "gradients": [FILE],
 }
 
@@ -105,20 +106,13 @@ class CalibrationCache:
         return [list(group) for _, group in itertools.groupby(self.sublayers_of(index), lambda s: s.input_group)]
 
     def mlps_of(self, index: int) -> list[Mlp]:
-        """The MLPs of one decoder layer whose neurons can be removed; none in the cache of an older version."""
-        return [Mlp(tuple(r["inputs"]), r["output"], r["fused"]) for r in self.layers[index].get("mlps", [])]
+        """The MLPs of one decoder layer whose neurons can be removed."""
+        return [Mlp(tuple(r["inputs"]), r["output"], r["fused"]) for r in self.layers[index]["mlps"]]
 
     @property
     def has_neurons(self) -> bool:
         """Whether the cache knows what removing hidden neurons would cost."""
         return self.has_gradients and any(self.mlps_of(index) for index in range(len(self.layers)))
-
-    @property
-    def has_rounding(self) -> bool:
-        """Whether the cache knows what rounding to integers would cost."""
-        return self.has_gradients and all(
-            any(name.endswith(ROUNDING) for name in entry["small_tensors_sha256"]) for entry in self.gradients
-        )
 
     def write_layer(
         self, index: int, tensors: dict[str, torch.Tensor], sublayers: list[Sublayer], mlps: list[Mlp]
@@ -263,9 +257,14 @@ class CalibrationCache:
             with open_safetensors(self.folder / entry["file"]) as file:
                 found |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (not a dict)
         for s in self.sublayers_of(index):
+            due: dict[str, tuple[int, ...]]
             due = {f"{s.path}.singular_values": (s.full_rank,), f"{s.input_group}.H": packed_shape(s.in_features)}
             if self.has_gradients:
-                due[f"{s.path}.F"] = packed_shape(s.out_features)
+                due |= {f"{s.path}.F": packed_shape(s.out_features), f"{s.path}.{ROUNDING}": (len(INTEGERS),)}
+                due[f"{s.path}.two_sided_singular_values"] = (s.full_rank,)
+            if self.has_gradients and any(s.path == mlp.output for mlp in self.mlps_of(index)):
+                n = s.in_features
+                due |= {f"{s.path}.removal_order": (n,), f"{s.path}.{REMOVAL}": (2, n + 1)}
             if any(found.get(name) != list(shape) for name, shape in due.items()):
                 raise HiSVDError(
                     f"{s.name} has another shape in {self.folder / MANIFEST} than in the cache's files; {AGAIN}."
@@ -274,9 +273,13 @@ class CalibrationCache:
     def _read(self, path: Path, endings: tuple[str, ...] = ("",)) -> dict[str, torch.Tensor]:
         try:
             with open_safetensors(path) as file:
-                return {k: file.get_tensor(k).clone() for k in file.keys() if k.endswith(endings)}  # noqa: SIM118
+                tensors = {k: file.get_tensor(k).clone() for k in file.keys() if k.endswith(endings)}  # noqa: SIM118
         except SafetensorError:
             raise _damaged(path) from None
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise HiSVDError(f"The tensor '{name}' in the cache file {path} holds NaN or infinite values; {AGAIN}.")
+        return tensors
 
 
 def _record(sublayer: Sublayer) -> dict:
@@ -323,7 +326,7 @@ def open_finished_cache(name: str) -> CalibrationCache:
     """Open the cache that `--calib_cache` names: the folder X, or X.pkl as a second spelling of it.
 
     Raises:
-        HiSVDError: it is missing, unfinished, or a pickle file.
+        HiSVDError: it is missing, unfinished, or a pickle file, or holds another number of tokens than it says.
     """
     path = Path(name)
     if path.is_file():
@@ -341,6 +344,11 @@ def open_finished_cache(name: str) -> CalibrationCache:
             f"{len(cache.gradients)} of {cache.num_layers * cache.has_gradients} backward); "
             "run the same calibrate.py command again to finish it."
         )
+    if (folder / TOKENS).is_file():
+        with open_safetensors(folder / TOKENS) as file:
+            shape = file.get_slice("tokens").get_shape() if "tokens" in file.keys() else None  # noqa: SIM118
+        if shape != [cache.identity["nsamples"], cache.identity["seqlen"]]:
+            raise HiSVDError(f"{folder / TOKENS} holds other tokens than {MANIFEST} says; {AGAIN}.")
     return cache
 
 

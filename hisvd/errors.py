@@ -12,7 +12,7 @@ class TargetTooSmallError(HiSVDError):
     """No plan stores as little as the target."""
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """An exception's message cut to its first line, for one-sentence errors."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 

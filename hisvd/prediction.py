@@ -20,8 +20,6 @@ def predicted_loss(problem: RankProblem, plan: "Plan") -> list[dict[str, float]]
     cache, settings, sublayers = problem.cache, problem.settings, problem.sublayers
     if not cache.has_gradients or settings.whitening != "two_sided" or settings.export == "int6":
         return []
-    if plan.dtypes and not cache.has_rounding:
-        return []
     plain = [Storage(plan.form_of(s)) for s in sublayers]
     stored = [Storage(plan.form_of(s), plan.dtypes.get(s.name)) for s in sublayers]
     exact, neurons = _added(problem, plan, plain)

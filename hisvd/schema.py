@@ -21,9 +21,20 @@ class Kind:
     holds: Callable[[Any], bool]
 
 
+def is_text(value: Any) -> bool:
+    """Whether `value` is a string that can be written as UTF-8: without half of a surrogate pair."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def is_plain_name(value: Any) -> bool:
     """Whether `value` is the name of a file, without a folder."""
-    return isinstance(value, str) and "\0" not in value and value not in ("", "..") and _last_part(value) == value
+    return is_text(value) and "\0" not in value and value not in ("", "..") and _last_part(value) == value
 
 
 def _last_part(name: str) -> str:
@@ -32,7 +43,7 @@ def _last_part(name: str) -> str:
 
 def is_path_inside(value: Any) -> bool:
     """Whether `value` is the relative path of a file that stays inside the folder that it starts from."""
-    if not isinstance(value, str) or "\0" in value or not value or "\\" in value:
+    if not is_text(value) or "\0" in value or not value or "\\" in value:
         return False
     path = PurePosixPath(value)
     return not path.is_absolute() and ".." not in path.parts and path.name != ""

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile, _TemporaryFileWrapper
@@ -182,3 +183,18 @@ def chain(model_folders, caches, tmp_path):
         return tmp_path / output
 
     return call
+
+
+@pytest.fixture(scope="session")
+def _whole_files(tmp_path_factory, tokenizer) -> Path:
+    from hostile_files import make_all  # which imports this module
+
+    folder = tmp_path_factory.mktemp("whole")
+    make_all(folder, tokenizer)
+    return folder
+
+
+@pytest.fixture
+def files(_whole_files, tmp_path) -> Path:
+    """A folder with a tiny model, its cache, and the compressed model as a folder and a file, to be damaged."""
+    return shutil.copytree(_whole_files, tmp_path / "files")

@@ -68,7 +68,7 @@ def test_truncated_checkpoint_and_missing_shard_are_named(model, tmp_path):
     expect_sentence(calibrate(model, tmp_path), "model.safetensors", "truncated")
     expect_sentence(run("evaluate", "--model_path", model, "--datasets", "python-docs"), str(model))
     (model / "model.safetensors").unlink()
-    index = {"weight_map": {"model.norm.weight": "model-00001-of-00001.safetensors"}}
+    index = {"metadata": {}, "weight_map": {"model.norm.weight": "model-00001-of-00001.safetensors"}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
     expect_sentence(calibrate(model, tmp_path), "model-00001-of-00001.safetensors")
 

@@ -13,7 +13,7 @@ from test_width_allocation import mlp_curves
 
 import hisvd
 from hisvd.byte_budget import SIZE_ALONE, Curves, least_loss_storages, storages_at
-from hisvd.calibration_cache import CalibrationCache, read_cache
+from hisvd.calibration_cache import read_cache
 from hisvd.factor_forms import FORMS, factor_tensors
 from hisvd.integer_codes import INTEGERS
 from hisvd.quantization import added_loss, integer_entries, rounding_energy
@@ -182,9 +182,3 @@ def test_several_targets_are_named_by_their_bytes(model_folders, caches, tmp_pat
 )
 def test_bad_budgets(caches, options, fragment):
     expect_sentence(run("compress", "--calib_cache", caches["llama"], "--plan_only", *options), fragment)
-
-
-def test_a_cache_of_an_older_version_is_named(caches, monkeypatch):
-    monkeypatch.setattr(CalibrationCache, "has_rounding", False)
-    result = run("compress", "--calib_cache", caches["llama"], "--plan_only", "--target_bytes", "0.4")
-    expect_sentence(result, str(caches["llama"]), "calibrate again")

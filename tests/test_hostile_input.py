@@ -1,82 +1,18 @@
 """Damaged and hostile files: one sentence that names the file; no traceback, no hang, nothing of an absurd size."""
 
 import json
-import os
 import pickle
-import shutil
 
 import pytest
 import torch
-from conftest import build_model, expect_sentence, run, short_text
+from conftest import expect_sentence, run, short_text
+from hostile_files import CACHE, TINY, Q, calibrate, compress, edit_json, expect_refusal, plan_only, replace_by
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig
 
 import hisvd
 from hisvd.calibration_cache import read_cache
-from hisvd.evaluation import streamed_model
 from hisvd.schema import MOST
 from hisvd.utils.data_utils import load_text
-
-TINY = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-CONFIG = LlamaConfig(**TINY, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
-CACHE = "tiny_n2_s16_with_hessian"
-Q = "model.layers.0.self_attn.q_proj"
-WAYS = {
-    "hisvd.load": hisvd.load,
-    "streamed": lambda path: streamed_model(str(path), torch.device("cpu"), "float32", 16),
-}
-
-
-def calibrate(folder, *options):
-    where = ["--model_path", folder / "model", "--model_name", "tiny", "--output_dir", folder]
-    return run("calibrate", *where, "--dataset", short_text(), "--nsamples", 2, "--seqlen", 16, *options)
-
-
-def compress(folder, output, *options):
-    where = ["--model_path", folder / "model", "--calib_cache", folder / CACHE, "--save_model", folder / output]
-    return run("compress", *where, "--target_compression", "0.6", "--update", "none", *options)
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, tokenizer):
-    """A folder with a model, its cache, and the compressed model as a folder and a file."""
-    folder = tmp_path_factory.mktemp("whole")
-    build_model(CONFIG, folder / "model", tokenizer)
-    assert calibrate(folder).code == 0
-    assert compress(folder, "out").code == 0 and compress(folder, "out.pt").code == 0
-    return folder
-
-
-@pytest.fixture
-def files(whole, tmp_path):
-    return shutil.copytree(whole, tmp_path / "files")
-
-
-def edit_json(path, change):
-    value = json.loads(path.read_text())
-    change(value)
-    path.write_text(json.dumps(value))
-
-
-def expect_refusal(path, *fragments):
-    """Neither hisvd.load nor streaming takes the model."""
-    for load in WAYS.values():
-        with pytest.raises(hisvd.HiSVDError) as refusal:
-            load(path)
-        for fragment in (str(path), *fragments):
-            assert fragment in str(refusal.value), refusal.value
-
-
-def replace_by(kind, path):
-    """Put something that is no file at `path`."""
-    path.unlink(missing_ok=True)
-    if kind == "pipe":
-        os.mkfifo(path)
-    elif kind == "folder":
-        path.mkdir()
-    else:
-        path.symlink_to({"device": "/dev/zero", "loop": path}[kind])
-
 
 KINDS = ("pipe", "folder", "device", "loop")
 INDICES = {
@@ -100,6 +36,8 @@ INDICES = {
 @pytest.mark.parametrize("index", INDICES.values(), ids=INDICES)
 def test_index(files, index):
     (files / "model" / "model.safetensors").rename(files / "moved.safetensors")
+    if isinstance(index, dict):
+        index = index | {"metadata": {}}
     text = index if isinstance(index, str) else json.dumps(index)
     (files / "model" / "model.safetensors.index.json").write_text(text)
     expect_refusal(files / "model", "model.safetensors.index.json")
@@ -108,7 +46,8 @@ def test_index(files, index):
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_no_file_in_place_of_one(files, kind):
     model, cache = files / "model", files / CACHE
-    index = {"weight_map": dict.fromkeys(load_file(model / "model.safetensors"), "a.safetensors")}
+    names = load_file(model / "model.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "a.safetensors")}
     replace_by(kind, model / "model.safetensors")
     expect_refusal(model)
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -281,10 +220,6 @@ def test_pt_file_without_a_side_file(files, lost):
     torch.save({key: value for key, value in content.items() if lost not in key}, files / "out.pt")
     result = run("evaluate", "--model_path", files / "out.pt", "--datasets", short_text(), "--nsamples", 1)
     expect_sentence(result, str(files / "out.pt"), lost)
-
-
-def plan_only(folder):
-    return run("compress", "--calib_cache", folder / CACHE, "--target_compression", "0.7", "--plan_only")
 
 
 MANIFESTS = [

@@ -33,12 +33,12 @@ def without_gradients(model_folders, tmp_path_factory):
 
 
 @pytest.fixture
-def older(caches, tmp_path):
-    """The cache as a version before neurons left it."""
-    folder = shutil.copytree(caches["llama"], tmp_path / "older")
+def without_mlps(caches, tmp_path):
+    """The cache as it is of a family that has no adapter."""
+    folder = shutil.copytree(caches["llama"], tmp_path / "without_mlps")
     manifest = json.loads((folder / "manifest.json").read_text())
     for layer in manifest["layers"]:
-        del layer["mlps"]
+        layer["mlps"] = []
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
 
@@ -62,7 +62,7 @@ def test_other_rules_and_metrics_make_it_low_rank(command, tmp_path, options):
         expect_sentence(command(*options, *moves), " ".join(moves), options[1], "--moves low_rank")
 
 
-@pytest.mark.parametrize("kind", ["without_gradients", "older"])
+@pytest.mark.parametrize("kind", ["without_gradients", "without_mlps"])
 def test_a_cache_that_knows_no_neurons_allows_low_rank_alone(command, tmp_path, request, kind):
     cache = request.getfixturevalue(kind)
     assert not read_cache(cache).has_neurons
@@ -73,11 +73,11 @@ def test_a_cache_that_knows_no_neurons_allows_low_rank_alone(command, tmp_path, 
     assert settings_of(tmp_path)["moves"] == "low_rank"
 
 
-def test_low_rank_of_an_older_cache_is_low_rank_of_todays(caches, older):
+def test_low_rank_needs_no_mlps(caches, without_mlps):
     settings = hisvd.CompressionSettings(moves="low_rank")
-    (today,), (before,) = (hisvd.plan(cache, 0.6, settings) for cache in (caches["llama"], older))
-    assert today == before and not today.shapes
-    assert hisvd.plan(older, 0.6) == [before]
+    (with_mlps,), (without,) = (hisvd.plan(cache, 0.6, settings) for cache in (caches["llama"], without_mlps))
+    assert with_mlps == without and not without.shapes
+    assert hisvd.plan(without_mlps, 0.6) == [without]
 
 
 def test_plain_takes_neurons_alone(command):

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from hisvd.component.families import ADAPTERS
 from hisvd.errors import HiSVDError, first_line
+from hisvd.schema import is_text
 from hisvd.utils.progress import is_progress_shown
 
 if TYPE_CHECKING:  # the settings take their choices from the protocols, so they import this module
@@ -102,15 +103,17 @@ def _text_files(dataset: str, names: Iterable[str]) -> list[Path]:
     """The file of this name, or the text files in the folder of this name, in order.
 
     Raises:
-        HiSVDError: there is none.
+        HiSVDError: there is none, or the name is not in UTF-8.
     """
     path = Path(dataset)
-    if path.is_file():
-        return [path]
-    if not dataset or not path.is_dir():
+    if not path.is_file() and not (dataset and path.is_dir()):
         raise HiSVDError(
             f"'{dataset}' is neither a file, a folder, nor one of the data sets {', '.join(names)}; pass one of those."
         )
+    if not is_text(dataset):
+        raise HiSVDError(f"The name of the data set, {dataset!r}, is not in UTF-8; rename it.")
+    if path.is_file():
+        return [path]
     files = sorted(file for file in path.rglob("*") if file.suffix in FOLDER_SUFFIXES and file.is_file())
     if not files:
         raise HiSVDError(f"The folder {path} holds no text ({', '.join(FOLDER_SUFFIXES)}); pass another one.")
@@ -253,11 +256,21 @@ def leading_bos(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) ->
     """The token that starts every window if the family breaks without it (Gemma); None: windows are all text.
 
     Text for such windows is tokenized without special tokens, so that BOS does not appear twice.
+
+    Raises:
+        HiSVDError: the model has no embedding for it.
     """
     adapter = ADAPTERS.get(config.get_text_config().model_type)
     if adapter is None or not adapter.needs_bos:
         return None
-    return config.get_text_config().bos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    text = config.get_text_config()
+    bos = text.bos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if bos is not None and not 0 <= bos < text.vocab_size:
+        raise HiSVDError(
+            f"The model {config.name_or_path} starts texts with token {bos} (bos_token_id), but its config.json has "
+            f"vocab_size {text.vocab_size}; correct one of them."
+        )
+    return bos
 
 
 def with_bos(windows: torch.Tensor, bos: int | None) -> torch.Tensor:

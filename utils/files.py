@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from hisvd.errors import HiSVDError, first_line, in_units
-from hisvd.schema import OBJECT, check
+from hisvd.schema import OBJECT, check, is_text
 
 
 @contextmanager
@@ -117,9 +117,11 @@ def make_folder(path: Path) -> Path:
     """Create a writable folder and its parents.
 
     Raises:
-        HiSVDError: it cannot be created or written.
+        HiSVDError: it cannot be created or written, or its name is one that safetensors does not open.
     """
     probe = path / f".hisvd_probe_{os.getpid()}"
+    if not is_text(str(path)):
+        raise HiSVDError(f"Cannot write to {path}: its name is not in UTF-8; choose another output path.")
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe.touch()

@@ -22,11 +22,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from hisvd.component.hf_quantizer import METHOD
 from hisvd.errors import HiSVDError, first_line, naming
-from hisvd.schema import is_plain_name
+from hisvd.schema import is_plain_name, is_text
 from hisvd.utils.checksums import verify_weights
 from hisvd.utils.config_checks import check_config
-from hisvd.utils.files import read_json, writing
+from hisvd.utils.files import check_regular, read_json, writing
 from hisvd.utils.model_folders import (
     check_stored,
     local_folder,
@@ -34,14 +35,23 @@ from hisvd.utils.model_folders import (
     safetensors_header,
     weight_file_names,
 )
-from hisvd.utils.model_utils import NO_CODE, Checkpoint, check_size, load_tokenizer, open_checkpoint, read_config
+from hisvd.utils.model_utils import (
+    NO_CODE,
+    Checkpoint,
+    check_size,
+    load_tokenizer,
+    open_checkpoint,
+    quant_method,
+    read_config,
+    resolve_device,
+)
 
 PT_FORMAT = "hisvd-pt-1"
 PT_FILE_PREFIX = "file:"
 GENERATION = "generation_config.json"
 # Buffers that checkpoints of older versions of transformers carry and that no model reads any more.
 FORMER_BUFFERS = re.compile(r"\b(rotary_emb\.inv_freq|(attn|attention|self_attn)\.(bias|masked_bias)|position_ids)$")
-FLOATING_POINT = ("F64", "F32", "F16", "BF16")  # dtypes in safetensors headers
+FLOATING_POINT = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MAX_NAMED_TENSORS = 3  # that a message lists for each fault
 
 
@@ -75,7 +85,7 @@ def load(
         >>> model.dtype
         torch.bfloat16
     """
-    place = torch.device(device or "cpu")
+    place = resolve_device(str(device or "cpu"))
     # Misshapen tensors are listed like missing ones, not only logged.
     options = NO_CODE | {"dtype": dtype or "auto", "output_loading_info": True, "ignore_mismatched_sizes": True}
     if place.type != "cpu":
@@ -87,7 +97,8 @@ def load(
     try:
         if Path(path).is_file():
             side_files, tensors = read_pt(Path(path))
-            check_size(config, Path(path).stat().st_size, name)
+            check_size(config, len(tensors), Path(path).stat().st_size, name)
+            check_dtypes({key: tensor.dtype for key, tensor in tensors.items()}, config, name)
             model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
             with naming(f"The model in {name}"):
                 model, info = model_class.from_pretrained(None, config=config, state_dict=tensors, **options)
@@ -95,10 +106,12 @@ def load(
                 model.generation_config = GenerationConfig.from_dict(json.loads(side_files[GENERATION]))
         else:
             folder = local_folder(name)
-            for file in weight_files(folder):
+            files, entries = weight_files(folder), dict[str, dict]()
+            for file in files:
                 with open_safetensors(file):  # names a damaged file, which from_pretrained does not
-                    pass
-            check_size(config, sum(file.stat().st_size for file in weight_files(folder)), name)
+                    entries |= safetensors_header(file)[1]
+            check_size(config, len(entries), sum(file.stat().st_size for file in files), name)
+            check_dtypes({key: entry.get("dtype") for key, entry in entries.items()}, config, name)
             if (folder / GENERATION).exists():
                 read_json(folder / GENERATION)  # names it where it is damaged, which from_pretrained does not
             with naming(f"The model in {name}"):
@@ -106,11 +119,26 @@ def load(
                 model, info = AutoModelForCausalLM.from_pretrained(folder, **options)  # type: ignore[misc]
     except torch.OutOfMemoryError:
         raise
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = expert_fault(name, config) if "automatic conversion" in str(error) else first_line(error)
         raise HiSVDError(f"The model in {name} cannot be loaded: {reason}") from None
     check_all_loaded(info, name)
     return model.eval().to(place)
+
+
+def check_dtypes(dtypes: dict[str, Any], config: PreTrainedConfig, source: str) -> None:
+    """Refuse weights and biases of other `dtypes` than floating point, which from_pretrained would convert in silence.
+
+    `dtypes` are those of all tensors by name. What other quantization methods store is theirs.
+
+    Raises:
+        HiSVDError: there are some.
+    """
+    if quant_method(config) in (None, METHOD):
+        known = {*FLOATING_POINT, *FLOATING_POINT.values()}
+        names = [k for k in dtypes if k.endswith((".weight", ".bias")) and not FORMER_BUFFERS.search(k)]
+        wrong = [f"{k} {dtypes[k]} instead of floating-point numbers" for k in names if dtypes[k] not in known]
+        refuse_tensors([], wrong, [], source)
 
 
 def check_all_loaded(info: dict[str, Any], source: str) -> None:
@@ -216,6 +244,7 @@ def read_pt(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     Raises:
         HiSVDError: the file is truncated or was not written by compress.py.
     """
+    check_regular(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # the zip reader, the unpickler and its allow-list each raise types of their own
@@ -231,11 +260,12 @@ def read_pt(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 def _fits_pt(entry: tuple[Any, Any]) -> bool:
     """Whether a key and its value are a side file, as text or bytes, or a weight."""
     key, value = entry
-    if not isinstance(key, str):
+    if not is_text(key):
         return False
     if not key.startswith(PT_FILE_PREFIX):
         return isinstance(value, torch.Tensor)
-    is_content = isinstance(value, str) or (isinstance(value, torch.Tensor) and value.dtype == torch.uint8)
+    is_bytes = isinstance(value, torch.Tensor) and value.dtype == torch.uint8 and value.is_contiguous()
+    is_content = is_text(value) or is_bytes
     return is_content and is_plain_name(key.removeprefix(PT_FILE_PREFIX))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from hisvd.errors import HiSVDError
-from hisvd.schema import SHARD
+from hisvd.schema import OBJECT, SHARD
 from hisvd.utils.files import check_regular, read_json
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -28,7 +28,7 @@ SIDE_FILES = (
     "USE_POLICY*",
 )
 HUB_SIDE_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "README.md")  # what is fetched besides the weights
-INDEX = {"weight_map": {"*": SHARD}}
+INDEX = {"weight_map": {"*": SHARD}, "metadata": OBJECT}  # transformers loads no index without metadata
 
 
 def local_folder(model_path: str, config_only: bool = False) -> Path:

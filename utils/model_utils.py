@@ -29,7 +29,7 @@ from hisvd.component.hf_quantizer import METHOD
 from hisvd.component.low_rank import swap_linears
 from hisvd.errors import HiSVDError, first_line, naming
 from hisvd.utils import distributed
-from hisvd.utils.config_checks import check_config
+from hisvd.utils.config_checks import check_config, experts_of
 from hisvd.utils.files import read_json
 from hisvd.utils.model_folders import (
     INDEX_NAME,
@@ -185,23 +185,29 @@ def read_config(folder: Path) -> PreTrainedConfig:
 
 
 def check_size(
-    config: PreTrainedConfig, stored_bytes: int, source: str, build: Callable[[], PreTrainedModel] | None = None
+    config: PreTrainedConfig,
+    tensors: int,
+    stored_bytes: int,
+    source: str,
+    build: Callable[[], PreTrainedModel] | None = None,
 ) -> None:
-    """Refuse a configuration, of the model `source`, that describes more than weight files of `stored_bytes` can hold.
+    """Refuse a configuration, of the model `source`, that describes more than `tensors` of `stored_bytes` can hold.
 
-    `build` returns its empty model where one may exist already.
+    `build` returns its empty model where one may exist already; it is built only if the sizes alone do not say so.
 
     Raises:
         HiSVDError: it does; nothing of that size has been allocated.
     """
     text, most = config.get_text_config(), PARAMETERS_PER_BYTE * stored_bytes
-    embedding = (getattr(text, "vocab_size", None) or 0) * (getattr(text, "hidden_size", None) or 0)
-    least = max(embedding, getattr(text, "num_hidden_layers", None) or 0)
+    hidden, layers = getattr(text, "hidden_size", None) or 0, getattr(text, "num_hidden_layers", None) or 0
+    inner = getattr(text, "moe_intermediate_size", None) or getattr(text, "intermediate_size", None) or 1
+    per_expert = inner * hidden if isinstance(inner, int) else hidden
+    least = max((getattr(text, "vocab_size", None) or 0) * hidden, experts_of(config) * per_expert)
     build = build or partial(empty_model, config)
-    if least > most or sum(p.numel() for p in build().parameters()) > most:
+    if layers > tensors or least > most or sum(p.numel() for p in build().parameters()) > most:
         raise HiSVDError(
-            f"The config.json of {source} describes a model of more parameters than its files of {stored_bytes:,} "
-            "bytes can hold; correct it, or download or create the model again."
+            f"The config.json of {source} describes a model of more parameters than its {tensors:,} tensors of "
+            f"{stored_bytes:,} bytes can hold; correct it, or download or create the model again."
         )
 
 
@@ -258,7 +264,7 @@ def open_checkpoint(model_path: str, compressed_too: bool = False) -> Checkpoint
     unlisted = sorted(files.keys() - checkpoint.entries().keys())
     if unlisted:
         raise HiSVDError(f"{files[unlisted[0]]} lacks the tensor '{unlisted[0]}' of {INDEX_NAME}; download it again.")
-    check_size(config, checkpoint.count_bytes(), str(folder), lambda: checkpoint.empty)
+    check_size(config, len(files), checkpoint.count_bytes(), str(folder), lambda: checkpoint.empty)
     return checkpoint
 
 
@@ -325,8 +331,13 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """
     found_side_files(folder)
     try:
-        return AutoTokenizer.from_pretrained(folder, **NO_CODE)
-    except Exception as error:  # tokenizers raises bare Exception for a broken file
+        tokenizer = AutoTokenizer.from_pretrained(folder, **NO_CODE)
+        if not isinstance(tokenizer.model_max_length, (int, float)):
+            raise ValueError(f"its model_max_length is {tokenizer.model_max_length!r:.60} and not a number")
+        return tokenizer
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tokenizers raises bare Exception for a broken file, and panics outside of it
         reason = first_line(error).removesuffix(" from one of:")  # a list of technical reasons follows
         raise HiSVDError(
             f"No usable tokenizer in {folder}: {reason}; put the files of the model's tokenizer there."

@@ -30,13 +30,20 @@ WORK_FILES = re.compile(
     rf"{START_FILES.pattern}|{re.escape(PLAN)}|\.?{re.escape(WRITTEN)}(\.tmp)?|int6_gate\.json|int6_.+\.safetensors|\.int6_.+\.tmp"
     r"|(hidden|original|held_out)\w*\.bin"
 )
+PACKED_FILES = re.compile(r"(\.hisvd_probe_\d+|\.?model(-\d{5}-of-\d{5})?\.safetensors(\.tmp)?)")
 COUNTED = ("linear_numbers_after", "linear_kept")  # in a finished report these are what the shards hold
 MAX_SHARD_BYTES = 5 * 10**9
 
 
 def output_path(save_model: str, target: float, budget: str | None) -> Path:
-    """OUT, or OUT with percent and budget in its name (None: one target): OUT_80p, X_80p.pt, OUT_40b of bytes."""
+    """OUT, or OUT with percent and budget in its name (None: one target): OUT_80p, X_80p.pt, OUT_40b of bytes.
+
+    Raises:
+        HiSVDError: it is a file system's root, or only says where this folder or its parent is.
+    """
     path = Path(save_model)
+    if path.name in ("", ".."):
+        raise HiSVDError(f"--save_model {save_model} has no name of its own; give a folder or a .pt file to create.")
     if not budget:
         return path
     stem, suffix = (path.stem, ".pt") if is_pt(path) else (path.name, "")
@@ -70,6 +77,8 @@ class ModelWriter:
         self.work = self.folder / "work"
         self.packed = self.work / "packed"
         self.is_finished = output.exists()
+        if output.is_symlink() and not self.is_finished:
+            raise HiSVDError(f"{output} is a link that leads nowhere; delete it or choose another --save_model.")
         if self.is_finished:
             if not self._follows_plan(saved_report(output)):
                 raise HiSVDError(f"{output} already exists; delete it or choose another --save_model.")
@@ -84,7 +93,8 @@ class ModelWriter:
                 "command again, delete the folder, or choose another --save_model."
             )
         is_foreign = found is None and self.folder.is_dir() and any(_foreign(self.folder))
-        if is_foreign or self.folder.is_symlink() or self.work.is_symlink():
+        foreign_pack = any(not PACKED_FILES.fullmatch(path.name) for path in self.packed.glob("*"))
+        if is_foreign or foreign_pack or any(path.is_symlink() for path in (self.folder, self.work, self.packed)):
             raise HiSVDError(
                 f"{self.folder} exists and is not an unfinished run of HiSVD; move it away or choose another "
                 "--save_model."

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hisvd.component.adapter import Adapter
-from hisvd.component.coded_linears import CODED_LINEARS
+from hisvd.component.coded_linears import CODED_LINEARS, check_buffers
 from hisvd.component.families import adapter_for
 from hisvd.component.int6_linear import FEW_TOKENS
 from hisvd.errors import HiSVDError
@@ -121,13 +121,14 @@ class StreamedModel:
         """A copy of decoder layer `index` with its weights; dropping it frees them.
 
         Raises:
-            HiSVDError: a weight is missing or not finite.
+            HiSVDError: a weight is missing, not finite or, in codes, damaged.
         """
         release_freed_memory()
         layer, prefix = copy.deepcopy(self._layers()[index]), self.layer_name(index)
         names = {name: self.checkpoint.stored_name(f"{prefix}.{name}") for name in layer.state_dict()}
         computed = {name for name, _ in layer.named_buffers() if names.get(name) not in self.checkpoint.files}
         self._load_weights(layer, {k: v for k, v in names.items() if k not in computed})
+        check_buffers(layer, f"{prefix}.")
         return layer.to(self.device)
 
     def file(self, path: Path, tokens: torch.Tensor) -> ActivationFile:
