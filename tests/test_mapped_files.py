@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hisvd.component.coded_linears import check_coded_linears
+from hisvd.component.coded_linears import check_buffers
 from hisvd.component.mapped_files import forget_pages, in_file, mapped_ranges
 from hisvd.component.quantized_linear import QuantizedLinear
 
@@ -33,7 +33,7 @@ def test_checked_codes_leave_the_memory_and_keep_their_values(mapped_codes):
     module.load_state_dict(entries, assign=True)
     assert in_file(module.codes)
     before = resident_file_bytes()
-    check_coded_linears(torch.nn.Sequential(module))
+    check_buffers(torch.nn.Sequential(module))
     assert resident_file_bytes() - before < SIDE * SIDE // 2
     assert torch.equal(module.codes, codes)
     assert resident_file_bytes() - before > SIDE * SIDE // 2  # the comparison has read them

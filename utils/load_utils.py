@@ -85,7 +85,7 @@ def load(
         >>> model.dtype
         torch.bfloat16
     """
-    place = resolve_device(str(device or "cpu"))
+    place = device if isinstance(device, torch.device) else resolve_device(device or "cpu")
     # Misshapen tensors are listed like missing ones, not only logged.
     options = NO_CODE | {"dtype": dtype or "auto", "output_loading_info": True, "ignore_mismatched_sizes": True}
     if place.type != "cpu":
