@@ -42,10 +42,10 @@ def few_spectra():
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     root = tmp_path_factory.mktemp("real")
-    size = ["--nsamples", 32, "--seqlen", 256, "--dataset", "python-docs"]
+    size = ["--nsamples", 16, "--seqlen", 256, "--dataset", "python-docs"]
     result = run("calibrate", "--model_path", MODEL, "--model_name", "smol", "--output_dir", root, *size)
     assert result.code == 0, result
-    return root / "smol_n32_s256_with_hessian"
+    return root / "smol_n16_s256_with_hessian"
 
 
 @pytest.fixture(scope="module")
