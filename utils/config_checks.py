@@ -13,7 +13,7 @@ POSITIONS = Kind(f"a whole number from 1 to {MOST_POSITIONS:,}", lambda v: SIZE.
 # A family may give one size for every layer.
 SIZES = Kind(SIZE.title, lambda v: all(map(SIZE.holds, v if isinstance(v, (list, tuple)) and v else [v])))
 EXPERTS = ("num_experts", "num_local_experts")  # the families' names for the number of experts
-PER_TOKEN = "num_experts_per_tok"
+EXPERTS_CHOSEN = "num_experts_per_tok"
 CONFIG = {
     "num_hidden_layers?": LAYERS,
     "hidden_size?": SIZE,
@@ -23,7 +23,7 @@ CONFIG = {
     "intermediate_size?": SIZES,
     "head_dim?": SIZES,
     "max_position_embeddings?": POSITIONS,
-    **{f"{key}?": COUNT for key in (*EXPERTS, PER_TOKEN)},  # 0 in dense models of families with mixtures
+    **{f"{key}?": COUNT for key in (*EXPERTS, EXPERTS_CHOSEN)},  # 0 in dense models of families with mixtures
 }
 QUANTIZATION = {"quant_method": TEXT}
 
@@ -37,11 +37,11 @@ def check_config(config: PreTrainedConfig, source: str) -> None:
     text = config.get_text_config()
     found = {key: getattr(text, key, None) for key in (key.rstrip("?") for key in CONFIG)}
     check({key: value for key, value in found.items() if value is not None}, CONFIG, source)
-    experts, chosen = experts_of(config), found[PER_TOKEN]
+    experts, chosen = experts_of(config), found[EXPERTS_CHOSEN]
     if experts and chosen is not None and not 0 < chosen <= experts:
         raise HiSVDError(
-            f"'{PER_TOKEN}' in {source} is {chosen}, but there are {experts} experts; correct it, or create the file "
-            "again."
+            f"'{EXPERTS_CHOSEN}' in {source} is {chosen}, but there are {experts} experts; correct it, or create the "
+            "file again."
         )
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
