@@ -1,4 +1,4 @@
-"""The linears whose weights are stored in codes, and a check of what cannot be any number."""
+"""The linears whose weights are stored in codes, and a check of codes and permutations."""
 
 from torch import nn
 
@@ -19,12 +19,14 @@ def check_buffers(model: nn.Module, prefix: str = "") -> None:
     Raises:
         HiSVDError: a wrong size or dtype, or values that the format does not allow; the module is named.
     """
-    mapped = mapped_ranges()
-    for name, module in model.named_modules():
-        if isinstance(module, (PivotedLinear, *CODED_LINEARS)) and not any(b.is_meta for b in module.buffers()):
-            try:
-                module.check()
-            except HiSVDError as error:
-                raise HiSVDError(f"{prefix}{name}.{error}") from None
-            for buffer in module.buffers(recurse=False):
-                forget_pages(buffer, mapped)
+    found = [(n, m) for n, m in model.named_modules() if isinstance(m, (PivotedLinear, *CODED_LINEARS))]
+    mapped = mapped_ranges() if found else []
+    for name, module in found:
+        if any(buffer.is_meta for buffer in module.buffers()):  # offloaded
+            continue
+        try:
+            module.check()
+        except HiSVDError as error:
+            raise HiSVDError(f"{prefix}{name}.{error}") from None
+        for buffer in module.buffers(recurse=False):
+            forget_pages(buffer, mapped)

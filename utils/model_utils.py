@@ -199,10 +199,10 @@ def check_size(
         HiSVDError: it does; nothing of that size has been allocated.
     """
     text, most = config.get_text_config(), PARAMETERS_PER_BYTE * stored_bytes
-    hidden, layers = getattr(text, "hidden_size", None) or 0, getattr(text, "num_hidden_layers", None) or 0
-    inner = getattr(text, "moe_intermediate_size", None) or getattr(text, "intermediate_size", None) or 1
-    per_expert = inner * hidden if isinstance(inner, int) else hidden
-    least = max((getattr(text, "vocab_size", None) or 0) * hidden, experts_of(config) * per_expert)
+    keys = ("hidden_size", "vocab_size", "num_hidden_layers", "moe_intermediate_size", "intermediate_size")
+    hidden, vocabulary, layers, *widths = (getattr(text, key, None) or 0 for key in keys)
+    inner = next((width for width in widths if width and isinstance(width, int)), 1)  # others differ by layer
+    least = max(vocabulary, experts_of(config) * inner) * hidden
     build = build or partial(empty_model, config)
     if layers > tensors or least > most or sum(p.numel() for p in build().parameters()) > most:
         raise HiSVDError(

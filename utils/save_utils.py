@@ -24,13 +24,14 @@ Item = TypeVar("Item")
 PLAN = "plan.json"
 WRITTEN = "written.json"  # the names of the files beside the shards, which are all that is deleted with a .pt's shards
 PREDICTED = "predicted_loss"  # follows from the rest of a plan, and its last digits depend on the machine
-# What a run killed at its very start leaves, and what later runs keep in `work` besides.
-START_FILES = re.compile(rf"\.hisvd_probe_\d+|\.{re.escape(PLAN)}\.tmp")
+PROBE = r"\.hisvd_probe_\d+"  # of files.make_folder
+# What a run killed at its very start leaves, and what later runs keep in `work`, and in `work/packed`, besides.
+START_FILES = re.compile(rf"{PROBE}|\.{re.escape(PLAN)}\.tmp")
 WORK_FILES = re.compile(
     rf"{START_FILES.pattern}|{re.escape(PLAN)}|\.?{re.escape(WRITTEN)}(\.tmp)?|int6_gate\.json|int6_.+\.safetensors|\.int6_.+\.tmp"
     r"|(hidden|original|held_out)\w*\.bin"
 )
-PACKED_FILES = re.compile(r"(\.hisvd_probe_\d+|\.?model(-\d{5}-of-\d{5})?\.safetensors(\.tmp)?)")
+PACKED_FILES = re.compile(rf"{PROBE}|\.?model(-\d{{5}}-of-\d{{5}})?\.safetensors(\.tmp)?")
 COUNTED = ("linear_numbers_after", "linear_kept")  # in a finished report these are what the shards hold
 MAX_SHARD_BYTES = 5 * 10**9
 
