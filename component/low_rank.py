@@ -29,6 +29,13 @@ def product(factor: Any, x: torch.Tensor) -> torch.Tensor:
     return factor(x)
 
 
+def select_columns(y: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """y[..., order] by the faster of two kernels: on CPUs, index_select copies column after column."""
+    if y.device.type == "cpu":
+        return y.gather(-1, order.long().expand(*y.shape[:-1], -1))
+    return y.index_select(-1, order)
+
+
 class LowRankLinear(nn.Module):
     """y = left (right x) + bias, with left (m, r) and right (r, n)."""
 
@@ -86,7 +93,7 @@ class PivotedLinear(nn.Module):
             rows = torch.cat([base_rows, product(self._modules["coefficients"], base_rows)], dim=-1)
             del base_rows  # not held in memory beside the two copies of all rows
             order: Any = self._buffers["permutation"]
-            y = rows if self.in_order else rows.index_select(-1, order)
+            y = rows if self.in_order else select_columns(rows, order)
         return y if self.bias is None else y + self.bias
 
     def check(self) -> None:

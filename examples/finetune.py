@@ -11,8 +11,12 @@ import math
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+
+try:
+    from peft import LoraConfig, get_peft_model
+except ModuleNotFoundError:
+    raise SystemExit("This example needs peft; install it: pip install peft") from None
 
 
 def main() -> None:

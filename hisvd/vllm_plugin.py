@@ -17,7 +17,7 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 from hisvd.component.hf_quantizer import METHOD
-from hisvd.component.low_rank import MODULE_OF_FORM
+from hisvd.component.low_rank import MODULE_OF_FORM, select_columns
 from hisvd.factor_forms import DENSE, FORMS, Entries, Shape, form_of
 from hisvd.integer_codes import INTEGERS
 
@@ -213,13 +213,6 @@ def part_of(tensors: Entries) -> Part:
 
 def _whole(weight: torch.Tensor) -> Part:
     return Part(weight, None, True, torch.arange(len(weight), device=weight.device))
-
-
-def select_columns(y: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """y[..., order], by the faster of two kernels: on CPUs, index_select copies 2-byte numbers one at a time."""
-    if y.element_size() == 2:
-        return y.gather(-1, order.expand(*y.shape[:-1], -1))
-    return y.index_select(-1, order)
 
 
 class HiSVDLinearMethod(LinearMethodBase):
