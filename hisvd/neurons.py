@@ -57,7 +57,7 @@ def eliminate(weight: torch.Tensor, moment: torch.Tensor, f: SecondMoment) -> El
         p.addmm_(rows.T, solved, alpha=-1)
         if n - start - count < (1 - COMPACTED) * len(left):
             keep = (gone == 0).nonzero().flatten()
-            v, p = v.index_select(1, keep), p.index_select(0, keep).index_select(1, keep)
+            v, p = v[:, keep], p[keep][:, keep]
             left, gone = left[keep], gone[keep]
     return Elimination(torch.cat(order), torch.cat(losses))
 
