@@ -50,6 +50,7 @@ class Adapter:
     `stream` names the sublayers whose outputs are added to the residual stream unchanged, in order.
     `variants` maps (entry of config.json, value) to the adapter that describes such models of the family instead.
     `needs_bos` is set where text that does not start with BOS breaks the model: every window then starts with it.
+    `gain_offset` is what norms add to their weights: they multiply by weight + gain_offset.
     """
 
     family: str
@@ -61,6 +62,7 @@ class Adapter:
     experts: Experts | None = None
     variants: Mapping[tuple[str, object], "Adapter"] = field(default_factory=dict)
     needs_bos: bool = False
+    gain_offset: float = 0.0
 
     def groups(self, layer: nn.Module) -> Groups:
         """The sublayers of `layer` by the input they share; empty if that is to be found out."""

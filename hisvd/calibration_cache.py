@@ -181,9 +181,8 @@ class CalibrationCache:
         held_out = self._read_tokens("held_out", "held_out") if "held_out" in self.identity else torch.empty(0)
         if not len(held_out):
             raise HiSVDError(
-                f"{self.folder} holds no held-out text to measure on (its text was too short, or an older version made "
-                "it); calibrate again on a longer text, or use --quality_gate_delta none, or a target in the place of "
-                "--max_ppl_increase."
+                f"{self.folder} holds no held-out text to measure on, because its text was too short; calibrate again "
+                "on a longer text, or use --quality_gate_delta none, or a target in the place of --max_ppl_increase."
             )
         return held_out
 

@@ -13,6 +13,7 @@ from hisvd.exports import EXPORTS
 from hisvd.factoring import CompressionJob, factor_layer
 from hisvd.int6_gate import export_within
 from hisvd.layer_tensors import layer_tensor_names
+from hisvd.norm_tuning import tune_norms
 from hisvd.planning import Plan, opened_cache, plan
 from hisvd.report import finished_report, model_card, plan_report
 from hisvd.settings import CompressionSettings, Resources
@@ -34,7 +35,7 @@ class CompressedModel:
         report: What its hisvd.json says: "linear_kept" (share of the linear parameters that are stored), "model_kept"
             (share of all parameters), "weight_bytes_before" and "weight_bytes_after" (of a .pt, those of the shards
             that are packed into it), "settings", "calibration", one row per linear in "sublayers", and for INT6 "int6"
-            and "quality_gate".
+            and "quality_gate", and for `refine` "norm_tuning".
     """
 
     path: Path
@@ -50,11 +51,11 @@ def compress(
     settings: CompressionSettings = CompressionSettings(),
     resources: Resources = Resources(),
 ) -> list[CompressedModel]:
-    """Compress a model to one or several shares of its linear parameters, without training.
+    """Compress a model to one or several shares of its linear parameters.
 
-    The linear weights of the decoder layers become low-rank factors; biases, norms, embeddings and the head stay as
-    they are. The result is a Hugging Face folder that `AutoModelForCausalLM.from_pretrained` loads once hisvd is
-    imported.
+    MLPs lose hidden neurons, and linear weights of the decoder layers become low-rank factors or integers; embeddings
+    and head stay as they are. The result is a Hugging Face folder that `AutoModelForCausalLM.from_pretrained` loads
+    where hisvd is installed.
 
     Memory is that of one decoder layer for the original and for each target. A killed run resumes when it is started
     again with the same arguments; outputs that are finished are left as they are. Under torchrun the processes share
@@ -96,9 +97,10 @@ def compress(
         open_job = _unfinished(job)
         if open_job.writers:
             factor_layers(open_job)
+        found = {target: _refined(job, target, writer) for target, writer in job.writers.items()}
         if not distributed.is_first():
             return []  # the first process assembles the shards
-        return [CompressedModel(w.output, job.plans[t], _finish(job, t, w)) for t, w in job.writers.items()]
+        return [CompressedModel(w.output, job.plans[t], _finish(job, t, w, found[t])) for t, w in job.writers.items()]
 
 
 def _outputs(output: str | Path, plans: list[Plan], settings: CompressionSettings) -> list[tuple[Plan, Path]]:
@@ -164,11 +166,12 @@ def _needed_bytes(job: CompressionJob) -> int:
     """Bytes on disk of all targets: their weights (the result is made beside its shards), hidden states, INT6 codes."""
     targets, identity = len(job.writers), job.cache.identity
     models = targets + 1
-    streams = 0
+    streams, tokens = 0, identity["nsamples"] * identity["seqlen"]
+    hidden = job.checkpoint.config.get_text_config().hidden_size
     if job.settings.update == "sequential":
-        tokens = identity["nsamples"] * identity["seqlen"]
-        hidden = job.checkpoint.config.get_text_config().hidden_size
         streams = stream_bytes(hidden, tokens, job.cache.dtype, targets)
+    if job.settings.refine != "none":
+        streams += 3 * targets * tokens * hidden * job.cache.dtype.itemsize
     codes = EXPORTS[job.settings.export].encode is not None
     return int(job.checkpoint.count_bytes() * (models + 0.25 * codes * targets)) + streams
 
@@ -211,14 +214,23 @@ def factor_layers(job: CompressionJob) -> None:
     distributed.wait()
 
 
-def _finish(job: CompressionJob, target: float, writer: ModelWriter) -> dict:
-    """Encode what the quality gate allows, assemble the output, and return its report."""
+def _refined(job: CompressionJob, target: float, writer: ModelWriter) -> dict[str, dict]:
+    """Refine the model in the shards of `writer` where that is asked for; what the report says of it."""
+    changes = job.encodes or any(map(job.plans[target].changes, job.cache.sublayers))
+    if job.settings.refine == "none" or writer.is_complete or not changes:
+        return {}
+    return {"norm_tuning": tune_norms(job, target, writer)}
+
+
+def _finish(job: CompressionJob, target: float, writer: ModelWriter, found: dict[str, dict]) -> dict:
+    """Encode what the quality gate allows, assemble the output, and return its report, with what was `found` so far."""
     if not writer.is_complete:
-        gate = export_within(job, target, writer) if job.settings.gated else None
+        if job.settings.gated:
+            found = found | {"quality_gate": export_within(job, target, writer)}
         writer.pack()
         stock = job.export.multiply or job.export.stock
         modules = {} if stock else job.plans[target].modules(job.cache.sublayers)
-        report, codes = finished_report(writer, job.checkpoint, gate)
+        report, codes = finished_report(writer, job.checkpoint, found)
         for name, form in codes.items():
             modules[name] = modules.get(name, {}) | {"form": form}
         card = model_card(report, job.checkpoint.folder)

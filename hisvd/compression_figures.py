@@ -64,6 +64,8 @@ def acting_settings(settings: dict) -> dict:
         unused.update(("rank_multiple", "min_saving"))
     if not ranked:
         unused.update(("factors", "min_saving"))
+    if settings.get("refine") == "none":
+        unused.add("refine")
     if stock:
         unused.add("allocation")
     else:

@@ -105,7 +105,7 @@ def summary_table(drawn: dict) -> str:
     rows = [["Target", f"{s['target_compression']:g}"]]
     rows.append(["Linear parameters kept", part("linear_numbers_after", "linear_numbers_before")])
     if s["linear_numbers_planned"] != s["linear_numbers_after"]:
-        rows.append(["Linear parameters before factors were multiplied back", f"{s['linear_numbers_planned']:,}"])
+        rows.append(["Linear parameters before the export", f"{s['linear_numbers_planned']:,}"])
     if "linear_bytes_after" in s:
         rows.append(["Bytes of the linear weights", part("linear_bytes_after", "linear_bytes_before")])
         rows.append(["Linears by type of number", ", ".join(f"{n} in {t}" for t, n in s["linear_dtypes"].items())])

@@ -46,14 +46,23 @@ def place_entries(layer: nn.Module, sublayer: Sublayer, shape: Shape, entries: E
     layer.get_submodule(sublayer.path).load_state_dict(entries, strict=False)
 
 
+def norm_gains(layer: nn.Module) -> dict[str, nn.Parameter]:
+    """The gains of the norms inside a decoder layer, by name."""
+    norms = ((name, m) for name, m in layer.named_modules() if type(m).__name__.endswith("Norm"))
+    return {f"{name}.weight": m.weight for name, m in norms if isinstance(getattr(m, "weight", None), nn.Parameter)}
+
+
+@torch.no_grad()
 def compressed_layer(
     streamed: StreamedModel, index: int, shapes: dict[Sublayer, Shape], tensors: dict[str, torch.Tensor]
 ) -> nn.Module:
-    """Decoder layer `index` with the sublayers' entries from `tensors`, its tensors in a compressed model's files.
+    """Decoder layer `index` with the linears and gains in `tensors`, its tensors in a compressed model's files.
 
-    `shapes` holds the shapes of the sublayers' weights there.
+    `shapes` holds the shapes of the linears' weights there.
     """
     layer = streamed.layer(index)
+    for name, gain in norm_gains(layer).items():
+        gain.copy_(tensors[streamed.checkpoint.stored_name(f"{streamed.layer_name(index)}.{name}")])
     for s, shape in shapes.items():
         place_entries(layer, s, shape, entries_of(streamed.checkpoint, s, tensors))
     return layer

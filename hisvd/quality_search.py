@@ -71,7 +71,7 @@ def compress_within(
         raise HiSVDError(f"{output} already exists; delete it or choose another --save_model.")
     search = _Search(str(model), cache, output, settings, resources)
     search.prepare()
-    quick = replace(settings, update="none")
+    quick = replace(settings, update="none", refine="none")
     original = search.measured("original", lambda: local_folder(search.model))
     bound = (1 + max_ppl_increase) * original
     percent = smallest_within(lambda p: search.tried(p, quick, "tried") / original, 1 + max_ppl_increase)

@@ -94,15 +94,13 @@ def parameters_by_type(plan: Plan, sublayers: list[Sublayer]) -> dict[str, dict[
     return found
 
 
-def finished_report(writer: ModelWriter, checkpoint: Checkpoint, gate: dict | None) -> tuple[dict, dict[str, str]]:
+def finished_report(writer: ModelWriter, checkpoint: Checkpoint, found: dict[str, dict]) -> tuple[dict, dict[str, str]]:
     """The plan's report with what the shards actually hold, and the forms of the weights in codes by their names.
 
-    `gate` is what the quality gate says about its choice.
+    `found` is what is added to it: what the quality gate, or the tuning of norms, says.
     """
     stored = writer.stored_tensors()
-    report = dict(writer.plan)
-    if gate:
-        report["quality_gate"] = gate
+    report = writer.plan | found
     stored_codes = coded_modules(stored)
     codes = writer.coded_modules(checkpoint, stored_codes)
     sparse = [name for name, form in stored_codes.items() if form == "int6"]
@@ -287,6 +285,12 @@ def exported_linears(exported: list[str], sublayers: list[Sublayer]) -> list[str
     return [f"  {kind} of {layers_called(sorted(set(numbers)))}" for kind, numbers in layers.items()]
 
 
+def is_stock(report: dict) -> bool:
+    """Whether the model of a report loads without hisvd."""
+    export = EXPORTS[report["settings"]["export"]]
+    return export.multiply or export.stock
+
+
 def model_card(report: dict, original: Path) -> str:
     """README.md of a compressed folder; `original` is the folder of the model that was compressed."""
     source = report["source_model"]
@@ -299,15 +303,17 @@ def model_card(report: dict, original: Path) -> str:
         pipeline_tag="text-generation",
         tags=["hisvd", "low-rank", "compression"],
     )
+    how = "" if "norm_tuning" in report else "without training "
+    needs = "" if is_stock(report) else "  # the package hisvd must be installed"
     content = f"""---
 {entries.to_yaml()}
 ---
 # {Path(source).name}, {report["linear_kept"]:.1%} of its linear weights
 
-Compressed without training by HiSVD {version("hisvd")} from `{name}`; the original's license applies.
+Compressed {how}by HiSVD {version("hisvd")} from `{name}`; the original's license applies.
 
 ```python
-from transformers import AutoModelForCausalLM  # the package hisvd must be installed
+from transformers import AutoModelForCausalLM{needs}
 
 model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER", dtype="auto")
 ```

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hisvd.allocations import ALLOCATIONS, CLUSTERINGS
-from hisvd.choices import BUDGETS, DTYPES, INT6_MODES, SAMPLINGS
+from hisvd.choices import BUDGETS, DTYPES, INT6_MODES, REFINEMENTS, SAMPLINGS
 from hisvd.errors import HiSVDError
 from hisvd.exports import EXPORTS, LINEAR_DTYPES
 from hisvd.factor_forms import FORMS
@@ -129,6 +129,8 @@ class CompressionSettings:
             whitening, if the cache knows what neurons are worth, else "low_rank".
         update: "sequential" fits every layer to what the compressed layers below it deliver; "none" decomposes each
             matrix once for all targets, which is much quicker (UPDATES). Default: "sequential".
+        refine: "norms" then trains the gains of the layers' norms on the calibration text, so that the model predicts
+            what the original does (hisvd.norm_tuning); "none" trains nothing. Default: "none".
         rank_multiple: Ranks, and widths of MLPs that lose neurons, are multiples of this, as kernels and quantizers
             like them; with allocation "loss". None (the default): 8 with that allocation, where every linear has at
             least 128 inputs and outputs (32 with weights in integers), else 1.
@@ -165,6 +167,7 @@ class CompressionSettings:
     factors: str = "pivoted"
     moves: str | None = None
     update: str = "sequential"
+    refine: str = "none"
     rank_multiple: int | None = None
     min_saving: float | None = None
     width_multiple: int = 64
@@ -185,6 +188,7 @@ class CompressionSettings:
             "factors": FORMS,
             "moves": (None, *MOVES),
             "update": UPDATES,
+            "refine": REFINEMENTS,
             "linear_dtype": (None, *LINEAR_DTYPES),
             "budget": BUDGETS,
             "export": EXPORTS,

@@ -123,6 +123,13 @@ def unless_plan_only(context: click.Context, option: click.Parameter, value: str
     "none: decompose each matrix once for all targets, which is quicker.",
 )
 @option(
+    "--refine",
+    type=click.Choice(choices.REFINEMENTS),
+    default="none",
+    help="norms: then train the gains of the norms on the calibration text, so that the model predicts what the "
+    "original does.",
+)
+@option(
     "--export",
     type=click.Choice(choices.EXPORTS),
     default="none",

@@ -8,7 +8,16 @@ from hisvd.cli.common import command, say
 from hisvd.compression import CompressedModel
 from hisvd.exports import EXPORTS
 from hisvd.planning import plan
-from hisvd.report import int6_summary, parameter_table, plan_report, rank_table, search_summary, size_summary, summary
+from hisvd.report import (
+    int6_summary,
+    is_stock,
+    parameter_table,
+    plan_report,
+    rank_table,
+    search_summary,
+    size_summary,
+    summary,
+)
 from hisvd.settings import CompressionSettings
 from hisvd.utils.data_utils import EVALUATION_SPLIT
 
@@ -30,6 +39,9 @@ def print_model(model: CompressedModel, cache: CalibrationCache) -> dict:
         say(int6_summary(model.report, cache.sublayers))
     if "quality_search" in model.report:
         say(search_summary(model.report))
+    if "norm_tuning" in model.report:
+        before, after = (model.report["norm_tuning"][f"divergence_{when}"] for when in ("before", "after"))
+        say(f"Norms tuned: divergence from the original's predictions {before:.4f} → {after:.4f} nats per token")
     say(f"Saved to {model.path}", always=True)
     return model.report
 
@@ -38,7 +50,7 @@ def next_steps(original: str, model: CompressedModel) -> str:
     """What can be done with a finished model, a line each; a named data set has a split of its own to evaluate on."""
     dataset = model.report["calibration"].get("dataset")
     texts = f" --datasets {dataset}" if dataset in EVALUATION_SPLIT else ""
-    needs = "" if model.report["settings"]["export"] in ("dense", "plain") else " (hisvd must be installed)"
+    needs = "" if is_stock(model.report) else " (hisvd must be installed)"
     lines = [f"Next: {command('evaluate', model_path=original)} --model_path {quote(str(model.path))}{texts}"]
     if model.path.suffix == ".pt":
         return f"{lines[0]}\nIn Python: hisvd.load({str(model.path)!r})"
