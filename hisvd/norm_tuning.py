@@ -80,12 +80,12 @@ def adam_step(state: Tensors, gradients: Tensors, divergence: float) -> None:
 
 def divergence_gradient(
     logits_of: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor, wanted: torch.Tensor, at_once: int
-) -> tuple[float, torch.Tensor]:
-    """Σ over tokens of KL(p ‖ q), and its gradients (tokens, hidden) at `states`.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL(p ‖ q) of every token (tokens,) in float32, and the gradients (tokens, hidden) of its sum at `states`.
 
     `logits_of` gives the logits of hidden states (tokens, hidden): p from `wanted`, q from `states`.
     """
-    total, gradients = 0.0, []
+    divergences, gradients = [], []
     for part, part_wanted in zip(states.split(at_once), wanted.split(at_once), strict=True):
         leaf = part.detach().requires_grad_()
         with torch.no_grad():
@@ -93,9 +93,9 @@ def divergence_gradient(
         with torch.enable_grad():
             logits = logits_of(leaf).float()
         log_q, p = logits.detach().log_softmax(-1), log_p.exp()
-        total += float((p * (log_p - log_q)).sum(-1).double().sum())
+        divergences.append((p * (log_p - log_q)).sum(-1))
         gradients += torch.autograd.grad(logits, leaf, log_q.exp() - p)
-    return total, torch.cat(gradients)
+    return torch.cat(divergences), torch.cat(gradients)
 
 
 class NormTuning:
@@ -182,7 +182,7 @@ class NormTuning:
     def divergence_and_gradients(self, batches: list[Batch], state: Tensors) -> tuple[float, Tensors]:
         """`divergence`, and its gradients at the gains."""
         inputs = self._forward(batches, state)
-        divergence, gradients = self._at_top(batches, inputs.pop())
+        divergence, tokens, gradients = self._at_top(batches, inputs.pop())
         found: Tensors = {}
         for index in reversed(range(self.cache.num_layers)):
             layer, hidden = self._layer(index, state), inputs.pop()
@@ -197,7 +197,7 @@ class NormTuning:
                 for name, gradient in zip(gains, at_gains, strict=True):
                     if gradient is not None:
                         found[name] = found.get(name, 0) + gradient.float()
-        return divergence, {name: distributed.total(gradient) for name, gradient in found.items()}
+        return divergence, {name: distributed.total(gradient) / tokens for name, gradient in found.items()}
 
     @torch.no_grad()
     def _forward(self, batches: list[Batch], state: Tensors) -> list[list[torch.Tensor]]:
@@ -208,21 +208,21 @@ class NormTuning:
             states.append([self._run(layer, index, b[0], h) for b, h in zip(batches, states[-1], strict=True)])
         return states
 
-    def _at_top(self, batches: list[Batch], last: list[torch.Tensor]) -> tuple[float, list[torch.Tensor]]:
-        """The mean divergence over all processes, and its gradients at the last layer's outputs, batch by batch."""
-        own, gradients = 0.0, []
+    def _at_top(self, batches: list[Batch], last: list[torch.Tensor]) -> tuple[float, int, list[torch.Tensor]]:
+        """Over all processes, the mean divergence and the number of tokens; the gradients of its sum, by batch."""
+        divergences, gradients = [], []
         with self.streamed.outside_weights():
             at_once = tokens_at_once(self.streamed.skeleton)
             for (*_, wanted), states in zip(batches, last, strict=True):
                 flat = states.flatten(0, 1), wanted.flatten(0, 1)
                 divergence, gradient = divergence_gradient(self.streamed.logits, *flat, at_once)
-                own += divergence
+                divergences.append(divergence)
                 gradients.append(gradient.view_as(states))
-        numbers = torch.tensor([own, sum(states.shape[:-1].numel() for states in last)], dtype=torch.float64)
-        total, tokens = distributed.total(numbers).tolist()
+        own = torch.cat(divergences).cpu().double()
+        total, tokens = distributed.total(torch.tensor([own.sum(), len(own)], dtype=torch.float64)).tolist()
         if not math.isfinite(total):
             raise HiSVDError("The divergence from the original is NaN or infinite; use --refine none.")
-        return total / tokens, [gradient / tokens for gradient in gradients]
+        return total / tokens, int(tokens), gradients
 
     def _layer(self, index: int, state: Tensors) -> nn.Module:
         """Layer `index` of the compressed model, with the gains of `state`."""

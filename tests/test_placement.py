@@ -48,6 +48,7 @@ OUTPUTS = {
     for export, options in EXPORTS.items()
 } | {
     "svd.pt": ["--target_compression", "0.6", "--factors", "svd", "--whitening", "input", "--allocation", "hisvd"],
+    "norms": ["--target_compression", "0.6", "--update", "none", "--refine", "norms"],
     "plain.pt": ["--target_compression", "0.6", "--update", "none", "--whitening", "none", "--allocation", "uniform"],
 }
 # Where codes are fitted to the inputs; elsewhere they follow the plain rule, as fitting takes seconds.
