@@ -79,11 +79,13 @@ def test_chats_are_written_in_the_template_of_the_tokenizer(model_folders, token
         ("FOLDER/nothing", "neither a file, a folder"),
         (",", "neither a file, a folder"),
         ("FOLDER/bad.jsonl", "'messages'"),
+        ("FOLDER/silent.jsonl", "'messages'"),
     ],
 )
 def test_bad_sources(model_folders, sources, dataset, message):
     (sources / "empty").mkdir()
     (sources / "bad.jsonl").write_text('{"messages": [{"role": "user"}]}')
+    (sources / "silent.jsonl").write_text('{"messages": []}')
     expect_sentence(calibrated(model_folders["llama"], sources, dataset.replace("FOLDER", str(sources))), message)
 
 
