@@ -9,6 +9,7 @@ from conftest import IDS, run, saved_tensors
 from safetensors.torch import load_file, save_file
 
 import hisvd
+from hisvd.errors import HiSVDError
 from hisvd.utils import save_utils
 from hisvd.utils.model_folders import safetensors_header
 from hisvd.utils.safetensors_merge import merge_safetensors
@@ -78,3 +79,12 @@ def test_a_run_that_ends_while_files_are_packed_resumes(chain, model_folders, ca
     assert sorted(f.name for f in tmp_path.iterdir()) == ["clean", "out"]
     for file in clean.iterdir():
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_a_shard_that_is_cut_off_is_named_and_not_read_without_an_end(tmp_path):
+    shard = tmp_path / "shard.safetensors"
+    save_file({"weight": torch.ones(1000)}, shard)
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(HiSVDError, match=r"shard\.safetensors"):
+        merge_safetensors([shard], tmp_path / "all.safetensors")
+    assert not (tmp_path / "all.safetensors").exists()
