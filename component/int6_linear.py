@@ -83,7 +83,7 @@ class INT6SparseLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (..., n) to (..., m)."""
         tokens = x.numel() // self.in_features
-        few = tokens <= FEW_TOKENS and not (x.requires_grad and torch.is_grad_enabled())
+        few = 0 < tokens <= FEW_TOKENS and not (x.requires_grad and torch.is_grad_enabled())
         product = fused_product(x.device.type) if few else None
         if product:
             y = product(x.reshape(tokens, -1), self.packed_weight, self.metadata, self.scales).to(x.dtype)
