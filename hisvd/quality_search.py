@@ -159,6 +159,7 @@ class _Search:
 
         def made() -> Path:
             compress(self.model, self.cache, path, percent / 100, settings, self.resources)
+            distributed.wait()  # until the first process has put the model together
             return path
 
         try:
