@@ -155,15 +155,15 @@ def prepared(
     if distributed.is_first():
         missing = [w for w in writers.values() if not w.is_finished]
         if missing:
-            check_disk([folder for w in missing for folder in (w.folder, w.work)], _needed_bytes(job), "This")
+            folders = [folder for w in missing for folder in (w.folder, w.work)]
+            check_disk(folders, _needed_bytes(job, len(missing)), "This")
     distributed.wait()
     return job
 
 
-def _needed_bytes(job: CompressionJob) -> int:
-    """Bytes on disk of all targets: their weights (the result is made beside its shards), hidden states, INT6 codes."""
-    targets, identity = len(job.writers), job.cache.identity
-    models = targets + 1
+def _needed_bytes(job: CompressionJob, targets: int) -> int:
+    """Bytes on disk of so many targets: weights (the result is made beside its shards), hidden states, INT6 codes."""
+    identity, models = job.cache.identity, targets + 1
     streams = 0
     if job.settings.update == "sequential":
         tokens = identity["nsamples"] * identity["seqlen"]

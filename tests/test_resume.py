@@ -84,6 +84,17 @@ def test_a_kill_after_the_first_of_two_outputs_resumes_with_the_second(
     assert sorted(p.name for p in tmp_path.glob("out*")) == [f"out_50p{ending}", f"out_80p{ending}"]
 
 
+def test_finished_outputs_need_no_more_room(command, tmp_path, monkeypatch):
+    needed = []
+    monkeypatch.setattr(compression, "check_disk", lambda _, size, __: needed.append(size))
+    assert command("0.5", output="alone").code == 0
+    kill_once(monkeypatch, ModelWriter, "finish", lambda writer: "50p" in writer.output.name)
+    assert command("0.8,0.5").code == 130
+    assert command("0.8,0.5").code == 0
+    alone, both, resumed = needed
+    assert resumed == alone < both
+
+
 def test_a_finished_output_is_left_as_it_is(command, factored, tmp_path):
     assert command("0.6", "--update", "none").code == 0
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
