@@ -97,8 +97,8 @@ def evaluate(
 
     Raises:
         HiSVDError: a model, text or task cannot be read; weights are missing, left over or, with settings.verify,
-            damaged; windows are longer than the
-            model's positions or the text; the memory is too small; or a perplexity is not finite.
+            damaged; windows are longer than the model's positions or the text; the memory is too small; or a
+            perplexity is not finite.
 
     Example:
         >>> import hisvd
