@@ -96,6 +96,11 @@ def test_a_file_with_commas_and_weights_in_its_name_is_one_source(tmp_path):
     assert weighted_sources("wikitext2=3, c4") == {"wikitext2": 0.75, "c4": 0.25}
 
 
+def test_a_list_of_sources_may_be_longer_than_a_name_of_a_file():
+    names = [f"chats_of_customer_{i}.jsonl" for i in range(20)]
+    assert weighted_sources(",".join(names)) == dict.fromkeys(names, 1 / 20)
+
+
 @pytest.mark.parametrize("counts", [[6], [4, 2], [1, 10, 3], [5, 5, 5]])
 def test_every_stretch_holds_the_same_mix(counts):
     order = interleaved(counts)
