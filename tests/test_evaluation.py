@@ -383,9 +383,10 @@ def test_windows(tokenizer):
     assert tokenizer.decode(tokenize("word", tokenizer)) == "word"
 
 
-def test_layer_by_layer_files_of_one_name_are_two_data_sets(model_folders, tmp_path):
+@pytest.mark.parametrize("name", ["test.txt", "x" * 251 + ".txt"])
+def test_layer_by_layer_files_of_one_name_are_two_data_sets(model_folders, tmp_path, name):
     """The first is shorter than the second, whose hidden states must not be cut to its length."""
-    files = [tmp_path / language / "test.txt" for language in ("en", "de")]
+    files = [tmp_path / language / name for language in ("en", "de")]
     for file, repeats in zip(files, (60, 240), strict=True):
         file.parent.mkdir()
         file.write_text("An apple a day. " * repeats)
