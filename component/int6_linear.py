@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from hisvd.errors import first_line
 from hisvd.sparse_int6 import (
     CHUNK,
     COLUMNS,
@@ -139,7 +140,7 @@ def fused_product(device: str) -> Callable | None:
         compiled(torch.ones(1, 128, device=device), example.packed_weight, example.metadata, example.scales)
     except Exception as error:  # whatever a missing or broken compiler raises
         logging.getLogger("hisvd").warning(
-            "INT6 products of few tokens run without torch.compile, more slowly: %s", str(error).strip().split("\n")[0]
+            "INT6 products of few tokens run without torch.compile, more slowly: %s", first_line(error)
         )
         return None
     return compiled
