@@ -290,7 +290,8 @@ def exported_linears(exported: list[str], sublayers: list[Sublayer]) -> list[str
 def model_card(report: dict, original: Path) -> str:
     """README.md of a compressed folder; `original` is the folder of the model that was compressed."""
     source = report["source_model"]
-    name = source if HUB_ID.fullmatch(source) and not Path(source).exists() else Path(source).name
+    short = original.resolve().name if Path(source).name in ("", "..") else Path(source).name
+    name = source if HUB_ID.fullmatch(source) and not Path(source).exists() else short
     settings = "\n".join(f"| {key} | {value} |" for key, value in acting_settings(report["settings"]).items())
     entries = ModelCardData(
         base_model=name,
@@ -302,7 +303,7 @@ def model_card(report: dict, original: Path) -> str:
     content = f"""---
 {entries.to_yaml()}
 ---
-# {Path(source).name}, {report["linear_kept"]:.1%} of its linear weights
+# {short}, {report["linear_kept"]:.1%} of its linear weights
 
 Compressed without training by HiSVD {version("hisvd")} from `{name}`; the original's license applies.
 

@@ -29,7 +29,7 @@ from hisvd.moves import MOVES
 from hisvd.planning import Plan
 from hisvd.rank_metrics import RANK_METRICS
 from hisvd.refinement import MODULATIONS
-from hisvd.report import license_of, ranges, rank_table
+from hisvd.report import license_of, model_card, ranges, rank_table
 from hisvd.updates import UPDATES
 from hisvd.utils import progress
 from hisvd.utils.data_utils import PROTOCOLS
@@ -322,6 +322,9 @@ def test_the_card_names_the_original(chain, model_folders, tmp_path):
     card = ModelCard.load(out / "README.md")
     assert card.data.base_model == model_folders["llama"].name and card.data.library_name == "transformers"
     assert card.data.license is None and "lwe_strength" not in card.content and "| allocation | loss |" in card.content
+    report = json.loads((out / "hisvd.json").read_text()) | {"source_model": "."}
+    unnamed = model_card(report, model_folders["llama"])
+    assert ModelCard(unnamed).data.base_model == model_folders["llama"].name and "# llama, " in unnamed
 
 
 def test_the_card_takes_over_the_license(tokenizer, tmp_path):
