@@ -176,6 +176,17 @@ def test_a_kill_between_layers_that_lose_neurons(command, factored, tmp_path, mo
     assert any("stored_shape" in row for row in rows)
 
 
+def test_the_originals_states_of_a_run_alone_are_not_those_of_later_layers(command, tmp_path, monkeypatch):
+    """With several targets they lie in the first one's folder, and what is left in another's is of a layer below."""
+    for stop, targets, output in ((1, "0.5", "out_50p"), (3, "0.8,0.5", "out")):
+        with monkeypatch.context() as patch:
+            kill_once(patch, SequentialUpdate, "start", lambda update, index, stored, stop=stop: index == stop)
+            assert command(targets, output=output).code == 130
+    assert command("0.5", output="out_50p").code == 0
+    assert command("0.5", output="whole").code == 0
+    assert_same(tmp_path / "out_50p", tmp_path / "whole")
+
+
 def test_hidden_states_of_another_number_of_processes_do_not_outlive_a_run(command, tmp_path, monkeypatch):
     """Otherwise a run of that number could later take them for those of the layer at which it resumes."""
     kill_once(monkeypatch, ModelWriter, "write_shard", lambda writer, index, tensors: index == 2)
