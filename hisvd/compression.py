@@ -91,7 +91,7 @@ def compress(
     """
     cache = opened_cache(cache)
     plans = plan(cache, targets, settings)
-    with progress_shown(resources.progress), _locked([path for _, path in _outputs(output, plans, settings)]):
+    with progress_shown(resources.progress), outputs_locked([path for _, path in _outputs(output, plans, settings)]):
         job = prepared(model, cache, output, plans, settings, resources)
         open_job = _unfinished(job)
         if open_job.writers:
@@ -107,7 +107,7 @@ def _outputs(output: str | Path, plans: list[Plan], settings: CompressionSetting
 
 
 @contextmanager
-def _locked(paths: list[Path]) -> Iterator[None]:
+def outputs_locked(paths: list[Path]) -> Iterator[None]:
     """Within the context, hold the lock on every output that is not finished; of several processes, the first does.
 
     Raises:
