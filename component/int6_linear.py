@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from hisvd.errors import first_line
 from hisvd.sparse_int6 import (
     CHUNK,
     COLUMNS,
@@ -83,7 +84,7 @@ class INT6SparseLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (..., n) to (..., m)."""
         tokens = x.numel() // self.in_features
-        few = tokens <= FEW_TOKENS and not (x.requires_grad and torch.is_grad_enabled())
+        few = 0 < tokens <= FEW_TOKENS and not (x.requires_grad and torch.is_grad_enabled())
         product = fused_product(x.device.type) if few else None
         if product:
             y = product(x.reshape(tokens, -1), self.packed_weight, self.metadata, self.scales).to(x.dtype)
@@ -139,7 +140,7 @@ def fused_product(device: str) -> Callable | None:
         compiled(torch.ones(1, 128, device=device), example.packed_weight, example.metadata, example.scales)
     except Exception as error:  # whatever a missing or broken compiler raises
         logging.getLogger("hisvd").warning(
-            "INT6 products of few tokens run without torch.compile, more slowly: %s", str(error).strip().split("\n")[0]
+            "INT6 products of few tokens run without torch.compile, more slowly: %s", first_line(error)
         )
         return None
     return compiled

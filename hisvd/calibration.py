@@ -355,10 +355,10 @@ def _progress(title: str, done: int, total: int) -> Iterable[int]:
     return progress_bar(range(done, total), title, total=total, initial=done)
 
 
-# Names of the files that a run or a kill leaves in the cache folder besides the cache itself: Calibration's hidden
-# states and gradients, and half-written files of utils.files.
 # In a cache's identity: what they are of, and the option that says where that came from.
 FINGERPRINTS = {"model": ("model", "model_path"), "data": ("text", "dataset"), "held_out": ("held-out text", "dataset")}
+# Names of the files that a run or a kill leaves in the cache folder besides the cache itself: Calibration's hidden
+# states and gradients, and half-written files of utils.files.
 LOCK = ".lock"  # of the run that is at work on the folder
 ONE_OF = r"(_\d+_of_\d+)?"
 ACTIVATIONS = re.compile(rf"((hidden|gradient)({AGAIN})?{ONE_OF}_(even|odd)|inputs_\d{{3,}}{ONE_OF})\.bin")

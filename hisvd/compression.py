@@ -92,7 +92,7 @@ def compress(
     """
     cache = opened_cache(cache)
     plans = plan(cache, targets, settings)
-    with progress_shown(resources.progress), _locked([path for _, path in _outputs(output, plans, settings)]):
+    with progress_shown(resources.progress), outputs_locked([path for _, path in _outputs(output, plans, settings)]):
         job = prepared(model, cache, output, plans, settings, resources)
         open_job = _unfinished(job)
         if open_job.writers:
@@ -109,7 +109,7 @@ def _outputs(output: str | Path, plans: list[Plan], settings: CompressionSetting
 
 
 @contextmanager
-def _locked(paths: list[Path]) -> Iterator[None]:
+def outputs_locked(paths: list[Path]) -> Iterator[None]:
     """Within the context, hold the lock on every output that is not finished; of several processes, the first does.
 
     Raises:
@@ -157,15 +157,15 @@ def prepared(
     if distributed.is_first():
         missing = [w for w in writers.values() if not w.is_finished]
         if missing:
-            check_disk([folder for w in missing for folder in (w.folder, w.work)], _needed_bytes(job), "This")
+            folders = [folder for w in missing for folder in (w.folder, w.work)]
+            check_disk(folders, _needed_bytes(job, len(missing)), "This")
     distributed.wait()
     return job
 
 
-def _needed_bytes(job: CompressionJob) -> int:
-    """Bytes on disk of all targets: their weights (the result is made beside its shards), hidden states, INT6 codes."""
-    targets, identity = len(job.writers), job.cache.identity
-    models = targets + 1
+def _needed_bytes(job: CompressionJob, targets: int) -> int:
+    """Bytes on disk of so many targets: weights (the result is made beside its shards), hidden states, INT6 codes."""
+    identity, models = job.cache.identity, targets + 1
     streams, tokens = 0, identity["nsamples"] * identity["seqlen"]
     hidden = job.checkpoint.config.get_text_config().hidden_size
     if job.settings.update == "sequential":

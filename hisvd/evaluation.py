@@ -97,8 +97,8 @@ def evaluate(
 
     Raises:
         HiSVDError: a model, text or task cannot be read; weights are missing, left over or, with settings.verify,
-            damaged; windows are longer than the
-            model's positions or the text; the memory is too small; or a perplexity is not finite.
+            damaged; windows are longer than the model's positions or the text; the memory is too small; or a
+            perplexity is not finite.
 
     Example:
         >>> import hisvd
@@ -185,7 +185,7 @@ def compared_speeds(
 
     Returns:
         A dict for each model. Batches of 8 are the prompt's eighths, and decoding continues one or all of these.
-        "prompt_tokens": length of the prompt, from the first text.
+        "prompt_tokens": length of the model's prompt, from the first text.
         "prefill_tokens_per_s", "decode_tokens_per_s", the same with "_batch_8", "time_to_first_token_s": medians.
         "loading_peak_bytes", "running_peak_bytes", and the larger one as "peak_memory_bytes": what the model takes at
             most while it is loaded, and while it runs; absent where PyTorch does not count them (MPS).
@@ -212,9 +212,10 @@ def compared_speeds(
         speeds: list[dict] = []
         for group in [range(len(paths))] if together else [[i] for i in range(len(paths))]:
             chosen = [(paths[i], prompts[i]) for i in group]
-            for timed, peaks in speeds_of_group(chosen, device, settings.dtype):
+            measured = speeds_of_group(chosen, device, settings.dtype)
+            for (_, prompt), (timed, peaks) in zip(chosen, measured, strict=True):
                 rounds.append(timed)
-                speeds.append({"prompt_tokens": prompts[0].shape[1], "took_turns": together and len(names) > 1})
+                speeds.append({"prompt_tokens": prompt.shape[1], "took_turns": together and len(names) > 1})
                 speeds[-1] |= {name: median(values) for name, values in timed.items()} | peaks
     if settings.reference:
         first = names.index(os.fspath(settings.reference))

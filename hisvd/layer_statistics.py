@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from hisvd.cached_moments import input_mean, input_moment, output_gradient_moment, packed
-from hisvd.calibration_cache import ROUNDING, CalibrationCache
+from hisvd.calibration_cache import REMOVAL, ROUNDING, CalibrationCache
 from hisvd.component.adapter import Mlp
 from hisvd.gradient_pass import OutputGradientMoments
 from hisvd.input_moments import InputMoments
@@ -111,7 +111,7 @@ def neuron_statistics(
         found[path] = narrow_input_spectra(layer.get_parameter(f"{path}.weight"), root, metric, kept, mlp.fused)
     tensors = {f"{p}.narrow_singular_values": _stored(v[:, : sublayers[p].full_rank]) for p, v in found.items()}
     tensors[f"{mlp.output}.removal_order"] = order.int().cpu()
-    tensors[f"{mlp.output}.removal_losses"] = torch.stack([losses, guarded_losses]).cpu()
+    tensors[f"{mlp.output}.{REMOVAL}"] = torch.stack([losses, guarded_losses]).cpu()
     return tensors
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from hisvd.calibration_cache import CalibrationCache
-from hisvd.compression import CompressedModel, compress
+from hisvd.compression import CompressedModel, compress, outputs_locked
 from hisvd.errors import HiSVDError, TargetTooSmallError
 from hisvd.planning import opened_cache
 from hisvd.schema import NUMBER
@@ -70,19 +70,20 @@ def compress_within(
     if output.exists():
         raise HiSVDError(f"{output} already exists; delete it or choose another --save_model.")
     search = _Search(str(model), cache, output, settings, resources)
-    search.prepare()
-    quick = replace(settings, update="none", refine="none")
-    original = search.measured("original", lambda: local_folder(search.model))
-    bound = (1 + max_ppl_increase) * original
-    percent = smallest_within(lambda p: search.tried(p, quick, "tried") / original, 1 + max_ppl_increase)
-    while percent < 100 and search.tried(percent, settings, "made") > bound:
-        percent += 1
-    if percent == 100:
-        raise HiSVDError(
-            f"No smaller model was found whose perplexity on held-out text rises by at most {max_ppl_increase:g} (from "
-            f"{original:.2f}); allow more with --max_ppl_increase."
-        )
-    return search.finish(percent, max_ppl_increase)
+    with outputs_locked([output]):
+        search.prepare()
+        quick = replace(settings, update="none", refine="none")
+        original = search.measured("original", lambda: local_folder(search.model))
+        bound = (1 + max_ppl_increase) * original
+        percent = smallest_within(lambda p: search.tried(p, quick, "tried") / original, 1 + max_ppl_increase)
+        while percent < 100 and search.tried(percent, settings, "made") > bound:
+            percent += 1
+        if percent == 100:
+            raise HiSVDError(
+                f"No smaller model was found whose perplexity on held-out text rises by at most {max_ppl_increase:g} "
+                f"(from {original:.2f}); allow more with --max_ppl_increase."
+            )
+        return search.finish(percent, max_ppl_increase)
 
 
 def smallest_within(measure: Callable[[int], float], bound: float) -> int:
@@ -159,6 +160,7 @@ class _Search:
 
         def made() -> Path:
             compress(self.model, self.cache, path, percent / 100, settings, self.resources)
+            distributed.wait()  # until the first process has put the model together
             return path
 
         try:

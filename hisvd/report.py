@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from hisvd.calibration_cache import CalibrationCache
 from hisvd.component.experts import kind_of
+from hisvd.compression_figures import acting_settings
 from hisvd.exports import EXPORTS
 from hisvd.factor_forms import FORMS, coded_modules
 from hisvd.integer_codes import CODES, SCALE
@@ -27,7 +28,6 @@ from hisvd.utils.model_utils import Checkpoint
 from hisvd.utils.save_utils import PREDICTED, ModelWriter, is_pt
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-STAGES = ("rank_method", "alpha", "modulation", "lwe_strength", "tail_redundancy_weight", "cluster_by")  # settings
 INT6_KEYS = ("packed_weight", "metadata", "scales")
 # The last parts of names of tensors that do not show how many parameters they hold; of these, the plan says it.
 CODE_KEYS = (*CODES, SCALE, *INT6_KEYS)
@@ -294,8 +294,9 @@ def is_stock(report: dict) -> bool:
 def model_card(report: dict, original: Path) -> str:
     """README.md of a compressed folder; `original` is the folder of the model that was compressed."""
     source = report["source_model"]
-    name = source if HUB_ID.fullmatch(source) and not Path(source).exists() else Path(source).name
-    settings = "\n".join(f"| {key} | {value} |" for key, value in effective_settings(report["settings"]).items())
+    short = original.resolve().name if Path(source).name in ("", "..") else Path(source).name
+    name = source if HUB_ID.fullmatch(source) and not Path(source).exists() else short
+    settings = "\n".join(f"| {key} | {value} |" for key, value in acting_settings(report["settings"]).items())
     entries = ModelCardData(
         base_model=name,
         **license_of(original),
@@ -308,7 +309,7 @@ def model_card(report: dict, original: Path) -> str:
     content = f"""---
 {entries.to_yaml()}
 ---
-# {Path(source).name}, {report["linear_kept"]:.1%} of its linear weights
+# {short}, {report["linear_kept"]:.1%} of its linear weights
 
 Compressed {how}by HiSVD {version("hisvd")} from `{name}`; the original's license applies.
 
@@ -337,12 +338,3 @@ def license_of(original: Path) -> dict[str, Any]:
     with suppress(Exception):  # no card, or whatever a damaged one raises
         entries |= ModelCard.load(original / "README.md").data.to_dict()
     return {key: entries[key] for key in ("license", "license_name", "license_link") if entries.get(key)}
-
-
-def effective_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings without those that the others leave without effect."""
-    ignored: set[str] = set() if settings["allocation"] == "hisvd" else set(STAGES)
-    ignored |= set() if settings["allocation"] == "loss" else {"rank_multiple", "min_saving"}
-    ignored |= set() if settings["export"] == "int6" else {"int6_mode", "quality_gate_delta"}
-    ignored |= set() if settings["export"] == "plain" else {"width_multiple"}
-    return {key: value for key, value in settings.items() if key not in ignored and value is not None}

@@ -36,6 +36,7 @@ from hisvd.whitening_svd import cholesky_root, gram
 
 MU = 0.5  # fraction of the way to the original outputs
 GAMMA = 0.5  # fraction of the residual stream's error that is corrected
+ORIGINAL = "original"  # beginning of the names of files with the original model's hidden states
 RIDGE = 1e-1  # added to E[x' x'ᵀ] before it is inverted, as a fraction of its mean diagonal entry
 
 
@@ -132,9 +133,12 @@ class SequentialUpdate:
         # The files of a target that is further ahead hold hidden states of another layer.
         in_step = all(writer.shards_done() <= first_layer + 1 for writer in job.writers.values())
         if distributed.is_first():
-            for path in (path for writer in job.writers.values() for path in writer.work.glob("*.bin")):
-                if WORK_FILES.fullmatch(path.name) and not is_reusable(path, distributed.count()):
-                    path.unlink()
+            for place, writer in enumerate(job.writers.values()):
+                for path in filter(lambda path: WORK_FILES.fullmatch(path.name), writer.work.glob("*.bin")):
+                    # The original's states are in the first folder; a run of fewer targets may leave some elsewhere.
+                    is_misplaced = place > 0 and path.name.startswith(ORIGINAL)
+                    if is_misplaced or not is_reusable(path, distributed.count()):
+                        path.unlink()
         distributed.wait()  # until all have checked
         whole = first_layer > 0 and in_step and all(stream[first_layer].is_whole() for stream in self._all_streams())
         if distributed.everywhere(whole):
@@ -149,7 +153,7 @@ class SequentialUpdate:
             return self.streamed.pair(folder / distributed.own_name(name + suffix), self.tokens)
 
         folders = {target: writer.work for target, writer in self.job.writers.items()}
-        self.dense_stream = pair(next(iter(folders.values())), "original")
+        self.dense_stream = pair(next(iter(folders.values())), ORIGINAL)
         self.streams = {target: pair(folder, "hidden") for target, folder in folders.items()}
 
     def _begin(self, first_layer: int) -> None:

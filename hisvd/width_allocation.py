@@ -178,9 +178,8 @@ def loss_widths_and_ranks(
 ) -> tuple[list[int], list[int]]:
     """(width of every MLP, rank of every sublayer) that minimise the loss within the `budget` of what is stored.
 
-    `curves` holds the choices of the sublayers, None for members of MLPs. Where the budget holds all that lowers the
-    loss, the rest of it is spread evenly.
-    It holds at least `least_parameters`.
+    `curves` holds the choices of the sublayers, None for members of MLPs. The budget holds at least `least_parameters`;
+    where it holds all that lowers the loss, the rest of it is spread evenly.
     """
 
     def at(multiplier: float) -> Solution:

@@ -107,6 +107,13 @@ def test_compressed_model_is_that_of_one_process(cache, model_folders, tmp_path,
     torch.testing.assert_close(several, one, rtol=1e-3, atol=1e-3)
 
 
+def test_the_search_waits_for_the_process_that_assembles_a_model(cache, model_folders, tmp_path):
+    where = ["--model_path", model_folders["llama"], "--calib_cache", cache, "--max_ppl_increase", "0.001"]
+    options = ["--allocation", "uniform", "--update", "none"]
+    printed = in_processes(2, "compress", *where, *options, "--save_model", tmp_path / "several")
+    assert printed.count("Saved to") == 1 and [path.name for path in tmp_path.iterdir()] == ["several"]
+
+
 def test_perplexity_is_that_of_one_process(model_folders, tmp_path):
     where = ["--model_path", model_folders["llama"], "--datasets", "python-docs", "--seqlen", 32, "--nsamples", 3]
     printed = in_processes(2, "evaluate", *where, "--json", tmp_path / "several.json")

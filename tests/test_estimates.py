@@ -1,6 +1,7 @@
 """The dry run and the disk check agree with what a run takes; large results are split into several shards."""
 
 import json
+import os
 import shutil
 from collections import namedtuple
 
@@ -12,7 +13,7 @@ from transformers import LlamaConfig, MixtralConfig
 
 import hisvd
 from hisvd.estimates import RunSizes, activation_bytes, cache_bytes, estimated_stages, shapes_of, stream_bytes
-from hisvd.machine_rates import Rates, Work, measure_rates
+from hisvd.machine_rates import MOVED, Rates, Work, measure_rates
 from hisvd.utils import save_utils
 from hisvd.utils.activation_files import ActivationFile
 from hisvd.utils.model_utils import empty_model, open_checkpoint
@@ -140,10 +141,13 @@ def test_seconds_add_up_from_rates_and_scale_decompositions_from_the_nearest_siz
     assert rates.seconds(work) == 2 + 3 * 8 + 3 + 2 and rates.seconds(both) == 2 * rates.seconds(work)
 
 
-def test_rates_are_measured_for_all_that_is_to_be_done():
+def test_rates_are_measured_for_all_that_is_to_be_done(monkeypatch):
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.fstat(fd).st_size) or fsync(fd))
     work = Work(memory=1.0)
     work.products[torch.bfloat16] = 1.0
     work.decompositions["cholesky", torch.float64, 300] = 1
     rates = measure_rates(torch.device("cpu"), work)
     assert rates.products.keys() == {torch.bfloat16} and 0 < rates.seconds(work) < 60
     assert list(rates.decompositions) == [("cholesky", torch.float64, 256)]
+    assert synced == [MOVED], "a disk is as quick as what has reached it"

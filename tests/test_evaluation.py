@@ -381,3 +381,22 @@ def test_windows(tokenizer):
     with pytest.raises(HiSVDError, match="105 tokens"):
         evaluation_windows(text, 106, None, "t")
     assert tokenizer.decode(tokenize("word", tokenizer)) == "word"
+
+
+@pytest.mark.parametrize("name", ["test.txt", "x" * 251 + ".txt"])
+def test_layer_by_layer_files_of_one_name_are_two_data_sets(model_folders, tmp_path, name):
+    """The first is shorter than the second, whose hidden states must not be cut to its length."""
+    files = [tmp_path / language / name for language in ("en", "de")]
+    for file, repeats in zip(files, (60, 240), strict=True):
+        file.parent.mkdir()
+        file.write_text("An apple a day. " * repeats)
+    whole = hisvd.EvaluationSettings(seqlen=32)
+    by_layer = replace(whole, offload_folder=tmp_path / "offload")
+    found = [
+        hisvd.evaluate(model_folders["llama"], list(map(str, files)), settings, hisvd.Resources(progress=False))
+        for settings in (whole, by_layer)
+    ]
+    for file in map(str, files):
+        expected, streamed = (figures["perplexity"][file] for figures in found)
+        assert streamed["tokens_scored"] == expected["tokens_scored"]
+        assert streamed["nll"] == pytest.approx(expected["nll"], rel=1e-5)

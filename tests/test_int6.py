@@ -286,6 +286,11 @@ def test_module_of_a_linear_is_a_copy_and_only_linears_are_taken():
             INT6SparseLinear.from_dense(other)
 
 
+def test_no_tokens_give_no_outputs():
+    module = INT6SparseLinear.from_dense(linear(10, 64, bias=True))
+    assert module(normal(0, 64)).shape == (0, 10) and module(normal(2, 0, 64)).shape == (2, 0, 10)
+
+
 def test_gradients_reach_the_input():
     module, x = INT6SparseLinear.from_dense(linear(10, 64)), normal(2, 64).requires_grad_()
     module(x).sum().backward()

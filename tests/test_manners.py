@@ -22,13 +22,14 @@ from hisvd.allocations import ALLOCATIONS, CLUSTERINGS
 from hisvd.calibration_cache import read_cache
 from hisvd.cli.options import Option
 from hisvd.cli.programs import main as group
+from hisvd.compression_figures import acting_settings
 from hisvd.estimates import shapes_of
 from hisvd.factor_forms import FORMS
 from hisvd.moves import MOVES
 from hisvd.planning import Plan
 from hisvd.rank_metrics import RANK_METRICS
 from hisvd.refinement import MODULATIONS
-from hisvd.report import effective_settings, license_of, ranges, rank_table
+from hisvd.report import license_of, model_card, ranges, rank_table
 from hisvd.updates import UPDATES
 from hisvd.utils import progress
 from hisvd.utils.data_utils import PROTOCOLS
@@ -321,6 +322,9 @@ def test_the_card_names_the_original(chain, model_folders, tmp_path):
     card = ModelCard.load(out / "README.md")
     assert card.data.base_model == model_folders["llama"].name and card.data.library_name == "transformers"
     assert card.data.license is None and "lwe_strength" not in card.content and "| allocation | loss |" in card.content
+    report = json.loads((out / "hisvd.json").read_text()) | {"source_model": "."}
+    unnamed = model_card(report, model_folders["llama"])
+    assert ModelCard(unnamed).data.base_model == model_folders["llama"].name and "# llama, " in unnamed
 
 
 def test_the_card_takes_over_the_license(tokenizer, tmp_path):
@@ -342,5 +346,8 @@ def test_the_card_takes_over_the_license(tokenizer, tmp_path):
 
 def test_settings_without_effect_are_left_out():
     defaults = vars(hisvd.CompressionSettings(allocation="hisvd", whitening="input", moves="low_rank"))
-    shown = effective_settings(defaults)
+    shown = acting_settings(defaults)
     assert "alpha" in shown and not {"min_saving", "int6_mode", "width_multiple", "linear_dtype"} & shown.keys()
+    stock = vars(hisvd.CompressionSettings(allocation="loss", whitening="two_sided", moves="neurons", export="plain"))
+    shown = acting_settings(stock)
+    assert "width_multiple" in shown and not {"factors", "allocation", "rank_multiple", "alpha"} & shown.keys()

@@ -2,6 +2,7 @@
 
 import json
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from conftest import IDS, run, saved_tensors
 from safetensors.torch import load_file, save_file
 
 import hisvd
+from hisvd.errors import HiSVDError
 from hisvd.utils import save_utils
+from hisvd.utils.files import write_json
 from hisvd.utils.model_folders import safetensors_header
 from hisvd.utils.safetensors_merge import merge_safetensors
 
@@ -78,3 +81,41 @@ def test_a_run_that_ends_while_files_are_packed_resumes(chain, model_folders, ca
     assert sorted(f.name for f in tmp_path.iterdir()) == ["clean", "out"]
     for file in clean.iterdir():
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_packed_files_that_are_in_place_are_not_taken_for_shards(tmp_path, monkeypatch):
+    """A shard cut in two, of which one part fits beside the other shard: as many files as shards, of the same names."""
+    monkeypatch.setattr(save_utils, "MAX_SHARD_BYTES", 1000)
+    tensors = {"a": torch.ones(90), "b": torch.ones(200), "c": torch.ones(90)}
+
+    def writer():
+        return save_utils.ModelWriter(tmp_path / "out", {"linear_numbers_before": 1}, 2)
+
+    unfinished, move, moved = writer(), Path.rename, []
+    unfinished.write_shard(0, {"a": tensors["a"]})
+    unfinished.write_shard(1, {"b": tensors["b"], "c": tensors["c"]})
+    unfinished.pack()
+    assert [file.name for file in unfinished.weight_files()] == [unfinished._shard(index).name for index in range(2)]
+    write_json(unfinished.folder / "hisvd.json", unfinished.plan)
+
+    def interrupted(path, target):
+        moved.append(path)
+        if len(moved) == 2:
+            raise KeyboardInterrupt
+        return move(path, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rename", interrupted)
+        unfinished.finish()
+    writer().finish()
+    found = saved_tensors(tmp_path / "out")
+    assert found.keys() == tensors.keys() and all(torch.equal(found[name], t) for name, t in tensors.items())
+
+
+def test_a_shard_that_is_cut_off_is_named_and_not_read_without_an_end(tmp_path):
+    shard = tmp_path / "shard.safetensors"
+    save_file({"weight": torch.ones(1000)}, shard)
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(HiSVDError, match=r"shard\.safetensors"):
+        merge_safetensors([shard], tmp_path / "all.safetensors")
+    assert not (tmp_path / "all.safetensors").exists()

@@ -9,6 +9,7 @@ from conftest import expect_sentence, run, saved_tensors
 import hisvd
 from hisvd import CompressionSettings, Resources, quality_search
 from hisvd.quality_search import smallest_within
+from hisvd.utils.files import locked
 
 QUIET = Resources(progress=False)
 
@@ -60,6 +61,13 @@ def test_the_model_is_measured_and_stays_within_the_bound(model_folders, caches,
     assert figures.get(f"tried_{percent - 1}p", math.inf) > 1.01 * figures["original"]
     again = hisvd.compress(*where[:2], tmp_path / "again", percent / 100, settings, QUIET)[0]
     assert saved_tensors(again.path).keys() == saved_tensors(model.path).keys()
+
+
+def test_two_searches_for_one_output_do_not_mix(model_folders, caches, tmp_path):
+    where = (model_folders["llama"], caches["llama"], tmp_path / "out", 0.1)
+    with locked(tmp_path / ".out.lock", "out"), pytest.raises(hisvd.HiSVDError, match="Another run"):
+        hisvd.compress_within(*where, CompressionSettings(update="none"), QUIET)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_search_with_other_settings_and_a_foreign_folder_are_left_alone(model_folders, caches, tmp_path, monkeypatch):

@@ -84,6 +84,17 @@ def test_a_kill_after_the_first_of_two_outputs_resumes_with_the_second(
     assert sorted(p.name for p in tmp_path.glob("out*")) == [f"out_50p{ending}", f"out_80p{ending}"]
 
 
+def test_finished_outputs_need_no_more_room(command, tmp_path, monkeypatch):
+    needed = []
+    monkeypatch.setattr(compression, "check_disk", lambda _, size, __: needed.append(size))
+    assert command("0.5", output="alone").code == 0
+    kill_once(monkeypatch, ModelWriter, "finish", lambda writer: "50p" in writer.output.name)
+    assert command("0.8,0.5").code == 130
+    assert command("0.8,0.5").code == 0
+    alone, both, resumed = needed
+    assert resumed == alone < both
+
+
 def test_a_finished_output_is_left_as_it_is(command, factored, tmp_path):
     assert command("0.6", "--update", "none").code == 0
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
@@ -163,6 +174,17 @@ def test_a_kill_between_layers_that_lose_neurons(command, factored, tmp_path, mo
     assert_same(tmp_path / "out", tmp_path / "whole")
     rows = json.loads((tmp_path / "out" / "hisvd.json").read_text())["sublayers"]
     assert any("stored_shape" in row for row in rows)
+
+
+def test_the_originals_states_of_a_run_alone_are_not_those_of_later_layers(command, tmp_path, monkeypatch):
+    """With several targets they lie in the first one's folder, and what is left in another's is of a layer below."""
+    for stop, targets, output in ((1, "0.5", "out_50p"), (3, "0.8,0.5", "out")):
+        with monkeypatch.context() as patch:
+            kill_once(patch, SequentialUpdate, "start", lambda update, index, stored, stop=stop: index == stop)
+            assert command(targets, output=output).code == 130
+    assert command("0.5", output="out_50p").code == 0
+    assert command("0.5", output="whole").code == 0
+    assert_same(tmp_path / "out_50p", tmp_path / "whole")
 
 
 def test_hidden_states_of_another_number_of_processes_do_not_outlive_a_run(command, tmp_path, monkeypatch):

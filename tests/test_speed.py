@@ -6,8 +6,9 @@ import json
 import psutil
 import pytest
 import torch
-from conftest import expect_sentence, run
+from conftest import build_model, expect_sentence, run, short_text
 from test_evaluation import row_of
+from transformers import GPT2Config
 
 import hisvd
 from hisvd import evaluation
@@ -64,3 +65,26 @@ def test_peaks_of_a_process_that_fails_name_the_model(tmp_path, monkeypatch):
     monkeypatch.setattr(speed_utils, "MEASURE_PEAKS", "raise MemoryError")
     with pytest.raises(HiSVDError, match=r"nowhere.*--speed"):
         speed_utils.peaks_on_cpu(str(tmp_path / "nowhere"), "float32", torch.zeros(1, 8, dtype=torch.long))
+
+
+def test_a_prompt_may_take_all_positions(tmp_path, tokenizer, monkeypatch):
+    """GPT-2 has learned positions, and none for a token after them."""
+    config = GPT2Config(vocab_size=300, n_positions=64, n_embd=16, n_layer=1, n_head=2)
+    folder = build_model(config, tmp_path / "gpt2", tokenizer)
+    monkeypatch.setattr(evaluation, "peaks_on_cpu", lambda *_: {})
+    monkeypatch.setattr(speed_utils, "TIMED", dict.fromkeys(speed_utils.TIMED, lambda *_: 1.0))
+    settings = hisvd.EvaluationSettings(seqlen=64, speed=True)
+    texts = evaluation.load_texts([short_text()], settings)
+    (figures,) = evaluation.compared_speeds([folder], texts, settings, hisvd.Resources())
+    assert figures["prompt_tokens"] == 64
+
+
+def test_every_model_reports_the_length_of_its_own_prompt(model_folders, monkeypatch):
+    monkeypatch.setattr(evaluation, "peaks_on_cpu", lambda *_: {})
+    monkeypatch.setattr(speed_utils, "TIMED", dict.fromkeys(speed_utils.TIMED, lambda *_: 1.0))
+    monkeypatch.setattr(speed_utils, "run_once", lambda *_: None)
+    lengths = {str(model_folders["llama"]): 16, str(model_folders["qwen2"]): 24}
+    monkeypatch.setattr(evaluation, "prompt_for", lambda path, *_: torch.zeros(1, lengths[str(path)], dtype=torch.long))
+    settings = hisvd.EvaluationSettings(speed=True)
+    speeds = evaluation.compared_speeds(list(lengths), {}, settings, hisvd.Resources())
+    assert [figures["prompt_tokens"] for figures in speeds] == list(lengths.values())

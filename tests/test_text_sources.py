@@ -79,11 +79,13 @@ def test_chats_are_written_in_the_template_of_the_tokenizer(model_folders, token
         ("FOLDER/nothing", "neither a file, a folder"),
         (",", "neither a file, a folder"),
         ("FOLDER/bad.jsonl", "'messages'"),
+        ("FOLDER/silent.jsonl", "'messages'"),
     ],
 )
 def test_bad_sources(model_folders, sources, dataset, message):
     (sources / "empty").mkdir()
     (sources / "bad.jsonl").write_text('{"messages": [{"role": "user"}]}')
+    (sources / "silent.jsonl").write_text('{"messages": []}')
     expect_sentence(calibrated(model_folders["llama"], sources, dataset.replace("FOLDER", str(sources))), message)
 
 
@@ -92,6 +94,11 @@ def test_a_file_with_commas_and_weights_in_its_name_is_one_source(tmp_path):
     path.write_text("x")
     assert weighted_sources(str(path)) == {str(path): 1.0}
     assert weighted_sources("wikitext2=3, c4") == {"wikitext2": 0.75, "c4": 0.25}
+
+
+def test_a_list_of_sources_may_be_longer_than_a_name_of_a_file():
+    names = [f"chats_of_customer_{i}.jsonl" for i in range(20)]
+    assert weighted_sources(",".join(names)) == dict.fromkeys(names, 1 / 20)
 
 
 @pytest.mark.parametrize("counts", [[6], [4, 2], [1, 10, 3], [5, 5, 5]])

@@ -139,8 +139,8 @@ def _read_file(path: Path, reader: Callable[[TextIO], Iterable[Document]], limit
         raise HiSVDError(f"{path} is not UTF-8 text; convert it first.") from None
     except (ValueError, KeyError, TypeError, RecursionError):
         raise HiSVDError(
-            f"{path} must hold one JSON object on every line, with a 'text' string, or a list of 'messages' with "
-            "'role' and 'content' strings."
+            f"{path} must hold one JSON object on every line, with a 'text' string, or 'messages': a list of at "
+            "least one, with 'role' and 'content' strings."
         ) from None
     except OSError as error:
         raise HiSVDError(f"Cannot read {path}: {error.strerror}.") from None
@@ -169,6 +169,8 @@ def _json_lines(file: TextIO) -> Iterator[Document]:
             document = record["messages"] if "messages" in record else record["text"]
             if not isinstance(document, str):
                 _written(document)
+                if not document:
+                    raise ValueError("a chat without messages")
             yield document
 
 

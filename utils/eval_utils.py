@@ -111,7 +111,7 @@ def streamed_perplexity(streamed: StreamedModel, windows: torch.Tensor, name: st
     layers = streamed.checkpoint.config.get_text_config().num_hidden_layers
     with progress_bar(None, f"perplexity on {name}", total=layers, leave=False) as bar:
         if len(mine):
-            hidden = streamed.pair(folder / distributed.own_name(Path(name).name), mine)
+            hidden = streamed.pair(folder / distributed.own_name("hidden"), mine)
             arguments = streamed.embed(mine, hidden[0])
             total = streamed_loss(streamed, mine, hidden, arguments, layer_of)
     return _figures(total, mine[:, 1:].numel(), name)

@@ -120,7 +120,7 @@ def load(
     except torch.OutOfMemoryError:
         raise
     except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = expert_fault(name, config) if "automatic conversion" in str(error) else first_line(error)
+        reason = expert_fault(name) if "automatic conversion" in str(error) else first_line(error)
         raise HiSVDError(f"The model in {name} cannot be loaded: {reason}") from None
     check_all_loaded(info, name)
     return model.eval().to(place)
@@ -196,7 +196,7 @@ def refuse_tensors(missing: Collection[str], misshapen: Collection[str], surplus
         )
 
 
-def expert_fault(path: str, config: PreTrainedConfig) -> str:
+def expert_fault(path: str) -> str:
     """Why experts in the model folder `path` cannot be fused; transformers only says that they cannot.
 
     Raises:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hisvd.utils.files import atomic_path
-from hisvd.utils.model_folders import safetensors_header
+from hisvd.utils.model_folders import open_safetensors, safetensors_header
 
 CHUNK = 2**22  # bytes copied at once
 BITS = {"F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U16": 16}
@@ -17,11 +17,12 @@ def merge_safetensors(paths: Sequence[Path], output: Path) -> None:
     As safetensors itself does, tensors of wide dtypes come first, so that all are aligned.
 
     Raises:
-        HiSVDError: it cannot be written.
+        HiSVDError: it cannot be written, or one of the files is truncated.
     """
     found = []
     for path in paths:
-        start, header = safetensors_header(path)
+        with open_safetensors(path):  # else what a truncated one lacks would be waited for below
+            start, header = safetensors_header(path)
         found += [(name, path, start, entry) for name, entry in header.items() if name != "__metadata__"]
     found.sort(key=lambda tensor: (-BITS.get(tensor[3]["dtype"], 8), tensor[0]))
     entries: dict[str, dict] = {"__metadata__": {"format": "pt"}}

@@ -183,9 +183,12 @@ class ModelWriter:
         """Replace the shards by what `pack` has made of them."""
         if not self.packed.is_dir():
             return
-        for path in self.shard_files():
-            path.unlink()
-        for path in self.packed.glob("*.safetensors"):
+        packed = sorted(self.packed.glob("*.safetensors"))
+        # Once the first is moved, the shards are gone, and what has the name of one is a packed file of a killed run.
+        if packed and packed[0].name.startswith((SINGLE_NAME, "model-00001-")):
+            for path in self.shard_files():
+                path.unlink()
+        for path in packed:
             path.rename(self.folder / path.name)
         with suppress(OSError):  # not empty
             self.packed.rmdir()

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from hisvd.errors import HiSVDError
 from hisvd.utils.load_utils import load
 from hisvd.utils.memory import release_freed_memory
-from hisvd.utils.model_utils import resolve_dtype
+from hisvd.utils.model_utils import positions_of, resolve_dtype
 from hisvd.utils.progress import progress_bar
 
 PROMPT_TOKENS = 512  # unless --seqlen says otherwise
@@ -93,8 +93,10 @@ TIMED: dict[str, Callable[[PreTrainedModel, torch.Tensor], float]] = {
 @torch.inference_mode()
 def run_once(model: PreTrainedModel, prompt: torch.Tensor) -> None:
     """Prefill and decode a little at both batch sizes: what warms up, and what the peak of running is measured on."""
+    limit = positions_of(model.config)
     for ids in (prompt, rows_of(prompt, BATCH)):
-        generate(model, ids, 2)
+        # The second new token takes a position after the prompt, where there may be none.
+        generate(model, ids, 2 if limit is None or ids.shape[1] < limit else 1)
 
 
 @torch.inference_mode()

@@ -65,7 +65,7 @@ class StreamedModel:
         """Build the model without weights."""
         self.checkpoint, self.batch_size, self.device, self.dtype = checkpoint, batch_size, device, dtype
         self._memory_left = activation_budget
-        self._files: dict[Path, ActivationFile] = {}
+        self._files: dict[tuple[Path, torch.Size], ActivationFile] = {}
         self.skeleton = empty_model(checkpoint.config)
         self.adapter = adapter_for(self.skeleton)
         inside = set(self._layers().modules())
@@ -133,12 +133,13 @@ class StreamedModel:
 
     def file(self, path: Path, tokens: torch.Tensor) -> ActivationFile:
         """The file at `path` for a hidden state per token of `tokens` (sequences, seqlen)."""
-        if path not in self._files:
+        key = path, tokens.shape
+        if key not in self._files:
             width = self.checkpoint.config.get_text_config().hidden_size
             size = tokens.numel() * width * self.dtype.itemsize
-            self._files[path] = ActivationFile(path, (*tokens.shape, width), self.dtype, size <= self._memory_left)
+            self._files[key] = ActivationFile(path, (*tokens.shape, width), self.dtype, size <= self._memory_left)
             self._memory_left -= size if size <= self._memory_left else 0
-        return self._files[path]
+        return self._files[key]
 
     def read(self, file: ActivationFile) -> Iterator[torch.Tensor]:
         """Consecutive batches of a file."""

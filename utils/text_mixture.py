@@ -1,7 +1,7 @@
 """Calibration text from several sources, each with a share of the windows."""
 
 import math
-from pathlib import Path
+import os
 
 from hisvd.errors import HiSVDError
 
@@ -14,10 +14,11 @@ def weighted_sources(dataset: str) -> dict[str, float]:
     Raises:
         HiSVDError: a weight is not a positive number, or a source is named twice.
     """
-    parts = [dataset] if Path(dataset).exists() else [part.strip() for part in dataset.split(",") if part.strip()]
+    # Not Path.exists, which raises where a list is longer than any name of a file.
+    parts = [dataset] if os.path.exists(dataset) else [part.strip() for part in dataset.split(",") if part.strip()]
     sources: dict[str, float] = {}
     for part in parts or [dataset]:
-        name, _, text = (part, "", "") if Path(part).exists() else part.rpartition("=")
+        name, _, text = (part, "", "") if os.path.exists(part) else part.rpartition("=")
         name, weight = (name, _weight(text)) if name and text else (part, 1.0)
         if not 0 < weight < math.inf:
             raise HiSVDError(f"--dataset {part!r} has no positive weight; write NAME=2,FILE=1, say.")
