@@ -61,7 +61,7 @@ class CalibrationSettings:
         sampling: "random" (windows drawn with `seed`) or "first" (from the start of the text). Default: "random".
         seed: Seed of the random windows. Default: 3.
         gradients: Whether the second moments of the output gradients are measured too. Two-sided whitening needs them,
-            and the "loss" allocation estimates the loss by them. Without, calibration takes a third of the time.
+            and the "loss" allocation estimates the loss by them. Without, calibration takes about half of the time.
             Default: True.
         grad_nsamples: Gradients use the first `grad_nsamples` windows, or all if there are fewer. Default: 64.
         batch_size: Sequences per forward pass. None (the default): as many as have about 4096 tokens.

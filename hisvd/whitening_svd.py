@@ -56,8 +56,8 @@ class SecondMoment(NamedTuple):
     def projection(self, left: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(R⁻ᵀ U, R U), both up to one factor, for U (n, r)."""
         root = self.root
-        if root.max() < VANISHING:
-            root = root / root.max()
+        if root.abs().max() < VANISHING:
+            root = root / root.abs().max()
         outer, inner = torch.linalg.solve_triangular(root.T, left, upper=True), root @ left
         if self.order is None:
             return outer, inner
