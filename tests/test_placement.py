@@ -262,6 +262,8 @@ def test_calibration(chain):
 
 @pytest.mark.parametrize("output", OUTPUTS)
 def test_compression(chain, output):
+    if output == "norms" and chain.family != "mixtral":
+        pytest.skip("takes long, and one family shows where things are")
     chain.compress(output)
     chain.assert_same_tensors(f"{output}*")
 
