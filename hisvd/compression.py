@@ -228,8 +228,7 @@ def _finish(job: CompressionJob, target: float, writer: ModelWriter, found: dict
         if job.settings.gated:
             found = found | {"quality_gate": export_within(job, target, writer)}
         writer.pack()
-        stock = job.export.multiply or job.export.stock
-        modules = {} if stock else job.plans[target].modules(job.cache.sublayers)
+        modules = job.plans[target].modules(job.cache.sublayers) if job.export.needs_hisvd else {}
         report, codes = finished_report(writer, job.checkpoint, found)
         for name, form in codes.items():
             modules[name] = modules.get(name, {}) | {"form": form}

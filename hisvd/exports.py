@@ -18,6 +18,11 @@ class Export(NamedTuple):
     encode: Callable[[Entries, torch.Tensor | None], Entries] | None = None
     stock: bool = False
 
+    @property
+    def needs_hisvd(self) -> bool:
+        """Whether the result loads only where hisvd is installed."""
+        return not (self.multiply or self.stock)
+
 
 EXPORTS = {
     "none": Export(),

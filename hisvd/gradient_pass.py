@@ -13,7 +13,7 @@ from hisvd.errors import HiSVDError
 from hisvd.rare_experts import pool_rare
 from hisvd.utils import distributed
 from hisvd.utils.eval_utils import tokens_at_once
-from hisvd.utils.streaming import Arguments, StreamedModel
+from hisvd.utils.streaming import Arguments, StreamedModel, run_layer
 from hisvd.whitening_svd import gram
 
 DRAWN = 32  # tokens drawn from each prediction
@@ -117,11 +117,10 @@ def input_gradients(
     Raises:
         HiSVDError: a gradient is not finite; the layer is named.
     """
-    for hidden, (args, kwargs), gradient in zip(inputs, arguments, output_gradients, strict=True):
+    for hidden, others, gradient in zip(inputs, arguments, output_gradients, strict=True):
         hidden.requires_grad_()
         with torch.enable_grad():
-            output = layer(hidden, *args, **kwargs)
-            output = output[0] if isinstance(output, tuple) else output
+            output = run_layer(layer, hidden, others)
         reached = [path for path in moments.paths if path in moments.outputs]  # some experts may receive no token
         outputs = [moments.outputs.pop(path) for path in reached]
         below, *at_linears = torch.autograd.grad(output, [hidden, *outputs], gradient)

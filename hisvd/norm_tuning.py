@@ -23,7 +23,7 @@ from hisvd.utils.eval_utils import tokens_at_once
 from hisvd.utils.files import write_tensors
 from hisvd.utils.progress import progress_bar
 from hisvd.utils.save_utils import ModelWriter
-from hisvd.utils.streaming import StreamedModel
+from hisvd.utils.streaming import StreamedModel, run_layer
 
 STEPS = 24
 TOKENS_PER_STEP = 4096
@@ -189,7 +189,7 @@ class NormTuning:
             gains = {self._stored(index, name): gain.requires_grad_() for name, gain in norm_gains(layer).items()}
             for place, (number, *_) in enumerate(batches):
                 with torch.enable_grad():
-                    output = self._run(layer, index, number, hidden[place].requires_grad_())
+                    output = run_layer(layer, hidden[place].requires_grad_(), self.arguments[index][number])
                 sources = [hidden[place], *gains.values()]
                 # Some families have norms that they do not use.
                 below, *at_gains = torch.autograd.grad(output, sources, gradients[place], allow_unused=True)
@@ -205,7 +205,8 @@ class NormTuning:
         states = [[hidden for _, hidden, _ in batches]]
         for index in range(self.cache.num_layers):
             layer = self._layer(index, state)
-            states.append([self._run(layer, index, b[0], h) for b, h in zip(batches, states[-1], strict=True)])
+            before = zip(batches, states[-1], strict=True)
+            states.append([run_layer(layer, hidden, self.arguments[index][b[0]]) for b, hidden in before])
         return states
 
     def _at_top(self, batches: list[Batch], last: list[torch.Tensor]) -> tuple[float, int, list[torch.Tensor]]:
@@ -231,11 +232,6 @@ class NormTuning:
         for name, gain in norm_gains(layer).items():
             gain.copy_(state[f"gain.{self._stored(index, name)}"])
         return layer
-
-    def _run(self, layer: nn.Module, index: int, number: int, hidden: torch.Tensor) -> torch.Tensor:
-        args, kwargs = self.arguments[index][number]
-        output = layer(hidden, *args, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
 
     def _stored(self, index: int, name: str) -> str:
         return self.job.checkpoint.stored_name(f"{self.streamed.layer_name(index)}.{name}")

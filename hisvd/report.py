@@ -285,12 +285,6 @@ def exported_linears(exported: list[str], sublayers: list[Sublayer]) -> list[str
     return [f"  {kind} of {layers_called(sorted(set(numbers)))}" for kind, numbers in layers.items()]
 
 
-def is_stock(report: dict) -> bool:
-    """Whether the model of a report loads without hisvd."""
-    export = EXPORTS[report["settings"]["export"]]
-    return export.multiply or export.stock
-
-
 def model_card(report: dict, original: Path) -> str:
     """README.md of a compressed folder; `original` is the folder of the model that was compressed."""
     source = report["source_model"]
@@ -305,7 +299,7 @@ def model_card(report: dict, original: Path) -> str:
         tags=["hisvd", "low-rank", "compression"],
     )
     how = "" if "norm_tuning" in report else "without training "
-    needs = "" if is_stock(report) else "  # the package hisvd must be installed"
+    needs = "  # the package hisvd must be installed" if EXPORTS[report["settings"]["export"]].needs_hisvd else ""
     content = f"""---
 {entries.to_yaml()}
 ---

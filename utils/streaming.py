@@ -47,6 +47,13 @@ def decoder_layers(model: PreTrainedModel, adapter: Adapter) -> nn.ModuleList:
     return layers
 
 
+def run_layer(layer: nn.Module, hidden: torch.Tensor, arguments: Arguments) -> torch.Tensor:
+    """The hidden states after decoder layer `layer`, which some families' layers return in a tuple."""
+    args, kwargs = arguments
+    output = layer(hidden, *args, **kwargs)
+    return output[0] if isinstance(output, tuple) else output
+
+
 class StreamedModel:
     """A causal language model with one decoder layer at a time in memory, or what lies outside the layers.
 
@@ -206,10 +213,9 @@ class StreamedModel:
         Raises:
             HiSVDError: an output is not finite; the layer is named.
         """
-        for hidden, (args, kwargs) in zip(self.read(inputs), arguments, strict=True):
+        for hidden, others in zip(self.read(inputs), arguments, strict=True):
             with torch.no_grad():
-                output = layer(hidden, *args, **kwargs)
-            output = output[0] if isinstance(output, tuple) else output
+                output = run_layer(layer, hidden, others)
             if not torch.isfinite(output).all():
                 raise HiSVDError(
                     f"The activations after {self.layer_name(index)} are NaN or infinite; check the checkpoint, "

@@ -10,7 +10,6 @@ from hisvd.exports import EXPORTS
 from hisvd.planning import plan
 from hisvd.report import (
     int6_summary,
-    is_stock,
     parameter_table,
     plan_report,
     rank_table,
@@ -50,7 +49,7 @@ def next_steps(original: str, model: CompressedModel) -> str:
     """What can be done with a finished model, a line each; a named data set has a split of its own to evaluate on."""
     dataset = model.report["calibration"].get("dataset")
     texts = f" --datasets {dataset}" if dataset in EVALUATION_SPLIT else ""
-    needs = "" if is_stock(model.report) else " (hisvd must be installed)"
+    needs = " (hisvd must be installed)" if EXPORTS[model.report["settings"]["export"]].needs_hisvd else ""
     lines = [f"Next: {command('evaluate', model_path=original)} --model_path {quote(str(model.path))}{texts}"]
     if model.path.suffix == ".pt":
         return f"{lines[0]}\nIn Python: hisvd.load({str(model.path)!r})"
