@@ -13,10 +13,10 @@ from hisvd.exports import EXPORTS
 from hisvd.factoring import CompressionJob, factor_layer
 from hisvd.int6_gate import export_within
 from hisvd.layer_tensors import layer_tensor_names
-from hisvd.norm_tuning import tune_norms
 from hisvd.planning import Plan, opened_cache, plan
 from hisvd.report import finished_report, model_card, plan_report
 from hisvd.settings import CompressionSettings, Resources
+from hisvd.tuning import state_bytes, tune
 from hisvd.updates import UPDATES
 from hisvd.utils import distributed
 from hisvd.utils.files import check_disk, is_left_behind, locked, make_folder
@@ -35,7 +35,7 @@ class CompressedModel:
         report: What its hisvd.json says: "linear_kept" (share of the linear parameters that are stored), "model_kept"
             (share of all parameters), "weight_bytes_before" and "weight_bytes_after" (of a .pt, those of the shards
             that are packed into it), "settings", "calibration", one row per linear in "sublayers", and for INT6 "int6"
-            and "quality_gate", and for `refine` "norm_tuning".
+            and "quality_gate", and for `refine` "tuning".
     """
 
     path: Path
@@ -141,6 +141,8 @@ def prepared(
     checkpoint = open_checkpoint(str(model))
     check_same_model(cache, checkpoint)
     side_files(checkpoint.folder)  # refuses now what it would refuse at the end
+    if settings.refine != "none":
+        cache.read_held_out()
     if cache.identity["nsamples"] < distributed.count():
         raise HiSVDError(
             f"{cache.folder} holds {cache.identity['nsamples']} sequences, fewer than the {distributed.count()} "
@@ -171,7 +173,9 @@ def _needed_bytes(job: CompressionJob, targets: int) -> int:
     if job.settings.update == "sequential":
         streams = stream_bytes(hidden, tokens, job.cache.dtype, targets)
     if job.settings.refine != "none":
-        streams += 3 * targets * tokens * hidden * job.cache.dtype.itemsize
+        streams += 3 * targets * (tokens + job.cache.read_held_out().numel()) * hidden * job.cache.dtype.itemsize
+    if job.settings.refine == "weights":
+        streams += state_bytes([sum(map(plan.parameters_of, job.cache.sublayers)) for plan in job.plans.values()])
     codes = EXPORTS[job.settings.export].encode is not None
     return int(job.checkpoint.count_bytes() * (models + 0.25 * codes * targets)) + streams
 
@@ -219,7 +223,7 @@ def _refined(job: CompressionJob, target: float, writer: ModelWriter) -> dict[st
     changes = job.encodes or any(map(job.plans[target].changes, job.cache.sublayers))
     if job.settings.refine == "none" or writer.is_complete or not changes:
         return {}
-    return {"norm_tuning": tune_norms(job, target, writer)}
+    return {"tuning": tune(job, target, writer)}
 
 
 def _finish(job: CompressionJob, target: float, writer: ModelWriter, found: dict[str, dict]) -> dict:

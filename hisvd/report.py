@@ -298,7 +298,7 @@ def model_card(report: dict, original: Path) -> str:
         pipeline_tag="text-generation",
         tags=["hisvd", "low-rank", "compression"],
     )
-    how = "" if "norm_tuning" in report else "without training "
+    how = "" if "tuning" in report else "without training "
     needs = "  # the package hisvd must be installed" if EXPORTS[report["settings"]["export"]].needs_hisvd else ""
     content = f"""---
 {entries.to_yaml()}

@@ -129,8 +129,9 @@ class CompressionSettings:
             whitening, if the cache knows what neurons are worth, else "low_rank".
         update: "sequential" fits every layer to what the compressed layers below it deliver; "none" decomposes each
             matrix once for all targets, which is much quicker (UPDATES). Default: "sequential".
-        refine: "norms" then trains the gains of the layers' norms on the calibration text, so that the model predicts
-            what the original does (hisvd.norm_tuning); "none" trains nothing. Default: "none".
+        refine: What is then trained on the calibration text, so that the model predicts what the original does
+            (hisvd.tuning): "norms" the gains of the layers' norms, "weights" these and the layers' linear weights,
+            "none" nothing. Default: "none".
         rank_multiple: Ranks, and widths of MLPs that lose neurons, are multiples of this, as kernels and quantizers
             like them; with allocation "loss". None (the default): 8 with that allocation, where every linear has at
             least 128 inputs and outputs (32 with weights in integers), else 1.
@@ -217,6 +218,12 @@ class CompressionSettings:
             raise HiSVDError(
                 f"--target_bytes chooses how every linear is stored, so it does not go with {other}; leave one of them "
                 "out."
+            )
+        encoded = self.linear_dtype in INTEGERS or self.budget == "bytes" or (self.export == "int6" and not self.gated)
+        if self.refine == "weights" and (encoded or self.export == "dense"):
+            raise HiSVDError(
+                "--refine weights trains weights as they are stored, so it goes neither with integers (--linear_dtype, "
+                "--target_bytes, --export int6 without a gate) nor with --export dense; use --refine norms."
             )
         if self.linear_dtype and self.export == "int6":
             raise HiSVDError("--export int6 stores linears in a format of its own; leave --linear_dtype out.")

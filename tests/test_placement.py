@@ -20,7 +20,6 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig
 
-from hisvd.norm_tuning import STEPS
 from hisvd.pivoting import pack_pivoted
 
 # In older versions attention makes its causal mask in C++, to which the fake accelerator is a CPU.
@@ -35,7 +34,7 @@ FAMILIES = {
     "gpt2": GPT2Config(vocab_size=300, n_embd=64, n_inner=64, n_layer=2, n_head=4, **TINY),
 }
 MATRICES = {"llama": 14, "mixtral": 20, "gpt2": 8}
-PASSES = {"norms": 2 * STEPS + 1}  # that read all weights again, by output
+PASSES = {"norms": 6, "weights": 6}  # that read all weights again, by output
 WAITS = 32  # per matrix, at one place: less than a loop over its columns or chunks would make
 EXPORTS = {
     "none": ["--target_compression", "0.8,0.5"],
@@ -51,6 +50,7 @@ OUTPUTS = {
 } | {
     "svd.pt": ["--target_compression", "0.6", "--factors", "svd", "--whitening", "input", "--allocation", "hisvd"],
     "norms": ["--target_compression", "0.6", "--update", "none", "--refine", "norms"],
+    "weights": ["--target_compression", "0.6", "--update", "none", "--refine", "weights"],
     "plain.pt": ["--target_compression", "0.6", "--update", "none", "--whitening", "none", "--allocation", "uniform"],
 }
 # Where codes are fitted to the inputs; elsewhere they follow the plain rule, as fitting takes seconds.
@@ -262,7 +262,7 @@ def test_calibration(chain):
 
 @pytest.mark.parametrize("output", OUTPUTS)
 def test_compression(chain, output):
-    if output == "norms" and chain.family != "mixtral":
+    if output in PASSES and chain.family != "mixtral":
         pytest.skip("takes long, and one family shows where things are")
     chain.compress(output)
     chain.assert_same_tensors(f"{output}*")

@@ -29,7 +29,8 @@ PROBE = r"\.hisvd_probe_\d+"  # of files.make_folder
 START_FILES = re.compile(rf"{PROBE}|\.{re.escape(PLAN)}\.tmp")
 WORK_FILES = re.compile(
     rf"{START_FILES.pattern}|{re.escape(PLAN)}|\.?{re.escape(WRITTEN)}(\.tmp)?|int6_gate\.json|int6_.+\.safetensors|\.int6_.+\.tmp"
-    r"|(hidden|original|held_out)\w*\.bin|norms\.safetensors|\.norms\.safetensors\.tmp"
+    r"|(hidden|original|held_out)\w*\.bin|tuned_\d+_\d+\.safetensors|\.tuned_.+\.tmp"
+    r"|\.?tuning\.json(\.tmp)?"
 )
 PACKED_FILES = re.compile(rf"{PROBE}|\.?model(-\d{{5}}-of-\d{{5}})?\.safetensors(\.tmp)?")
 COUNTED = ("linear_numbers_after", "linear_kept")  # in a finished report these are what the shards hold

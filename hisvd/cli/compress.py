@@ -126,8 +126,8 @@ def unless_plan_only(context: click.Context, option: click.Parameter, value: str
     "--refine",
     type=click.Choice(choices.REFINEMENTS),
     default="none",
-    help="norms: then train the gains of the norms on the calibration text, so that the model predicts what the "
-    "original does.",
+    help="Then train a part of the model on the calibration text, so that it predicts what the original does. norms: "
+    "the gains of the layers' norms; weights: these and the layers' linear weights.",
 )
 @option(
     "--export",

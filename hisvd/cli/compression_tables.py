@@ -38,9 +38,12 @@ def print_model(model: CompressedModel, cache: CalibrationCache) -> dict:
         say(int6_summary(model.report, cache.sublayers))
     if "quality_search" in model.report:
         say(search_summary(model.report))
-    if "norm_tuning" in model.report:
-        before, after = (model.report["norm_tuning"][f"divergence_{when}"] for when in ("before", "after"))
-        say(f"Norms tuned: divergence from the original's predictions {before:.4f} → {after:.4f} nats per token")
+    if "tuning" in model.report:
+        before, after = (model.report["tuning"][f"divergence_{when}"] for when in ("before", "after"))
+        say(
+            f"Tuned {model.report['settings']['refine']}: divergence from the original's predictions on held-out text "
+            f"{before:.4f} → {after:.4f} nats per token"
+        )
     say(f"Saved to {model.path}", always=True)
     return model.report
 

@@ -1,0 +1,267 @@
+"""Train the layers of a compressed model, so that it predicts what the original does.
+
+Adam lowers the KL divergence of its predictions from the original's on the calibration text, read once. A layer's state
+lies on disk between its turns. Sources: knowledge distillation, arXiv 1503.02531, on all weights of the layers; Norm
+Tweaking, arXiv 2309.02784, on the gains of the norms alone.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from hisvd.errors import HiSVDError
+from hisvd.factoring import CompressionJob, Tensors
+from hisvd.layer_tensors import compressed_layer, norm_gains, stored_prefix
+from hisvd.utils import distributed
+from hisvd.utils.eval_utils import tokens_at_once
+from hisvd.utils.files import read_json, write_json, write_tensors
+from hisvd.utils.model_folders import open_safetensors
+from hisvd.utils.progress import progress_bar
+from hisvd.utils.save_utils import ModelWriter
+from hisvd.utils.streaming import Arguments, StreamedModel, run_layer
+
+TOKENS_PER_STEP = 4096
+# Of the first step; they fall to zero like a cosine.
+GAIN_RATE = 5e-3  # as a fraction of a norm's gain
+WEIGHT_RATE = 3e-4  # as a fraction of the root mean square of a weight's entries
+BETAS = (0.9, 0.95)  # Adam's
+
+
+class Batch(NamedTuple):
+    """Sequences: embedded, after the original's last layer, and what each layer gets besides hidden states."""
+
+    embedded: torch.Tensor
+    wanted: torch.Tensor
+    arguments: tuple[Arguments, ...]
+
+
+def tune(job: CompressionJob, target: float, writer: ModelWriter) -> dict:
+    """Replace what `refine` names in the shards of `writer`; returns what the report says of it.
+
+    If the divergence on held-out text is not lower in the end, the shards stay as they were. Memory: one decoder layer
+    with its gradients and Adam's moments, and for one step's tokens their hidden states at every layer. Disk: see
+    `state_bytes`. A killed run resumes at the step that it was in. Several processes share the tokens of every step.
+
+    Raises:
+        HiSVDError: nothing of the layers can be trained, the loss is not finite, or see StreamedModel.
+    """
+    tuning = Tuning(job, target, writer)
+    figures, steps = tuning.figures, tuning.num_steps
+    if "divergence_after" not in figures:
+        tuning.run_original()
+        if "divergence_before" not in figures:
+            tuning.record(divergence_before=tuning.held_out_divergence())
+        with progress_bar(None, f"tuning {job.settings.refine}", total=steps, initial=tuning.done) as bar:
+            for batch in itertools.islice(tuning.batches(), tuning.done, steps):
+                tuning.step(batch)
+                bar.set_postfix(divergence=figures["divergences"][-1])
+                bar.update()
+        tuning.record(divergence_after=tuning.held_out_divergence())
+    if figures["divergence_after"] < figures["divergence_before"]:
+        tuning.write()
+    return figures | {"divergence_after": min(figures["divergence_after"], figures["divergence_before"])}
+
+
+def adam_step(
+    value: torch.Tensor, gradient: torch.Tensor, mean: torch.Tensor, square: torch.Tensor, step: int, size: torch.Tensor
+) -> None:
+    """Step number `step`, from 0, of Adam, in place, by at most about `size` (a scalar, or one per entry)."""
+    mean.lerp_(gradient, 1 - BETAS[0])
+    square.lerp_(gradient.square(), 1 - BETAS[1])
+    root = (square / (1 - BETAS[1] ** (step + 1))).sqrt_().clamp_min_(torch.finfo(torch.float32).tiny)
+    value -= size * mean / root / (1 - BETAS[0] ** (step + 1))
+
+
+def divergence_gradient(
+    logits_of: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor, wanted: torch.Tensor, at_once: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL(p ‖ q) of every token (tokens,) in float32, and the gradients (tokens, hidden) of its sum at `states`.
+
+    `logits_of` gives the logits of hidden states (tokens, hidden): p from `wanted`, q from `states`.
+    """
+    divergences, gradients = [], []
+    for part, part_wanted in zip(states.split(at_once), wanted.split(at_once), strict=True):
+        leaf = part.detach().requires_grad_()
+        with torch.no_grad():
+            log_p = logits_of(part_wanted).float().log_softmax(-1)
+        with torch.enable_grad():
+            logits = logits_of(leaf).float()
+        log_q, p = logits.detach().log_softmax(-1), log_p.exp()
+        divergences.append((p * (log_p - log_q)).sum(-1))
+        gradients += torch.autograd.grad(logits, leaf, log_q.exp() - p)
+    return torch.cat(divergences), torch.cat(gradients)
+
+
+def state_bytes(trained: Sequence[int]) -> int:
+    """Bytes on disk for the state of models, tuned in turn, with so many trained numbers: each's, and one's next."""
+    return 3 * torch.float32.itemsize * (sum(trained) + max(trained))
+
+
+class Tuning:
+    """The compressed model of one target, run forwards and backwards with one layer in memory.
+
+    `figures` has "divergence_before" and "divergence_after", on held-out text, once they are known, and "divergences",
+    that on each step's text before the step. After k steps, `_state_file(k, i)` holds the trained tensors of layer i,
+    by their names in the model's files, after "value.", and Adam's moments of each, after "mean." and "square.".
+    """
+
+    def __init__(self, job: CompressionJob, target: float, writer: ModelWriter) -> None:
+        self.job, self.target, self.writer, self.cache = job, target, writer, job.cache
+        tokens, processes = job.cache.read_tokens(), distributed.count()
+        batch_size = max(1, TOKENS_PER_STEP // (processes * tokens.shape[1]))
+        self.num_steps = -(-len(tokens) // (processes * batch_size))
+        self.streamed = StreamedModel(job.checkpoint, batch_size, job.device, job.cache.dtype)
+        self.texts = {"tokens": distributed.share(tokens), "held_out": job.cache.read_held_out()}
+        self.path = writer.work / "tuning.json"
+        self.figures = read_json(self.path) if self.path.is_file() else {"divergences": []}
+
+    @property
+    def done(self) -> int:
+        """The number of steps done."""
+        return len(self.figures["divergences"])
+
+    def record(self, **figures: Any) -> None:
+        """Keep `figures`, so that a killed run resumes here."""
+        self.figures |= figures
+        if distributed.is_first():
+            write_json(self.path, self.figures)
+        distributed.wait()
+
+    def run_original(self) -> None:
+        """Embed all text, and take it through the original's layers."""
+        self.read = {name: self._read_by_original(name, tokens) for name, tokens in self.texts.items()}
+
+    def _read_by_original(self, name: str, tokens: torch.Tensor) -> Callable[[], Iterator[Batch]]:
+        """What gives the batches of `tokens`, once the original has run; `name` is that of its files."""
+        path = self.writer.work / distributed.own_name(f"hidden_{name}")
+        states = self.streamed.pair(path, tokens, keep_first=True)
+        arguments = self.streamed.embed(tokens, states[0])
+        for index in progress_bar(range(self.cache.num_layers), "the original's predictions", leave=False):
+            layer = self.streamed.layer(index)
+            states[index + 1].write(self.streamed.outputs(layer, index, states[index], arguments[index]))
+        files = states[0], states[self.cache.num_layers]
+        return lambda: map(Batch, *map(self.streamed.read, files), zip(*arguments, strict=True))
+
+    def batches(self) -> Iterator[Batch]:
+        """This process's batches, from the start again once they end: others may have one more."""
+        return itertools.chain.from_iterable(self.read["tokens"]() for _ in itertools.count())
+
+    def held_out_divergence(self) -> float:
+        """The mean KL divergence per token of held-out text from the original's predictions.
+
+        Raises:
+            HiSVDError: it is not finite.
+        """
+        found = []
+        for batch in self.read["held_out"]():
+            found.append(self._at_top(batch, self._forward(batch)[-1])[:2])
+        return sum(mean * tokens for mean, tokens in found) / sum(tokens for _, tokens in found)
+
+    @torch.no_grad()
+    def step(self, batch: Batch) -> None:
+        """Run `batch` forwards and backwards, and change every layer on the way back.
+
+        Raises:
+            HiSVDError: the divergence is not finite.
+        """
+        inputs = self._forward(batch)
+        divergence, tokens, gradient = self._at_top(batch, inputs.pop())
+        for index in reversed(range(self.cache.num_layers)):
+            layer, hidden = self._layer(index), inputs.pop().requires_grad_()
+            gains, weights = self._trained(index, layer)
+            trained = {name: p.requires_grad_() for name, p in (gains | weights).items()}
+            with torch.enable_grad():
+                output = run_layer(layer, hidden, batch.arguments[index])
+            # Some families have norms that they do not use, and not every expert gets a token.
+            found = torch.autograd.grad(output, [hidden, *trained.values()], gradient, materialize_grads=True)
+            gradient, *of_trained = found
+            totals = (distributed.total(g.float()) / tokens for g in of_trained)
+            self._change(index, dict(zip(trained, totals, strict=True)), gains)
+        done = self.done
+        self.record(divergences=[*self.figures["divergences"], divergence])
+        for index in range(self.cache.num_layers) if distributed.is_first() else ():
+            self._state_file(done, index).unlink(missing_ok=True)
+
+    def write(self) -> None:
+        """Put the trained tensors into the shards, in the dtype that they have there."""
+        for index in range(self.cache.num_layers) if distributed.is_first() else ():
+            shard = self.writer.read_shard(index)
+            values = {name: value.to("cpu", shard[name].dtype) for name, value in self._values(index).items()}
+            self.writer.write_shard(index, shard | values)
+        distributed.wait()
+
+    @torch.no_grad()
+    def _forward(self, batch: Batch) -> list[torch.Tensor]:
+        """The hidden states of `batch` before the first layer, and after each."""
+        states = [batch.embedded]
+        for index in range(self.cache.num_layers):
+            states.append(run_layer(self._layer(index), states[-1], batch.arguments[index]))
+        return states
+
+    def _at_top(self, batch: Batch, last: torch.Tensor) -> tuple[float, int, torch.Tensor]:
+        """Over all processes, the mean divergence and the number of tokens; the gradient of its sum at `last`."""
+        with self.streamed.outside_weights():
+            at_once = tokens_at_once(self.streamed.skeleton)
+            flat = last.flatten(0, 1), batch.wanted.flatten(0, 1)
+            divergences, gradient = divergence_gradient(self.streamed.logits, *flat, at_once)
+        own = torch.tensor([divergences.cpu().double().sum(), len(divergences)], dtype=torch.float64)
+        total, tokens = distributed.total(own).tolist()
+        if not math.isfinite(total):
+            raise HiSVDError("The divergence from the original is NaN or infinite; use --refine none.")
+        return total / tokens, int(tokens), gradient.view_as(last)
+
+    def _layer(self, index: int) -> nn.Module:
+        """Layer `index` of the compressed model, as trained so far."""
+        tensors, shapes = self.writer.read_shard(index) | self._values(index), self.job.shapes(self.target, index)
+        return compressed_layer(self.streamed, index, shapes, tensors).requires_grad_(False)
+
+    def _trained(self, index: int, layer: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+        """The gains and the weights of `layer` that are trained, by their names in the files.
+
+        Raises:
+            HiSVDError: there are none.
+        """
+        checkpoint, path = self.job.checkpoint, self.streamed.layer_name(index)
+        gains = {checkpoint.stored_name(f"{path}.{name}"): gain for name, gain in norm_gains(layer).items()}
+        weights = {
+            f"{stored_prefix(checkpoint, s)}{name}": parameter
+            for s in (self.cache.sublayers_of(index) if self.job.settings.refine == "weights" else ())
+            for name, parameter in layer.get_submodule(s.path).named_parameters()
+        }
+        if not gains and not weights:
+            raise HiSVDError("--refine norms: the decoder layers of this model have no norms with gains; leave it out.")
+        return gains, weights
+
+    def _change(self, index: int, gradients: Tensors, gains: Collection[str]) -> None:
+        """Write the state of layer `index` after one more step; `gains` are the names of gains among the gradients."""
+        if distributed.is_first():
+            rate = 0.5 * (1 + math.cos(math.pi * self.done / self.num_steps))
+            offset, state, shard = self.streamed.adapter.gain_offset, self._state(index), self.writer.read_shard(index)
+            for name, gradient in gradients.items():
+                start = shard[name].to(gradient.device, torch.float32)
+                size = (
+                    GAIN_RATE * (start + offset).abs() if name in gains else WEIGHT_RATE * start.square().mean().sqrt()
+                )
+                value = state.setdefault(f"value.{name}", start.clone())
+                mean, square = (state.setdefault(f"{k}.{name}", torch.zeros_like(start)) for k in ("mean", "square"))
+                adam_step(value, gradient, mean, square, self.done, rate * size)
+            write_tensors(self._state_file(self.done + 1, index), {name: t.cpu() for name, t in state.items()})
+
+    def _values(self, index: int) -> Tensors:
+        """The trained tensors of layer `index`, by their names in the files; none before the first step."""
+        return {name.removeprefix("value."): t for name, t in self._state(index, "value.").items()}
+
+    def _state(self, index: int, kind: str = "") -> Tensors:
+        """The tensors of a kind in the state of layer `index`, on the device; none before the first step."""
+        if not self.done:
+            return {}
+        with open_safetensors(self._state_file(self.done, index)) as file:
+            return {name: file.get_tensor(name).to(self.job.device) for name in file.keys() if name.startswith(kind)}  # noqa: SIM118
+
+    def _state_file(self, steps: int, index: int) -> Path:
+        return self.writer.work / f"tuned_{steps}_{index}.safetensors"
