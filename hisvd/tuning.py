@@ -1,8 +1,8 @@
 """Train the layers of a compressed model, so that it predicts what the original does.
 
-Adam lowers the KL divergence of its predictions from the original's on the calibration text, read once. A layer's state
-lies on disk between its turns. Sources: knowledge distillation, arXiv 1503.02531, on all weights of the layers; Norm
-Tweaking, arXiv 2309.02784, on the gains of the norms alone.
+Adafactor (arXiv 1804.04235), without momentum, lowers the KL divergence of its predictions from the original's on the
+calibration text, read once. A layer's state lies on disk between its turns. Sources: knowledge distillation, arXiv
+1503.02531, on all weights of the layers; Norm Tweaking, arXiv 2309.02784, on the gains of the norms alone.
 """
 
 import itertools
@@ -29,7 +29,8 @@ TOKENS_PER_STEP = 4096
 # Of the first step; they fall to zero like a cosine.
 GAIN_RATE = 5e-3  # as a fraction of a norm's gain
 WEIGHT_RATE = 3e-4  # as a fraction of the root mean square of a weight's entries
-BETAS = (0.9, 0.95)  # Adam's
+DECAY = 0.95  # of the running means, per step
+TINY = torch.finfo(torch.float32).tiny
 
 
 class Batch(NamedTuple):
@@ -44,7 +45,7 @@ def tune(job: CompressionJob, target: float, writer: ModelWriter) -> dict:
     """Replace what `refine` names in the shards of `writer`; returns what the report says of it.
 
     If the divergence on held-out text is not lower in the end, the shards stay as they were. Memory: one decoder layer
-    with its gradients and Adam's moments, and for one step's tokens their hidden states at every layer. Disk: see
+    with its gradients, and for one step's tokens their hidden states at every layer. Disk: see
     `state_bytes`. A killed run resumes at the step that it was in. Several processes share the tokens of every step.
 
     Raises:
@@ -67,14 +68,28 @@ def tune(job: CompressionJob, target: float, writer: ModelWriter) -> dict:
     return figures | {"divergence_after": min(figures["divergence_after"], figures["divergence_before"])}
 
 
-def adam_step(
-    value: torch.Tensor, gradient: torch.Tensor, mean: torch.Tensor, square: torch.Tensor, step: int, size: torch.Tensor
+def zero_squares(value: torch.Tensor) -> Tensors:
+    """The `squares` of `adafactor_step` before the first step."""
+    sizes = {"rows": (len(value), 1), "columns": (1, value.shape[1])} if value.dim() == 2 else {"entries": value.shape}
+    return {kind: value.new_zeros(size) for kind, size in sizes.items()}
+
+
+def adafactor_step(
+    value: torch.Tensor, gradient: torch.Tensor, squares: Tensors, step: int, size: torch.Tensor
 ) -> None:
-    """Step number `step`, from 0, of Adam, in place, by at most about `size` (a scalar, or one per entry)."""
-    mean.lerp_(gradient, 1 - BETAS[0])
-    square.lerp_(gradient.square(), 1 - BETAS[1])
-    root = (square / (1 - BETAS[1] ** (step + 1))).sqrt_().clamp_min_(torch.finfo(torch.float32).tiny)
-    value -= size * mean / root / (1 - BETAS[0] ** (step + 1))
+    """Step number `step`, from 0, against `gradient`, in place, by about `size` per entry (a scalar, or one each).
+
+    `squares` holds running means of the squared gradients: of a matrix by rows (m, 1) and by columns (1, n), whose
+    product stands for those of the entries; of a vector those of the entries.
+    """
+    square = gradient.square()
+    for mean in squares.values():
+        mean.lerp_(square.sum_to_size(mean.shape) * (mean.numel() / square.numel()), 1 - DECAY)
+    if "entries" in squares:
+        expected = squares["entries"]
+    else:
+        expected = squares["rows"] / squares["rows"].mean().clamp_min(TINY) * squares["columns"]
+    value -= size * gradient / (expected / (1 - DECAY ** (step + 1))).sqrt().clamp_min(TINY)
 
 
 def divergence_gradient(
@@ -99,7 +114,7 @@ def divergence_gradient(
 
 def state_bytes(trained: Sequence[int]) -> int:
     """Bytes on disk for the state of models, tuned in turn, with so many trained numbers: each's, and one's next."""
-    return 3 * torch.float32.itemsize * (sum(trained) + max(trained))
+    return torch.float32.itemsize * (sum(trained) + max(trained))
 
 
 class Tuning:
@@ -107,7 +122,7 @@ class Tuning:
 
     `figures` has "divergence_before" and "divergence_after", on held-out text, once they are known, and "divergences",
     that on each step's text before the step. After k steps, `_state_file(k, i)` holds the trained tensors of layer i,
-    by their names in the model's files, after "value.", and Adam's moments of each, after "mean." and "square.".
+    by their names in the model's files, after "value.", and the `squares` of each, after their names.
     """
 
     def __init__(self, job: CompressionJob, target: float, writer: ModelWriter) -> None:
@@ -248,8 +263,9 @@ class Tuning:
                     GAIN_RATE * (start + offset).abs() if name in gains else WEIGHT_RATE * start.square().mean().sqrt()
                 )
                 value = state.setdefault(f"value.{name}", start.clone())
-                mean, square = (state.setdefault(f"{k}.{name}", torch.zeros_like(start)) for k in ("mean", "square"))
-                adam_step(value, gradient, mean, square, self.done, rate * size)
+                zeros = zero_squares(start).items()
+                squares = {kind: state.setdefault(f"{kind}.{name}", zero) for kind, zero in zeros}
+                adafactor_step(value, gradient, squares, self.done, rate * size)
             write_tensors(self._state_file(self.done + 1, index), {name: t.cpu() for name, t in state.items()})
 
     def _values(self, index: int) -> Tensors:

@@ -13,7 +13,7 @@ from hisvd.calibration_cache import CalibrationCache, read_cache
 from hisvd.component.conv1d import conv1d_weights
 from hisvd.component.families import adapter_for
 from hisvd.layer_tensors import norm_gains
-from hisvd.tuning import BETAS, Tuning, adam_step, divergence_gradient
+from hisvd.tuning import DECAY, Tuning, adafactor_step, divergence_gradient, zero_squares
 from hisvd.utils.streaming import decoder_layers
 
 ONE_SHOT = ("--update", "none")
@@ -77,23 +77,32 @@ def test_the_gradient_at_the_top_is_that_of_the_divergence():
     torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), states)[0], rtol=1e-4, atol=1e-5)
 
 
-def test_steps_are_those_of_adam_by_the_given_sizes():
+@pytest.mark.parametrize("shape", [(4, 3), (5,)])
+def test_gradients_are_divided_by_their_usual_size(shape):
+    # Squares that are an outer product, as those of a matrix of rank 1 are, are known exactly from their means.
     torch.manual_seed(0)
-    value, gradients = torch.randn(4, 3), torch.randn(5, 4, 3)
-    wanted = value.clone().requires_grad_()
-    adam = torch.optim.Adam([wanted], lr=1e-2, betas=BETAS, eps=0)
-    mean, square = torch.zeros_like(value), torch.zeros_like(value)
-    for step, gradient in enumerate(gradients):
-        wanted.grad = gradient
-        adam.step()
-        adam_step(value, gradient, mean, square, step, torch.tensor(1e-2))
-    torch.testing.assert_close(value, wanted.detach())
+    usual = torch.rand(4, 1) * torch.rand(1, 3) if len(shape) == 2 else torch.rand(5)
+    value, squares, moved = torch.zeros(shape), zero_squares(torch.zeros(shape)), torch.zeros(shape)
+    for step in range(6):
+        signs = torch.randn(shape).sign()
+        adafactor_step(value, signs * usual, squares, step, torch.tensor(1e-2))
+        moved -= 1e-2 * signs
+        torch.testing.assert_close(value, moved)
 
 
-def test_what_has_no_gradient_stays():
-    value, zeros = torch.ones(3), torch.zeros(3)
-    adam_step(value, zeros, zeros.clone(), zeros.clone(), 0, torch.tensor(1.0))
-    assert torch.equal(value, torch.ones(3))
+def test_running_means_forget():
+    value, squares = torch.zeros(1), zero_squares(torch.zeros(1))
+    for step, gradient in enumerate([2.0, 1.0]):
+        adafactor_step(value, torch.tensor([gradient]), squares, step, torch.tensor(1.0))
+    second = (DECAY * 4 + 1) / (1 + DECAY)  # weights that sum to 1
+    assert value.item() == pytest.approx(-1 - 1 / second**0.5)
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (5,)])
+def test_what_has_no_gradient_stays(shape):
+    value, zeros = torch.ones(shape), torch.zeros(shape)
+    adafactor_step(value, zeros, zero_squares(zeros), 0, torch.tensor(1.0))
+    assert torch.equal(value, torch.ones(shape))
 
 
 @pytest.fixture(params=CONFIGS)
