@@ -52,17 +52,18 @@ def norm_gains(layer: nn.Module) -> dict[str, nn.Parameter]:
     return {f"{name}.weight": m.weight for name, m in norms if isinstance(getattr(m, "weight", None), nn.Parameter)}
 
 
-@torch.no_grad()
 def compressed_layer(
     streamed: StreamedModel, index: int, shapes: dict[Sublayer, Shape], tensors: dict[str, torch.Tensor]
 ) -> nn.Module:
-    """Decoder layer `index` with the linears and gains in `tensors`, its tensors in a compressed model's files.
+    """Decoder layer `index` made of `tensors`, its tensors in a compressed model's files.
 
     `shapes` holds the shapes of the linears' weights there.
     """
-    layer = streamed.layer(index)
-    for name, gain in norm_gains(layer).items():
-        gain.copy_(tensors[streamed.checkpoint.stored_name(f"{streamed.layer_name(index)}.{name}")])
+    checkpoint, layer, prefix = streamed.checkpoint, streamed.empty_layer(index), streamed.layer_name(index)
+    weights = {}
     for s, shape in shapes.items():
-        place_entries(layer, s, shape, entries_of(streamed.checkpoint, s, tensors))
-    return layer
+        entries = entries_of(checkpoint, s, tensors)
+        swap_linears(layer, modules_of(s.path, entries, s.shape, shape))
+        weights |= {f"{s.path}.{key}": tensor for key, tensor in entries.items()}
+    stored = {name: checkpoint.stored_name(f"{prefix}.{name}") for name in layer.state_dict() if name not in weights}
+    return streamed.filled(layer, index, weights | {k: tensors[v] for k, v in stored.items() if v in tensors})

@@ -25,7 +25,7 @@ from hisvd.utils.progress import progress_bar
 from hisvd.utils.save_utils import ModelWriter
 from hisvd.utils.streaming import Arguments, StreamedModel, run_layer
 
-TOKENS_PER_STEP = 4096
+TOKENS_PER_STEP = 2048
 # Of the first step; they fall to zero like a cosine.
 GAIN_RATE = 5e-3  # as a fraction of a norm's gain
 WEIGHT_RATE = 3e-4  # as a fraction of the root mean square of a weight's entries

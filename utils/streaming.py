@@ -95,7 +95,7 @@ class StreamedModel:
         }
         ties = getattr(self.skeleton, "all_tied_weights_keys", {})
         tied = {name for name in ties if names.get(name) not in self.checkpoint.files}
-        self._load_weights(self.skeleton, {k: v for k, v in names.items() if k not in tied})
+        self._load_weights(self.skeleton, self._stored({k: v for k, v in names.items() if k not in tied}))
         self.skeleton.tie_weights()
         try:
             yield
@@ -107,16 +107,15 @@ class StreamedModel:
     def _layers(self) -> nn.ModuleList:
         return decoder_layers(self.skeleton, self.adapter)
 
-    def _load_weights(self, module: nn.Module, names: dict[str, str]) -> None:
-        """Fill meta parameters of `module` in place; `names` maps each to its tensor in the checkpoint."""
-        tensors = self.checkpoint.read(names.values())
+    def _load_weights(self, module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+        """Fill meta parameters and buffers of `module` in place with `tensors`, by their names there."""
         # Their scales are part of a format, as permutations are integers.
         linears = ((name, part) for name, part in module.named_modules() if isinstance(part, CODED_LINEARS))
         fixed = {f"{name}.{part.scale_name}" for name, part in linears}
         weights = {}
-        for name, stored in names.items():
-            cast = tensors[stored].is_floating_point() and name not in fixed
-            weights[name] = tensors[stored].to(self.device, self.dtype if cast else None)
+        for name, tensor in tensors.items():
+            cast = tensor.is_floating_point() and name not in fixed
+            weights[name] = tensor.to(self.device, self.dtype if cast else None)
         module.load_state_dict(weights, strict=False, assign=True)
         module.requires_grad_(False)
 
@@ -130,13 +129,30 @@ class StreamedModel:
         Raises:
             HiSVDError: a weight is missing, not finite or, in codes, damaged.
         """
-        release_freed_memory()
-        layer, prefix = copy.deepcopy(self._layers()[index]), self.layer_name(index)
+        layer, prefix = self.empty_layer(index), self.layer_name(index)
         names = {name: self.checkpoint.stored_name(f"{prefix}.{name}") for name in layer.state_dict()}
         computed = {name for name, _ in layer.named_buffers() if names.get(name) not in self.checkpoint.files}
-        self._load_weights(layer, {k: v for k, v in names.items() if k not in computed})
-        check_buffers(layer, f"{prefix}.")
+        return self.filled(layer, index, self._stored({k: v for k, v in names.items() if k not in computed}))
+
+    def empty_layer(self, index: int) -> nn.Module:
+        """A copy of decoder layer `index` without weights, to be changed and `filled`."""
+        release_freed_memory()
+        return copy.deepcopy(self._layers()[index])
+
+    def filled(self, layer: nn.Module, index: int, tensors: dict[str, torch.Tensor]) -> nn.Module:
+        """`layer`, a copy of decoder layer `index`, with `tensors`, by their names in it.
+
+        Raises:
+            HiSVDError: codes are damaged.
+        """
+        self._load_weights(layer, tensors)
+        check_buffers(layer, f"{self.layer_name(index)}.")
         return layer.to(self.device)
+
+    def _stored(self, names: dict[str, str]) -> dict[str, torch.Tensor]:
+        """Tensors of the checkpoint by names of ours; `names` maps each to the name in the files."""
+        tensors = self.checkpoint.read(names.values())
+        return {name: tensors[stored] for name, stored in names.items()}
 
     def file(self, path: Path, tokens: torch.Tensor) -> ActivationFile:
         """The file at `path` for a hidden state per token of `tokens` (sequences, seqlen)."""
