@@ -17,7 +17,8 @@ from pathlib import Path
 import click
 from common import Usage, measured, random_llama
 
-from hisvd.estimates import RunSizes, estimated_stages, shapes_of
+from hisvd.estimates import shapes_of
+from hisvd.stage_estimates import RunSizes, estimated_stages
 from hisvd.tables import table
 from hisvd.utils.files import check_writable_file, make_folder, write_json
 from hisvd.utils.model_utils import (

@@ -15,11 +15,12 @@ from torch import nn
 from hisvd.calibration_cache import AGAIN as CALIBRATE_AGAIN
 from hisvd.calibration_cache import MANIFEST, CalibrationCache, read_cache
 from hisvd.errors import HiSVDError
-from hisvd.estimates import RunSizes, activation_bytes, cache_bytes, shapes_of
+from hisvd.estimates import shapes_of
 from hisvd.gradient_pass import DRAWN, OutputGradientMoments, gradients_at_top, input_gradients
 from hisvd.input_moments import InputMoments
 from hisvd.layer_statistics import gradient_statistics, layer_statistics
 from hisvd.settings import CalibrationSettings, Resources
+from hisvd.stage_estimates import RunSizes, activation_bytes, cache_bytes
 from hisvd.utils import distributed
 from hisvd.utils.activation_files import AGAIN, ActivationFile, ActivationPair, is_reusable
 from hisvd.utils.data_utils import (

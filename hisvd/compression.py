@@ -8,7 +8,6 @@ from pathlib import Path
 from hisvd.cache_defaults import resolved
 from hisvd.calibration_cache import CalibrationCache, check_same_model
 from hisvd.errors import HiSVDError
-from hisvd.estimates import stream_bytes
 from hisvd.exports import EXPORTS
 from hisvd.factoring import CompressionJob, factor_layer
 from hisvd.int6_gate import export_within
@@ -16,6 +15,7 @@ from hisvd.layer_tensors import layer_tensor_names
 from hisvd.planning import Plan, opened_cache, plan
 from hisvd.report import finished_report, model_card, plan_report
 from hisvd.settings import CompressionSettings, Resources
+from hisvd.stage_estimates import stream_bytes
 from hisvd.tuning import state_bytes, tune
 from hisvd.updates import UPDATES
 from hisvd.utils import distributed

@@ -25,7 +25,8 @@ from hisvd.utils.progress import progress_bar
 from hisvd.utils.save_utils import ModelWriter
 from hisvd.utils.streaming import Arguments, StreamedModel, run_layer
 
-TOKENS_PER_STEP = 2048
+TOKENS_PER_STEP = 2048  # at least
+MAX_STEPS = 48  # each reads and writes all that is trained
 # Of the first step; they fall to zero like a cosine.
 GAIN_RATE = 5e-3  # as a fraction of a norm's gain
 WEIGHT_RATE = 3e-4  # as a fraction of the root mean square of a weight's entries
@@ -58,8 +59,8 @@ def tune(job: CompressionJob, target: float, writer: ModelWriter) -> dict:
         if "divergence_before" not in figures:
             tuning.record(divergence_before=tuning.held_out_divergence())
         with progress_bar(None, f"tuning {job.settings.refine}", total=steps, initial=tuning.done) as bar:
-            for batch in itertools.islice(tuning.batches(), tuning.done, steps):
-                tuning.step(batch)
+            for batches in itertools.islice(tuning.steps(), tuning.done, steps):
+                tuning.step(batches)
                 bar.set_postfix(divergence=figures["divergences"][-1])
                 bar.update()
         tuning.record(divergence_after=tuning.held_out_divergence())
@@ -129,7 +130,9 @@ class Tuning:
         self.job, self.target, self.writer, self.cache = job, target, writer, job.cache
         tokens, processes = job.cache.read_tokens(), distributed.count()
         batch_size = max(1, TOKENS_PER_STEP // (processes * tokens.shape[1]))
-        self.num_steps = -(-len(tokens) // (processes * batch_size))
+        batches = -(-len(tokens) // (processes * batch_size))  # of the process with the most
+        self.batches_per_step = -(-batches // MAX_STEPS)
+        self.num_steps = -(-batches // self.batches_per_step)
         self.streamed = StreamedModel(job.checkpoint, batch_size, job.device, job.cache.dtype)
         self.texts = {"tokens": distributed.share(tokens), "held_out": job.cache.read_held_out()}
         self.path = writer.work / "tuning.json"
@@ -162,9 +165,11 @@ class Tuning:
         files = states[0], states[self.cache.num_layers]
         return lambda: map(Batch, *map(self.streamed.read, files), zip(*arguments, strict=True))
 
-    def batches(self) -> Iterator[Batch]:
-        """This process's batches, from the start again once they end: others may have one more."""
-        return itertools.chain.from_iterable(self.read["tokens"]() for _ in itertools.count())
+    def steps(self) -> Iterator[list[Batch]]:
+        """This process's batches, step by step, from the start again once they end: other processes may have more."""
+        batches = itertools.chain.from_iterable(self.read["tokens"]() for _ in itertools.count())
+        while True:
+            yield list(itertools.islice(batches, self.batches_per_step))
 
     def held_out_divergence(self) -> float:
         """The mean KL divergence per token of held-out text from the original's predictions.
@@ -172,31 +177,34 @@ class Tuning:
         Raises:
             HiSVDError: it is not finite.
         """
-        found = []
-        for batch in self.read["held_out"]():
-            found.append(self._at_top(batch, self._forward(batch)[-1])[:2])
+        found = [self._at_top([batch], self._forward([batch])[-1])[:2] for batch in self.read["held_out"]()]
         return sum(mean * tokens for mean, tokens in found) / sum(tokens for _, tokens in found)
 
     @torch.no_grad()
-    def step(self, batch: Batch) -> None:
-        """Run `batch` forwards and backwards, and change every layer on the way back.
+    def step(self, batches: list[Batch]) -> None:
+        """Run `batches` forwards and backwards, and change every layer on the way back.
 
         Raises:
             HiSVDError: the divergence is not finite.
         """
-        inputs = self._forward(batch)
-        divergence, tokens, gradient = self._at_top(batch, inputs.pop())
+        inputs = self._forward(batches)
+        divergence, tokens, gradients = self._at_top(batches, inputs.pop())
         for index in reversed(range(self.cache.num_layers)):
-            layer, hidden = self._layer(index), inputs.pop().requires_grad_()
+            layer, hidden = self._layer(index), inputs.pop()
             gains, weights = self._trained(index, layer)
             trained = {name: p.requires_grad_() for name, p in (gains | weights).items()}
-            with torch.enable_grad():
-                output = run_layer(layer, hidden, batch.arguments[index])
-            # Some families have norms that they do not use, and not every expert gets a token.
-            found = torch.autograd.grad(output, [hidden, *trained.values()], gradient, materialize_grads=True)
-            gradient, *of_trained = found
-            totals = (distributed.total(g.float()) / tokens for g in of_trained)
-            self._change(index, dict(zip(trained, totals, strict=True)), gains)
+            sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in trained.items()}
+            for place, batch in enumerate(batches):
+                with torch.enable_grad():
+                    output = run_layer(layer, hidden[place].requires_grad_(), batch.arguments[index])
+                sources = [hidden[place], *trained.values()]
+                # Some families have norms that they do not use, and not every expert gets a token.
+                gradients[place], *found = torch.autograd.grad(
+                    output, sources, gradients[place], materialize_grads=True
+                )
+                for total, gradient in zip(sums.values(), found, strict=True):
+                    total += gradient
+            self._change(index, {name: distributed.total(total) / tokens for name, total in sums.items()}, gains)
         done = self.done
         self.record(divergences=[*self.figures["divergences"], divergence])
         for index in range(self.cache.num_layers) if distributed.is_first() else ():
@@ -211,24 +219,29 @@ class Tuning:
         distributed.wait()
 
     @torch.no_grad()
-    def _forward(self, batch: Batch) -> list[torch.Tensor]:
-        """The hidden states of `batch` before the first layer, and after each."""
-        states = [batch.embedded]
+    def _forward(self, batches: list[Batch]) -> list[list[torch.Tensor]]:
+        """The hidden states of every batch before the first layer, and after each."""
+        states = [[batch.embedded for batch in batches]]
         for index in range(self.cache.num_layers):
-            states.append(run_layer(self._layer(index), states[-1], batch.arguments[index]))
+            layer, before = self._layer(index), zip(batches, states[-1], strict=True)
+            states.append([run_layer(layer, hidden, batch.arguments[index]) for batch, hidden in before])
         return states
 
-    def _at_top(self, batch: Batch, last: torch.Tensor) -> tuple[float, int, torch.Tensor]:
-        """Over all processes, the mean divergence and the number of tokens; the gradient of its sum at `last`."""
+    def _at_top(self, batches: list[Batch], last: list[torch.Tensor]) -> tuple[float, int, list[torch.Tensor]]:
+        """Over all processes, the mean divergence and the number of tokens; the gradients of its sum at `last`."""
+        divergences, gradients = [], []
         with self.streamed.outside_weights():
             at_once = tokens_at_once(self.streamed.skeleton)
-            flat = last.flatten(0, 1), batch.wanted.flatten(0, 1)
-            divergences, gradient = divergence_gradient(self.streamed.logits, *flat, at_once)
-        own = torch.tensor([divergences.cpu().double().sum(), len(divergences)], dtype=torch.float64)
-        total, tokens = distributed.total(own).tolist()
+            for batch, states in zip(batches, last, strict=True):
+                flat = states.flatten(0, 1), batch.wanted.flatten(0, 1)
+                divergence, gradient = divergence_gradient(self.streamed.logits, *flat, at_once)
+                divergences.append(divergence)
+                gradients.append(gradient.view_as(states))
+        own = torch.cat(divergences).cpu().double()
+        total, tokens = distributed.total(torch.tensor([own.sum(), len(own)], dtype=torch.float64)).tolist()
         if not math.isfinite(total):
             raise HiSVDError("The divergence from the original is NaN or infinite; use --refine none.")
-        return total / tokens, int(tokens), gradient.view_as(last)
+        return total / tokens, int(tokens), gradients
 
     def _layer(self, index: int) -> nn.Module:
         """Layer `index` of the compressed model, as trained so far."""

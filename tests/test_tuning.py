@@ -41,7 +41,8 @@ CONFIGS = {
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
     """Steps of two of the six sequences, small ones, judged by the text itself: nothing holds on other text here."""
-    monkeypatch.setattr(tuning, "TOKENS_PER_STEP", 64)
+    monkeypatch.setattr(tuning, "TOKENS_PER_STEP", 32)
+    monkeypatch.setattr(tuning, "MAX_STEPS", STEPS)
     for name in ("GAIN_RATE", "WEIGHT_RATE"):
         monkeypatch.setattr(tuning, name, getattr(tuning, name) / 5)
     monkeypatch.setattr(CalibrationCache, "read_held_out", CalibrationCache.read_tokens)
