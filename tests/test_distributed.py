@@ -93,14 +93,19 @@ def cache(model_folders, tmp_path_factory):
     return root / "llama_n6_s32_with_hessian"
 
 
-@pytest.mark.parametrize("update", ["none", "sequential"])
-def test_compressed_model_is_that_of_one_process(cache, model_folders, tmp_path, update):
+@pytest.mark.parametrize(("update", "refine"), [("none", "none"), ("sequential", "none"), ("none", "weights")])
+def test_compressed_model_is_that_of_one_process(cache, model_folders, tmp_path, update, refine):
     where = ["--model_path", model_folders["llama"], "--calib_cache", cache, "--target_compression", "0.7"]
-    printed = in_processes(3, "compress", *where, "--update", update, "--save_model", tmp_path / "several")
+    options = ["--update", update, "--refine", refine]
+    printed = in_processes(3, "compress", *where, *options, "--save_model", tmp_path / "several")
     assert printed.count("Saved to") == 1 and not list((tmp_path / "several").glob("*.bin"))
-    assert run("compress", *where, "--update", update, "--save_model", tmp_path / "one").code == 0
+    assert run("compress", *where, *options, "--save_model", tmp_path / "one").code == 0
     reports = [json.loads((tmp_path / name / "hisvd.json").read_text()) for name in ("several", "one")]
     assert reports[0]["sublayers"] == reports[1]["sublayers"]
+    if refine == "weights":
+        several, one = (report["tuning"] for report in reports)
+        assert several["divergences"] == pytest.approx(one["divergences"], rel=1e-3)
+        assert several["divergence_before"] == pytest.approx(one["divergence_before"], rel=1e-3)
     assert any("stored_shape" in row for row in reports[0]["sublayers"])  # neurons are removed
     with torch.no_grad():
         several, one = (hisvd.load(tmp_path / name)(IDS).logits for name in ("several", "one"))
