@@ -28,8 +28,8 @@ from hisvd.utils.streaming import Arguments, StreamedModel, run_layer
 TOKENS_PER_STEP = 2048  # at least
 MAX_STEPS = 48  # each reads and writes all that is trained
 # Of the first step; they fall to zero like a cosine.
-GAIN_RATE = 5e-3  # as a fraction of a norm's gain
-WEIGHT_RATE = 3e-4  # as a fraction of the root mean square of a weight's entries
+GAIN_RATE = {"norms": 5e-3, "weights": 1e-3}  # as a fraction of a norm's gain, by what is refined
+WEIGHT_RATE = 1e-4  # as a fraction of the root mean square of a weight's entries
 DECAY = 0.95  # of the running means, per step
 TINY = torch.finfo(torch.float32).tiny
 
@@ -91,6 +91,18 @@ def adafactor_step(
     else:
         expected = squares["rows"] / squares["rows"].mean().clamp_min(TINY) * squares["columns"]
     value -= size * gradient / (expected / (1 - DECAY ** (step + 1))).sqrt().clamp_min(TINY)
+
+
+def rounded_at_random(value: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """`value` (float32) in `dtype`, up or down at random and right on average, so that small changes are not lost.
+
+    Source: stochastic rounding, arXiv 1502.02551.
+    """
+    if dtype.itemsize >= value.dtype.itemsize:
+        return value.to(dtype)
+    gap = torch.ldexp(torch.full_like(value, torch.finfo(dtype).eps / 2), torch.frexp(value).exponent)
+    noise = torch.rand(value.shape, generator=generator, device=value.device) - 0.5
+    return (value + gap * noise).to(dtype)
 
 
 def divergence_gradient(
@@ -214,8 +226,8 @@ class Tuning:
         """Put the trained tensors into the shards, in the dtype that they have there."""
         for index in range(self.cache.num_layers) if distributed.is_first() else ():
             shard = self.writer.read_shard(index)
-            values = {name: value.to("cpu", shard[name].dtype) for name, value in self._values(index).items()}
-            self.writer.write_shard(index, shard | values)
+            values = self._values(index, {name: tensor.dtype for name, tensor in shard.items()})
+            self.writer.write_shard(index, shard | {name: value.cpu() for name, value in values.items()})
         distributed.wait()
 
     @torch.no_grad()
@@ -245,7 +257,8 @@ class Tuning:
 
     def _layer(self, index: int) -> nn.Module:
         """Layer `index` of the compressed model, as trained so far."""
-        tensors, shapes = self.writer.read_shard(index) | self._values(index), self.job.shapes(self.target, index)
+        shard, shapes = self.writer.read_shard(index), self.job.shapes(self.target, index)
+        tensors = shard | self._values(index, dict.fromkeys(shard, self.cache.dtype))
         return compressed_layer(self.streamed, index, shapes, tensors).requires_grad_(False)
 
     def _trained(self, index: int, layer: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
@@ -272,18 +285,19 @@ class Tuning:
             offset, state, shard = self.streamed.adapter.gain_offset, self._state(index), self.writer.read_shard(index)
             for name, gradient in gradients.items():
                 start = shard[name].to(gradient.device, torch.float32)
-                size = (
-                    GAIN_RATE * (start + offset).abs() if name in gains else WEIGHT_RATE * start.square().mean().sqrt()
-                )
+                gain_sizes = GAIN_RATE[self.job.settings.refine] * (start + offset).abs()
+                size = gain_sizes if name in gains else WEIGHT_RATE * start.square().mean().sqrt()
                 value = state.setdefault(f"value.{name}", start.clone())
                 zeros = zero_squares(start).items()
                 squares = {kind: state.setdefault(f"{kind}.{name}", zero) for kind, zero in zeros}
                 adafactor_step(value, gradient, squares, self.done, rate * size)
             write_tensors(self._state_file(self.done + 1, index), {name: t.cpu() for name, t in state.items()})
 
-    def _values(self, index: int) -> Tensors:
-        """The trained tensors of layer `index`, by their names in the files; none before the first step."""
-        return {name.removeprefix("value."): t for name, t in self._state(index, "value.").items()}
+    def _values(self, index: int, dtypes: dict[str, torch.dtype]) -> Tensors:
+        """The trained tensors of layer `index` in `dtypes`, by their names in the files; none before the first step."""
+        generator = torch.Generator(self.job.device).manual_seed(self.done * self.cache.num_layers + index)
+        found = ((name.removeprefix("value."), tensor) for name, tensor in self._state(index, "value.").items())
+        return {name: rounded_at_random(tensor, dtypes[name], generator) for name, tensor in found}
 
     def _state(self, index: int, kind: str = "") -> Tensors:
         """The tensors of a kind in the state of layer `index`, on the device; none before the first step."""

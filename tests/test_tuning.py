@@ -13,7 +13,7 @@ from hisvd.calibration_cache import CalibrationCache, read_cache
 from hisvd.component.conv1d import conv1d_weights
 from hisvd.component.families import adapter_for
 from hisvd.layer_tensors import norm_gains
-from hisvd.tuning import DECAY, Tuning, adafactor_step, divergence_gradient, zero_squares
+from hisvd.tuning import DECAY, Tuning, adafactor_step, divergence_gradient, rounded_at_random, zero_squares
 from hisvd.utils.streaming import decoder_layers
 
 ONE_SHOT = ("--update", "none")
@@ -43,8 +43,7 @@ def small_steps(monkeypatch):
     """Steps of two of the six sequences, small ones, judged by the text itself: nothing holds on other text here."""
     monkeypatch.setattr(tuning, "TOKENS_PER_STEP", 32)
     monkeypatch.setattr(tuning, "MAX_STEPS", STEPS)
-    for name in ("GAIN_RATE", "WEIGHT_RATE"):
-        monkeypatch.setattr(tuning, name, getattr(tuning, name) / 5)
+    monkeypatch.setattr(tuning, "GAIN_RATE", dict.fromkeys(REFINEMENTS, 1e-3))
     monkeypatch.setattr(CalibrationCache, "read_held_out", CalibrationCache.read_tokens)
 
 
@@ -104,6 +103,19 @@ def test_what_has_no_gradient_stays(shape):
     value, zeros = torch.ones(shape), torch.zeros(shape)
     adafactor_step(value, zeros, zero_squares(zeros), 0, torch.tensor(1.0))
     assert torch.equal(value, torch.ones(shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_at_random_goes_to_a_neighbour_and_is_right_on_average(dtype):
+    torch.manual_seed(0)
+    values, generator = torch.randn(50) * 10.0 ** torch.randint(-3, 3, (50,)), torch.Generator().manual_seed(0)
+    found = torch.stack([rounded_at_random(values, dtype, generator).double() for _ in range(4000)])
+    nearest, gap = values.to(dtype).double(), values.abs().double() * torch.finfo(dtype).eps
+    assert ((found - values).abs() <= gap).all() and (found != nearest).any()
+    assert ((found.mean(0) - values).abs() < 0.05 * gap).all()
+    exact = values.to(dtype)
+    assert torch.equal(rounded_at_random(exact.float(), dtype, generator), exact)
+    assert torch.equal(rounded_at_random(values, torch.float32, generator), values)
 
 
 @pytest.fixture(params=CONFIGS)
@@ -215,7 +227,7 @@ def test_a_target_of_1_is_not_refined(chain, model_folders):
 
 def test_what_does_not_help_on_held_out_text_is_left_out(chain, caches, model_folders, monkeypatch):
     monkeypatch.setattr(CalibrationCache, "read_held_out", READ_HELD_OUT)
-    monkeypatch.setattr(tuning, "GAIN_RATE", 10.0)
+    monkeypatch.setattr(tuning, "GAIN_RATE", {"norms": 10.0})
     out, plain = (chain("llama", "0.4", name, *ONE_SHOT, "--refine", name) for name in ("norms", "none"))
     figures = json.loads((out / "hisvd.json").read_text())["tuning"]
     held_out = read_cache(caches["llama"]).read_held_out()
