@@ -102,7 +102,7 @@ def rounded_at_random(value: torch.Tensor, dtype: torch.dtype, generator: torch.
         return value.to(dtype)
     gap = torch.ldexp(torch.full_like(value, torch.finfo(dtype).eps / 2), torch.frexp(value).exponent)
     noise = torch.rand(value.shape, generator=generator, device=value.device) - 0.5
-    return (value + gap * noise).to(dtype)
+    return (value + gap * noise * value.ne(0)).to(dtype)  # the exponent of 0 is that of 1
 
 
 def divergence_gradient(

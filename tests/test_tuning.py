@@ -113,7 +113,7 @@ def test_rounding_at_random_goes_to_a_neighbour_and_is_right_on_average(dtype):
     nearest, gap = values.to(dtype).double(), values.abs().double() * torch.finfo(dtype).eps
     assert ((found - values).abs() <= gap).all() and (found != nearest).any()
     assert ((found.mean(0) - values).abs() < 0.05 * gap).all()
-    exact = values.to(dtype)
+    exact = torch.cat([values, torch.zeros(3)]).to(dtype)
     assert torch.equal(rounded_at_random(exact.float(), dtype, generator), exact)
     assert torch.equal(rounded_at_random(values, torch.float32, generator), values)
 
