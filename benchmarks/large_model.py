@@ -123,7 +123,7 @@ def estimates(checkpoint: Checkpoint, nsamples: int, seqlen: int, device: str) -
     """Estimated bytes of memory of the programs, one decoder layer at a time."""
     stored = stored_dtype(checkpoint.config)
     sizes = RunSizes(nsamples, nsamples, seqlen, resolve_dtype("auto", resolve_device(device), stored), stored)
-    forward, backward, compression, evaluation = estimated_stages(shapes_of(empty_model(checkpoint.config)), sizes)
+    forward, backward, compression, _, evaluation = estimated_stages(shapes_of(empty_model(checkpoint.config)), sizes)
     return {
         "calibrate": max(forward.memory, backward.memory),
         "compress": compression.memory,

@@ -182,7 +182,8 @@ class CalibrationCache:
         if not len(held_out):
             raise HiSVDError(
                 f"{self.folder} holds no held-out text to measure on, because its text was too short; calibrate again "
-                "on a longer text, or use --quality_gate_delta none, or a target in the place of --max_ppl_increase."
+                "on a longer text, or use --quality_gate_delta none, --refine none, or a target in the place of "
+                "--max_ppl_increase."
             )
         return held_out
 

@@ -166,16 +166,18 @@ def prepared(
 
 
 def _needed_bytes(job: CompressionJob, targets: int) -> int:
-    """Bytes on disk of so many targets: weights (the result is made beside its shards), hidden states, INT6 codes."""
+    """Bytes on disk of so many targets: weights (results are made beside shards), hidden states, codes, tuning."""
     identity, models = job.cache.identity, targets + 1
     streams, tokens = 0, identity["nsamples"] * identity["seqlen"]
     hidden = job.checkpoint.config.get_text_config().hidden_size
     if job.settings.update == "sequential":
         streams = stream_bytes(hidden, tokens, job.cache.dtype, targets)
     if job.settings.refine != "none":
-        streams += 3 * targets * (tokens + job.cache.read_held_out().numel()) * hidden * job.cache.dtype.itemsize
+        held_out = distributed.count() * job.cache.read_held_out().numel()
+        streams += 3 * targets * (tokens + held_out) * hidden * job.cache.dtype.itemsize
     if job.settings.refine == "weights":
-        streams += state_bytes([sum(map(plan.parameters_of, job.cache.sublayers)) for plan in job.plans.values()])
+        missing = [job.plans[target] for target, writer in job.writers.items() if not writer.is_finished]
+        streams += state_bytes(max(sum(map(plan.parameters_of, job.cache.sublayers)) for plan in missing))
     codes = EXPORTS[job.settings.export].encode is not None
     return int(job.checkpoint.count_bytes() * (models + 0.25 * codes * targets)) + streams
 

@@ -7,7 +7,7 @@ of an input, m that of an output.
 """
 
 from dataclasses import dataclass, field, replace
-from math import ceil, prod
+from math import prod
 
 import torch
 
@@ -16,7 +16,7 @@ from hisvd.integer_codes import INTEGERS
 from hisvd.layer_statistics import NUM_LEADING_VECTORS
 from hisvd.machine_rates import Work
 from hisvd.neurons import BLOCK, spectrum_widths
-from hisvd.tuning import MAX_STEPS, TOKENS_PER_STEP, state_bytes
+from hisvd.tuning import state_bytes, steps_for
 from hisvd.utils.data_utils import TOKENS_PER_BATCH
 from hisvd.utils.eval_utils import LOGITS_AT_ONCE
 
@@ -296,12 +296,13 @@ def _compression(shapes: Shapes, sizes: RunSizes) -> Stage:
 def _tuning(shapes: Shapes, sizes: RunSizes) -> Stage:
     """As if the model were as large as the original."""
     tokens, layers, c = sizes.tokens, len(shapes.layers), sizes.compute.itemsize
-    steps, work, inside = min(MAX_STEPS, ceil(tokens / TOKENS_PER_STEP)), Work(), 0.0
+    batch_size, batches, steps = steps_for(sizes.nsamples, sizes.seqlen)
+    work, inside = Work(), 0.0
     for layer in shapes.layers:
         # Weights, gradients and their totals, values, and the tensors of the files; Adafactor's temporaries.
         held = (2 * c + 8 + sizes.stored.itemsize) * layer.parameters
         inside = max(
-            inside, held + 12 * max(m * n for m, n in layer.shapes), held + _batch(shapes, sizes.compute, True)
+            inside, held + 24 * max(m * n for m, n in layer.shapes), held + _batch(shapes, sizes.compute, True)
         )
         # The original; forwards; again, with the gradients at inputs and weights.
         for backward in (0, 0, 2):
@@ -310,10 +311,10 @@ def _tuning(shapes: Shapes, sizes: RunSizes) -> Stage:
         work.disk += sizes.targets * steps * (3 * (sizes.stored.itemsize + 4) + 4) * layer.parameters
     work.products[sizes.compute] += sizes.targets * 6 * tokens * shapes.hidden * shapes.vocabulary
     work.memory += sizes.targets * LOGITS_MOVED * 4 * tokens * shapes.vocabulary
-    states = c * max(TOKENS_PER_STEP, tokens / steps) * shapes.hidden * (layers + 1)
+    states = c * batch_size * batches * sizes.seqlen * shapes.hidden * (layers + 1)
     disk = 3 * sizes.targets * tokens * shapes.hidden * c
-    disk += state_bytes(sizes.targets * [sum(layer.parameters for layer in shapes.layers)])
-    return Stage("  --refine weights", BASE + states + max(inside, _top(shapes, sizes)), disk, work)
+    disk += state_bytes(sum(layer.parameters for layer in shapes.layers))
+    return Stage("compress: --refine weights", BASE + states + max(inside, _top(shapes, sizes)), disk, work)
 
 
 def _top(shapes: Shapes, sizes: RunSizes) -> float:

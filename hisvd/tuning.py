@@ -7,23 +7,25 @@ calibration text, read once. A layer's state lies on disk between its turns. Sou
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from hisvd.errors import HiSVDError
 from hisvd.factoring import CompressionJob, Tensors
 from hisvd.layer_tensors import compressed_layer, norm_gains, stored_prefix
+from hisvd.schema import NUMBER, SIZE, one_of
 from hisvd.utils import distributed
 from hisvd.utils.eval_utils import tokens_at_once
 from hisvd.utils.files import read_json, write_json, write_tensors
 from hisvd.utils.model_folders import open_safetensors
 from hisvd.utils.progress import progress_bar
 from hisvd.utils.save_utils import ModelWriter
-from hisvd.utils.streaming import Arguments, StreamedModel, run_layer
+from hisvd.utils.streaming import Arguments, StreamedModel, decoder_layers, run_layer
 
 TOKENS_PER_STEP = 2048  # at least
 MAX_STEPS = 48  # each reads and writes all that is trained
@@ -31,7 +33,15 @@ MAX_STEPS = 48  # each reads and writes all that is trained
 GAIN_RATE = {"norms": 5e-3, "weights": 1e-3}  # as a fraction of a norm's gain, by what is refined
 WEIGHT_RATE = 1e-4  # as a fraction of the root mean square of a weight's entries
 DECAY = 0.95  # of the running means, per step
-TINY = torch.finfo(torch.float32).tiny
+TINIEST = 1e-30  # squared gradient that counts
+# The schema of tuning.json.
+FIGURES = {
+    "steps": SIZE,
+    "divergences": [NUMBER],
+    "divergence_before?": NUMBER,
+    "divergence_after?": NUMBER,
+    "written": one_of(False, True),
+}
 
 
 class Batch(NamedTuple):
@@ -46,15 +56,16 @@ def tune(job: CompressionJob, target: float, writer: ModelWriter) -> dict:
     """Replace what `refine` names in the shards of `writer`; returns what the report says of it.
 
     If the divergence on held-out text is not lower in the end, the shards stay as they were. Memory: one decoder layer
-    with its gradients, and for one step's tokens their hidden states at every layer. Disk: see
-    `state_bytes`. A killed run resumes at the step that it was in. Several processes share the tokens of every step.
+    with its gradients, and for one step's tokens their hidden states at every layer. Disk: see `state_bytes`. A killed
+    run resumes at the step that it was in. Several processes share the tokens of every step.
 
     Raises:
-        HiSVDError: nothing of the layers can be trained, the loss is not finite, or see StreamedModel.
+        HiSVDError: nothing of the layers can be trained, the loss is not finite, a working file is damaged, or see
+            StreamedModel.
     """
     tuning = Tuning(job, target, writer)
     figures, steps = tuning.figures, tuning.num_steps
-    if "divergence_after" not in figures:
+    if not {"divergence_before", "divergence_after"} <= figures.keys():
         tuning.run_original()
         if "divergence_before" not in figures:
             tuning.record(divergence_before=tuning.held_out_divergence())
@@ -64,9 +75,18 @@ def tune(job: CompressionJob, target: float, writer: ModelWriter) -> dict:
                 bar.set_postfix(divergence=figures["divergences"][-1])
                 bar.update()
         tuning.record(divergence_after=tuning.held_out_divergence())
-    if figures["divergence_after"] < figures["divergence_before"]:
+    helps = figures["divergence_after"] < figures["divergence_before"]
+    if helps and not figures["written"]:
         tuning.write()
-    return figures | {"divergence_after": min(figures["divergence_after"], figures["divergence_before"])}
+    return {name: figures[name] for name in ("divergence_before", "divergence_after", "divergences")} | {"kept": helps}
+
+
+def steps_for(sequences: int, seqlen: int, processes: int = 1) -> tuple[int, int, int]:
+    """Sequences per batch, batches per step, and steps, where each of the processes has its share of the sequences."""
+    batch_size = max(1, TOKENS_PER_STEP // (processes * seqlen))
+    batches = -(-sequences // (processes * batch_size))  # of the process with the most
+    batches_per_step = -(-batches // MAX_STEPS)
+    return batch_size, batches_per_step, -(-batches // batches_per_step)
 
 
 def zero_squares(value: torch.Tensor) -> Tensors:
@@ -83,14 +103,14 @@ def adafactor_step(
     `squares` holds running means of the squared gradients: of a matrix by rows (m, 1) and by columns (1, n), whose
     product stands for those of the entries; of a vector those of the entries.
     """
-    square = gradient.square()
+    square = gradient.square().add_(TINIEST)
     for mean in squares.values():
         mean.lerp_(square.sum_to_size(mean.shape) * (mean.numel() / square.numel()), 1 - DECAY)
     if "entries" in squares:
         expected = squares["entries"]
     else:
-        expected = squares["rows"] / squares["rows"].mean().clamp_min(TINY) * squares["columns"]
-    value -= size * gradient / (expected / (1 - DECAY ** (step + 1))).sqrt().clamp_min(TINY)
+        expected = squares["rows"] / squares["rows"].mean() * squares["columns"]
+    value -= size * gradient / (expected / (1 - DECAY ** (step + 1))).sqrt()
 
 
 def rounded_at_random(value: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
@@ -125,9 +145,9 @@ def divergence_gradient(
     return torch.cat(divergences), torch.cat(gradients)
 
 
-def state_bytes(trained: Sequence[int]) -> int:
-    """Bytes on disk for the state of models, tuned in turn, with so many trained numbers: each's, and one's next."""
-    return torch.float32.itemsize * (sum(trained) + max(trained))
+def state_bytes(trained: int) -> int:
+    """Bytes on disk while `trained` numbers are trained: their values before and after a step."""
+    return 2 * torch.float32.itemsize * trained
 
 
 class Tuning:
@@ -141,14 +161,21 @@ class Tuning:
     def __init__(self, job: CompressionJob, target: float, writer: ModelWriter) -> None:
         self.job, self.target, self.writer, self.cache = job, target, writer, job.cache
         tokens, processes = job.cache.read_tokens(), distributed.count()
-        batch_size = max(1, TOKENS_PER_STEP // (processes * tokens.shape[1]))
-        batches = -(-len(tokens) // (processes * batch_size))  # of the process with the most
-        self.batches_per_step = -(-batches // MAX_STEPS)
-        self.num_steps = -(-batches // self.batches_per_step)
+        batch_size, self.batches_per_step, self.num_steps = steps_for(*tokens.shape, processes)
         self.streamed = StreamedModel(job.checkpoint, batch_size, job.device, job.cache.dtype)
+        layers = decoder_layers(self.streamed.skeleton, self.streamed.adapter)
+        if job.settings.refine == "norms" and not any(map(norm_gains, layers)):
+            raise HiSVDError("--refine norms: the decoder layers of this model have no norms with gains; leave it out.")
         self.texts = {"tokens": distributed.share(tokens), "held_out": job.cache.read_held_out()}
         self.path = writer.work / "tuning.json"
-        self.figures = read_json(self.path) if self.path.is_file() else {"divergences": []}
+        self.figures = {"steps": self.num_steps, "divergences": [], "written": False}
+        found = read_json(self.path, FIGURES) if self.path.is_file() else {}
+        if found.get("steps") == self.num_steps:  # else of another number of processes, whose steps are larger
+            self.figures = found
+        distributed.wait()  # until all have read it
+        for path in writer.work.glob("tuned_*") if distributed.is_first() else ():
+            if not path.name.startswith(f"tuned_{self.done}_"):  # of a step that was not finished, or of an old one
+                path.unlink()
 
     @property
     def done(self) -> int:
@@ -189,8 +216,10 @@ class Tuning:
         Raises:
             HiSVDError: it is not finite.
         """
-        found = [self._at_top([batch], self._forward([batch])[-1])[:2] for batch in self.read["held_out"]()]
-        return sum(mean * tokens for mean, tokens in found) / sum(tokens for _, tokens in found)
+        batches, last = list(self.read["held_out"]()), []
+        for states in self._forward(batches, as_stored=True):
+            last = states
+        return self._at_top(batches, last)[0]
 
     @torch.no_grad()
     def step(self, batches: list[Batch]) -> None:
@@ -199,7 +228,7 @@ class Tuning:
         Raises:
             HiSVDError: the divergence is not finite.
         """
-        inputs = self._forward(batches)
+        inputs = list(self._forward(batches))
         divergence, tokens, gradients = self._at_top(batches, inputs.pop())
         for index in reversed(range(self.cache.num_layers)):
             layer, hidden = self._layer(index), inputs.pop()
@@ -216,7 +245,7 @@ class Tuning:
                 )
                 for total, gradient in zip(sums.values(), found, strict=True):
                     total += gradient
-            self._change(index, {name: distributed.total(total) / tokens for name, total in sums.items()}, gains)
+            self._change(index, {name: distributed.total(total).div_(tokens) for name, total in sums.items()}, gains)
         done = self.done
         self.record(divergences=[*self.figures["divergences"], divergence])
         for index in range(self.cache.num_layers) if distributed.is_first() else ():
@@ -226,18 +255,20 @@ class Tuning:
         """Put the trained tensors into the shards, in the dtype that they have there."""
         for index in range(self.cache.num_layers) if distributed.is_first() else ():
             shard = self.writer.read_shard(index)
-            values = self._values(index, {name: tensor.dtype for name, tensor in shard.items()})
-            self.writer.write_shard(index, shard | {name: value.cpu() for name, value in values.items()})
-        distributed.wait()
+            self.writer.write_shard(index, shard | {k: t.cpu() for k, t in self._values(index, shard, True).items()})
+        self.record(written=True)
+        for index in range(self.cache.num_layers) if distributed.is_first() else ():
+            self._state_file(self.done, index).unlink(missing_ok=True)
 
     @torch.no_grad()
-    def _forward(self, batches: list[Batch]) -> list[list[torch.Tensor]]:
+    def _forward(self, batches: list[Batch], as_stored: bool = False) -> Iterator[list[torch.Tensor]]:
         """The hidden states of every batch before the first layer, and after each."""
-        states = [[batch.embedded for batch in batches]]
+        states = [batch.embedded for batch in batches]
+        yield states
         for index in range(self.cache.num_layers):
-            layer, before = self._layer(index), zip(batches, states[-1], strict=True)
-            states.append([run_layer(layer, hidden, batch.arguments[index]) for batch, hidden in before])
-        return states
+            layer = self._layer(index, as_stored)
+            states = [run_layer(layer, h, batch.arguments[index]) for h, batch in zip(states, batches, strict=True)]
+            yield states
 
     def _at_top(self, batches: list[Batch], last: list[torch.Tensor]) -> tuple[float, int, list[torch.Tensor]]:
         """Over all processes, the mean divergence and the number of tokens; the gradients of its sum at `last`."""
@@ -252,21 +283,19 @@ class Tuning:
         own = torch.cat(divergences).cpu().double()
         total, tokens = distributed.total(torch.tensor([own.sum(), len(own)], dtype=torch.float64)).tolist()
         if not math.isfinite(total):
-            raise HiSVDError("The divergence from the original is NaN or infinite; use --refine none.")
+            raise HiSVDError(
+                "The divergence from the original is NaN or infinite; use --refine none and another --save_model."
+            )
         return total / tokens, int(tokens), gradients
 
-    def _layer(self, index: int) -> nn.Module:
-        """Layer `index` of the compressed model, as trained so far."""
+    def _layer(self, index: int, as_stored: bool = False) -> nn.Module:
+        """Layer `index` of the compressed model, as trained so far; `as_stored`: in the dtype of the files."""
         shard, shapes = self.writer.read_shard(index), self.job.shapes(self.target, index)
-        tensors = shard | self._values(index, dict.fromkeys(shard, self.cache.dtype))
+        tensors = shard | self._values(index, shard, as_stored)
         return compressed_layer(self.streamed, index, shapes, tensors).requires_grad_(False)
 
     def _trained(self, index: int, layer: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
-        """The gains and the weights of `layer` that are trained, by their names in the files.
-
-        Raises:
-            HiSVDError: there are none.
-        """
+        """The gains and the weights of `layer` that are trained, by their names in the files."""
         checkpoint, path = self.job.checkpoint, self.streamed.layer_name(index)
         gains = {checkpoint.stored_name(f"{path}.{name}"): gain for name, gain in norm_gains(layer).items()}
         weights = {
@@ -274,37 +303,62 @@ class Tuning:
             for s in (self.cache.sublayers_of(index) if self.job.settings.refine == "weights" else ())
             for name, parameter in layer.get_submodule(s.path).named_parameters()
         }
-        if not gains and not weights:
-            raise HiSVDError("--refine norms: the decoder layers of this model have no norms with gains; leave it out.")
         return gains, weights
 
     def _change(self, index: int, gradients: Tensors, gains: Collection[str]) -> None:
         """Write the state of layer `index` after one more step; `gains` are the names of gains among the gradients."""
-        if distributed.is_first():
-            rate = 0.5 * (1 + math.cos(math.pi * self.done / self.num_steps))
-            offset, state, shard = self.streamed.adapter.gain_offset, self._state(index), self.writer.read_shard(index)
-            for name, gradient in gradients.items():
-                start = shard[name].to(gradient.device, torch.float32)
-                gain_sizes = GAIN_RATE[self.job.settings.refine] * (start + offset).abs()
-                size = gain_sizes if name in gains else WEIGHT_RATE * start.square().mean().sqrt()
-                value = state.setdefault(f"value.{name}", start.clone())
-                zeros = zero_squares(start).items()
-                squares = {kind: state.setdefault(f"{kind}.{name}", zero) for kind, zero in zeros}
-                adafactor_step(value, gradient, squares, self.done, rate * size)
-            write_tensors(self._state_file(self.done + 1, index), {name: t.cpu() for name, t in state.items()})
+        if not distributed.is_first():
+            return
+        shard = self.writer.read_shard(index)
+        state, offset = self._state(index, shard), self.streamed.adapter.gain_offset
+        rate = 0.5 * (1 + math.cos(math.pi * self.done / self.num_steps))
+        for name, gradient in gradients.items():
+            start = shard[name].to(gradient.device, torch.float32)
+            if name in gains:
+                size = rate * GAIN_RATE[self.job.settings.refine] * (start + offset).abs()
+            else:
+                size = rate * WEIGHT_RATE * start.square().mean().sqrt()
+            value = state.setdefault(f"value.{name}", start.clone())
+            squares = {k: state.setdefault(f"{k}.{name}", zero) for k, zero in zero_squares(start).items()}
+            adafactor_step(value, gradient, squares, self.done, size)
+        write_tensors(self._state_file(self.done + 1, index), {name: t.cpu() for name, t in state.items()})
 
-    def _values(self, index: int, dtypes: dict[str, torch.dtype]) -> Tensors:
-        """The trained tensors of layer `index` in `dtypes`, by their names in the files; none before the first step."""
+    def _values(self, index: int, shard: Tensors, as_stored: bool) -> Tensors:
+        """The trained tensors of layer `index`, by their names in the files; none before the first step.
+
+        They are in the dtype of the passes or, `as_stored`, in those of the `shard`.
+        """
         generator = torch.Generator(self.job.device).manual_seed(self.done * self.cache.num_layers + index)
-        found = ((name.removeprefix("value."), tensor) for name, tensor in self._state(index, "value.").items())
-        return {name: rounded_at_random(tensor, dtypes[name], generator) for name, tensor in found}
+        values = {}
+        for key, tensor in self._state(index, shard).items():
+            kind, _, name = key.partition(".")
+            if kind == "value":
+                dtype = shard[name].dtype if as_stored else self.cache.dtype
+                values[name] = rounded_at_random(tensor, dtype, generator)
+        return values
 
-    def _state(self, index: int, kind: str = "") -> Tensors:
-        """The tensors of a kind in the state of layer `index`, on the device; none before the first step."""
+    def _state(self, index: int, shard: Tensors) -> Tensors:
+        """The state of layer `index`, on the device; none before the first step. It is checked against the `shard`.
+
+        Raises:
+            HiSVDError: it is damaged.
+        """
         if not self.done:
             return {}
-        with open_safetensors(self._state_file(self.done, index)) as file:
-            return {name: file.get_tensor(name).to(self.job.device) for name in file.keys() if name.startswith(kind)}  # noqa: SIM118
+        path = self._state_file(self.done, index)
+        damaged = HiSVDError(f"{path} is damaged; delete {self.writer.folder} and run the same command again.")
+        try:
+            with open_safetensors(path) as file:
+                state = {name: file.get_tensor(name).to(self.job.device) for name in file.keys()}  # noqa: SIM118
+        except (HiSVDError, SafetensorError):
+            raise damaged from None
+        names = {key.removeprefix("value.") for key in state if key.startswith("value.")} & shard.keys()
+        squares = {f"{k}.{name}": zero for name in names for k, zero in zero_squares(shard[name]).items()}
+        expected = {f"value.{name}": shard[name] for name in names} | squares
+        found, due = ({name: tensor.shape for name, tensor in part.items()} for part in (state, expected))
+        if found != due or any(t.dtype != torch.float32 or not t.isfinite().all() for t in state.values()):
+            raise damaged
+        return state
 
     def _state_file(self, steps: int, index: int) -> Path:
         return self.writer.work / f"tuned_{steps}_{index}.safetensors"

@@ -77,7 +77,13 @@ def test_dry_run_needs_a_config_alone(tmp_path):
     assert result.code == 0, result
     assert not (tmp_path / "cache").exists()
     figures = json.loads((tmp_path / "dry.json").read_text())
-    names = ["calibrate: inputs", "calibrate: gradients", "compress", "  --refine weights", "evaluate --offload_folder"]
+    names = [
+        "calibrate: inputs",
+        "calibrate: gradients",
+        "compress",
+        "compress: --refine weights",
+        "evaluate --offload_folder",
+    ]
     assert [stage["stage"] for stage in figures["stages"]] == names
     for stage in figures["stages"]:
         assert stage["stage"] in result.output

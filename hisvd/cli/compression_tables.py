@@ -39,10 +39,11 @@ def print_model(model: CompressedModel, cache: CalibrationCache) -> dict:
     if "quality_search" in model.report:
         say(search_summary(model.report))
     if "tuning" in model.report:
-        before, after = (model.report["tuning"][f"divergence_{when}"] for when in ("before", "after"))
+        figures = model.report["tuning"]
         say(
-            f"Tuned {model.report['settings']['refine']}: divergence from the original's predictions on held-out text "
-            f"{before:.4f} → {after:.4f} nats per token"
+            f"Tuning the {model.report['settings']['refine']}: divergence from the original's predictions on held-out "
+            f"text {figures['divergence_before']:.4f} → {figures['divergence_after']:.4f} nats per token"
+            + ("" if figures["kept"] else ", so that they were left as they were")
         )
     say(f"Saved to {model.path}", always=True)
     return model.report
