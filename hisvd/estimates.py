@@ -46,7 +46,7 @@ def estimate(
     """Estimate memory, disk and time of a model's calibration, compression and evaluation, without its weights.
 
     Reads config.json alone, and measures the device for some seconds. Compression is to one target with default
-    settings, evaluation layer by layer on WikiText-2.
+    settings, with what `refine="weights"` adds as a stage of its own; evaluation layer by layer on WikiText-2.
 
     Args:
         model: A model folder, or a Hub id.

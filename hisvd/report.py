@@ -97,7 +97,7 @@ def parameters_by_type(plan: Plan, sublayers: list[Sublayer]) -> dict[str, dict[
 def finished_report(writer: ModelWriter, checkpoint: Checkpoint, found: dict[str, dict]) -> tuple[dict, dict[str, str]]:
     """The plan's report with what the shards actually hold, and the forms of the weights in codes by their names.
 
-    `found` is what is added to it: what the quality gate, or the tuning of norms, says.
+    `found` is what is added to it: what the quality gate, or the tuning, says.
     """
     stored = writer.stored_tensors()
     report = writer.plan | found

@@ -222,8 +222,8 @@ class CompressionSettings:
         encoded = self.linear_dtype in INTEGERS or self.budget == "bytes" or (self.export == "int6" and not self.gated)
         if self.refine == "weights" and (encoded or self.export == "dense"):
             raise HiSVDError(
-                "--refine weights trains weights as they are stored, so it goes neither with integers (--linear_dtype, "
-                "--target_bytes, --export int6 without a gate) nor with --export dense; use --refine norms."
+                "--refine weights trains weights as they are stored, so it goes with neither integers (--linear_dtype, "
+                "--target_bytes, --export int6 without a gate) nor --export dense; use --refine norms."
             )
         if self.linear_dtype and self.export == "int6":
             raise HiSVDError("--export int6 stores linears in a format of its own; leave --linear_dtype out.")

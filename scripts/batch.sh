@@ -17,6 +17,7 @@ SEQLEN="${SEQLEN:-2048}"
 DATASET="${DATASET:-wikitext2}"      # to calibrate on
 DATASETS="${DATASETS:-wikitext2,c4}" # to evaluate on
 TARGETS="${TARGETS:-0.8 0.7 0.6 0.5 0.4}"
+REFINE="${REFINE:-none}" # weights: then trained towards the original's predictions, which takes longer still
 UPDATE="${UPDATE:-none}" # none: one decomposition serves all targets; sequential: better and slower
 NAMES=(llama7b llama2_7b llama3_8b llama13b llama_30b mistral_7b opt6.7b)
 
@@ -50,7 +51,7 @@ compress_model() { # arguments: NAME, MODEL_DIR, DEVICE; targets whose output ex
   fi
   [ ${#missing[@]} -gt 1 ] || output="$(output_of "$1" "${missing[0]}")" # for a single target compress.py adds no ratio to the name
   step compress "$1" compress.py --model_path "$2" --calib_cache "$(cache_of "$1")" --device "$3" \
-    --target_compression "$(IFS=,; echo "${missing[*]}")" --update "$UPDATE" \
+    --target_compression "$(IFS=,; echo "${missing[*]}")" --update "$UPDATE" --refine "$REFINE" \
     --save_model "$output" --json "results/compress_$1.json"
 }
 

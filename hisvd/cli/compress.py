@@ -126,8 +126,8 @@ def unless_plan_only(context: click.Context, option: click.Parameter, value: str
     "--refine",
     type=click.Choice(choices.REFINEMENTS),
     default="none",
-    help="Then train a part of the model on the calibration text, so that it predicts what the original does. norms: "
-    "the gains of the layers' norms; weights: these and the layers' linear weights.",
+    help="After compression, train a part of the model to predict what the original does on the calibration text. "
+    "norms: the gains of the layers' norms; weights: these and the layers' linear weights.",
 )
 @option(
     "--export",
@@ -239,7 +239,7 @@ def unless_plan_only(context: click.Context, option: click.Parameter, value: str
 @output_options
 @program
 def main(**options: Any) -> None:
-    """Compress a model to a share of its linear weights, without training."""
+    """Compress a model to a share of its linear weights; nothing is trained without --refine."""
     from hisvd.calibration_cache import open_finished_cache
     from hisvd.cli.compression_tables import print_plans
     from hisvd.compression_page import compression_report
