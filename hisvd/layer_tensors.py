@@ -60,7 +60,7 @@ def compressed_layer(
     `shapes` holds the shapes of the linears' weights there.
     """
     checkpoint, layer, prefix = streamed.checkpoint, streamed.empty_layer(index), streamed.layer_name(index)
-    weights = {}
+    weights = dict[str, torch.Tensor]()
     for s, shape in shapes.items():
         entries = entries_of(checkpoint, s, tensors)
         swap_linears(layer, modules_of(s.path, entries, s.shape, shape))

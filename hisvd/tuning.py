@@ -161,14 +161,14 @@ class Tuning:
     def __init__(self, job: CompressionJob, target: float, writer: ModelWriter) -> None:
         self.job, self.target, self.writer, self.cache = job, target, writer, job.cache
         tokens, processes = job.cache.read_tokens(), distributed.count()
-        batch_size, self.batches_per_step, self.num_steps = steps_for(*tokens.shape, processes)
+        batch_size, self.batches_per_step, self.num_steps = steps_for(len(tokens), tokens.shape[1], processes)
         self.streamed = StreamedModel(job.checkpoint, batch_size, job.device, job.cache.dtype)
         layers = decoder_layers(self.streamed.skeleton, self.streamed.adapter)
         if job.settings.refine == "norms" and not any(map(norm_gains, layers)):
             raise HiSVDError("--refine norms: the decoder layers of this model have no norms with gains; leave it out.")
         self.texts = {"tokens": distributed.share(tokens), "held_out": job.cache.read_held_out()}
         self.path = writer.work / "tuning.json"
-        self.figures = {"steps": self.num_steps, "divergences": [], "written": False}
+        self.figures: dict[str, Any] = {"steps": self.num_steps, "divergences": [], "written": False}
         found = read_json(self.path, FIGURES) if self.path.is_file() else {}
         if found.get("steps") == self.num_steps:  # else of another number of processes, whose steps are larger
             self.figures = found
@@ -216,7 +216,7 @@ class Tuning:
         Raises:
             HiSVDError: it is not finite.
         """
-        batches, last = list(self.read["held_out"]()), []
+        batches, last = list(self.read["held_out"]()), list[torch.Tensor]()
         for states in self._forward(batches, as_stored=True):
             last = states
         return self._at_top(batches, last)[0]
