@@ -114,12 +114,10 @@ def adafactor_step(
 
 
 def rounded_at_random(value: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
-    """`value` (float32) in `dtype`, up or down at random and right on average, so that small changes are not lost.
+    """`value` (float32) in a `dtype` of 16 bits, up or down at random and right on average: small changes are not lost.
 
     Source: stochastic rounding, arXiv 1502.02551.
     """
-    if dtype.itemsize >= value.dtype.itemsize:
-        return value.to(dtype)
     gap = torch.ldexp(torch.full_like(value, torch.finfo(dtype).eps / 2), torch.frexp(value).exponent)
     noise = torch.rand(value.shape, generator=generator, device=value.device) - 0.5
     return (value + gap * noise * value.ne(0)).to(dtype)  # the exponent of 0 is that of 1
@@ -328,13 +326,17 @@ class Tuning:
 
         They are in the dtype of the passes or, `as_stored`, in those of the `shard`.
         """
-        generator = torch.Generator(self.job.device).manual_seed(self.done * self.cache.num_layers + index)
+        generator: torch.Generator | None = None
         values = {}
         for key, tensor in self._state(index, shard).items():
             kind, _, name = key.partition(".")
             if kind == "value":
                 dtype = shard[name].dtype if as_stored else self.cache.dtype
-                values[name] = rounded_at_random(tensor, dtype, generator)
+                if dtype.itemsize < tensor.dtype.itemsize:
+                    seed = self.done * self.cache.num_layers + index
+                    generator = generator or torch.Generator(self.job.device).manual_seed(seed)
+                    tensor = rounded_at_random(tensor, dtype, generator)
+                values[name] = tensor.to(dtype)
         return values
 
     def _state(self, index: int, shard: Tensors) -> Tensors:
