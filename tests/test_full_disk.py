@@ -5,6 +5,7 @@ A limit on the size of files makes the kernel refuse writes like a full disk, wh
 
 import resource
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from hisvd.calibration_cache import CalibrationCache, read_cache
 from hisvd.errors import HiSVDError
 from hisvd.utils import save_utils
 from hisvd.utils.activation_files import ActivationFile
-from hisvd.utils.files import write_json
+from hisvd.utils.files import check_disk, write_json
 from hisvd.utils.save_utils import ModelWriter
 
 
@@ -116,3 +117,11 @@ def test_a_json_file_keeps_its_former_content(tmp_path):
     with full_after(4), pytest.raises(HiSVDError, match=r"a\.json"):
         write_json(tmp_path / "a.json", {"b": 2})
     assert (tmp_path / "a.json").read_text() == '{\n  "a": 1\n}\n'
+
+
+def test_files_of_other_processes_may_vanish_while_space_is_counted(tmp_path, monkeypatch):
+    (tmp_path / "probe").touch()
+    is_file = Path.is_file
+    monkeypatch.setattr(Path, "is_file", lambda self: is_file(self) and self.unlink() is None)
+    check_disk([tmp_path], 1, "This")
+    assert not list(tmp_path.iterdir())

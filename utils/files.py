@@ -191,13 +191,21 @@ def check_disk(folders: Sequence[Path], needed: float, purpose: str) -> None:
     Raises:
         HiSVDError: the disk has too little space left.
     """
-    missing = needed - sum(path.stat().st_size for f in folders for path in f.glob("*") if path.is_file())
+    missing = needed - sum(_bytes_of(path) for folder in folders for path in folder.glob("*"))
     free = shutil.disk_usage(folders[0]).free
     if missing > free:
         raise HiSVDError(
             f"{purpose} needs {in_units(missing)} on the disk of {folders[0]}, which has {in_units(free)} left; "
             "free some space, or write to another disk."
         )
+
+
+def _bytes_of(path: Path) -> int:
+    """The size of an ordinary file; 0 of anything else, and of what another process has just deleted."""
+    with suppress(OSError):
+        if path.is_file():
+            return path.stat().st_size
+    return 0
 
 
 def check_writable_file(path: Path) -> Path:
