@@ -171,9 +171,7 @@ class Tuning:
         if found.get("steps") == self.num_steps:  # else of another number of processes, whose steps are larger
             self.figures = found
         distributed.wait()  # until all have read it
-        for path in writer.work.glob("tuned_*") if distributed.is_first() else ():
-            if not path.name.startswith(f"tuned_{self.done}_"):  # of a step that was not finished, or of an old one
-                path.unlink()
+        self._delete_states(but=self.done)  # those of a step that was not finished, or of an old one
 
     @property
     def done(self) -> int:
@@ -244,10 +242,8 @@ class Tuning:
                 for total, gradient in zip(sums.values(), found, strict=True):
                     total += gradient
             self._change(index, {name: distributed.total(total).div_(tokens) for name, total in sums.items()}, gains)
-        done = self.done
         self.record(divergences=[*self.figures["divergences"], divergence])
-        for index in range(self.cache.num_layers) if distributed.is_first() else ():
-            self._state_file(done, index).unlink(missing_ok=True)
+        self._delete_states(but=self.done)
 
     def write(self) -> None:
         """Put the trained tensors into the shards, in the dtype that they have there."""
@@ -255,8 +251,7 @@ class Tuning:
             shard = self.writer.read_shard(index)
             self.writer.write_shard(index, shard | {k: t.cpu() for k, t in self._values(index, shard, True).items()})
         self.record(written=True)
-        for index in range(self.cache.num_layers) if distributed.is_first() else ():
-            self._state_file(self.done, index).unlink(missing_ok=True)
+        self._delete_states()
 
     @torch.no_grad()
     def _forward(self, batches: list[Batch], as_stored: bool = False) -> Iterator[list[torch.Tensor]]:
@@ -361,6 +356,12 @@ class Tuning:
         if found != due or any(t.dtype != torch.float32 or not t.isfinite().all() for t in state.values()):
             raise damaged
         return state
+
+    def _delete_states(self, but: int | None = None) -> None:
+        """Delete the state files, except those after `but` steps."""
+        for path in self.writer.work.glob("tuned_*") if distributed.is_first() else ():
+            if not path.name.startswith(f"tuned_{but}_"):
+                path.unlink()
 
     def _state_file(self, steps: int, index: int) -> Path:
         return self.writer.work / f"tuned_{steps}_{index}.safetensors"
