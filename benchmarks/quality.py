@@ -29,6 +29,7 @@ METHODS = {
     "low rank alone": one_shot(moves="low_rank"),
     "neurons alone": one_shot(moves="neurons"),
     "both moves": one_shot(moves="both"),
+    "both moves, refined": one_shot(refine="weights"),
     "HiSVD default (both moves, update)": CompressionSettings(),
     "plain (stock checkpoint, update)": CompressionSettings(export="plain"),
 }

@@ -10,6 +10,7 @@ from hisvd.component.families import adapter_for
 from hisvd.machine_rates import Rates, Work, measure_rates
 from hisvd.settings import CalibrationSettings, Resources
 from hisvd.stage_estimates import Layer, RunSizes, Shapes, Stage, estimated_stages
+from hisvd.tuning import pass_dtype
 from hisvd.utils.model_folders import local_folder
 from hisvd.utils.model_utils import (
     check_calibratable,
@@ -70,7 +71,8 @@ def estimate(
     check_calibratable(config, settings.seqlen, os.fspath(model))
     stored = stored_dtype(config)
     compute = resolve_dtype(settings.dtype, device, stored) or stored
-    sizes = RunSizes(settings.nsamples, settings.gradient_windows, settings.seqlen, compute, stored)
+    windows = settings.nsamples, settings.gradient_windows, settings.seqlen
+    sizes = RunSizes(*windows, compute, stored, tuning=pass_dtype(compute, device))
     shapes = shapes_of(empty_model(config))
     stages = estimated_stages(shapes, sizes)
     rates = measure_rates(device, sum((stage.work for stage in stages), Work()))

@@ -26,7 +26,7 @@ GRAM = 9 / 16  # of a full product, see whitening_svd.gram
 # How often elementwise operations read or write: hidden states, in norms and sums; logits, in softmax, draws, losses
 # and their gradients; a weight, when it is rounded; the inverse, when a block of neurons goes; a weight, in a step of
 # Adafactor.
-NORMS_AND_SUMS, LOGITS_MOVED, ROUNDING_MOVED, ELIMINATION_MOVED, ADAFACTOR_MOVED = 8, 16, 12, 1, 12
+NORMS_AND_SUMS, LOGITS_MOVED, ROUNDING_MOVED, ELIMINATION_MOVED, ADAFACTOR_MOVED = 8, 16, 12, 1, 15
 F32, F64 = torch.float32, torch.float64
 
 
@@ -68,7 +68,7 @@ class RunSizes:
 
     Second moments of inputs come from `nsamples` windows of `seqlen` tokens, those of output gradients from
     `grad_nsamples` of them. `compute` is the dtype of the forward passes, `stored` that of the checkpoint, `targets`
-    the number of compression targets in one run.
+    the number of compression targets in one run, `tuning` the dtype of the passes of `--refine` (None: `compute`).
     """
 
     nsamples: int
@@ -77,6 +77,7 @@ class RunSizes:
     compute: torch.dtype
     stored: torch.dtype
     targets: int = 1
+    tuning: torch.dtype | None = None
 
     @property
     def tokens(self) -> int:
@@ -295,20 +296,19 @@ def _compression(shapes: Shapes, sizes: RunSizes) -> Stage:
 
 def _tuning(shapes: Shapes, sizes: RunSizes) -> Stage:
     """As if the model were as large as the original."""
+    sizes = replace(sizes, compute=sizes.tuning or sizes.compute)
     tokens, layers, c = sizes.tokens, len(shapes.layers), sizes.compute.itemsize
     batch_size, batches, steps = steps_for(sizes.nsamples, sizes.seqlen)
     work, inside = Work(), 0.0
     for layer in shapes.layers:
         # Weights, gradients and their totals, values, and the tensors of the files; Adafactor's temporaries.
         held = (2 * c + 8 + sizes.stored.itemsize) * layer.parameters
-        inside = max(
-            inside, held + 24 * max(m * n for m, n in layer.shapes), held + _batch(shapes, sizes.compute, True)
-        )
+        inside = max(inside, held + 8 * max(m * n for m, n in layer.shapes), held + _batch(shapes, sizes.compute, True))
         # The original; forwards; again, with the gradients at inputs and weights.
         for backward in (0, 0, 2):
             _pass(work, layer, shapes, sizes, sizes.targets * sizes.nsamples, backward)
         work.memory += sizes.targets * steps * ADAFACTOR_MOVED * 4 * layer.parameters
-        work.disk += sizes.targets * steps * (3 * (sizes.stored.itemsize + 4) + 4) * layer.parameters
+        work.disk += sizes.targets * steps * (2 * (sizes.stored.itemsize + 4) + 4) * layer.parameters
     work.products[sizes.compute] += sizes.targets * 6 * tokens * shapes.hidden * shapes.vocabulary
     work.memory += sizes.targets * LOGITS_MOVED * 4 * tokens * shapes.vocabulary
     states = c * batch_size * batches * sizes.seqlen * shapes.hidden * (layers + 1)

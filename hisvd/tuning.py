@@ -23,15 +23,16 @@ from hisvd.utils import distributed
 from hisvd.utils.eval_utils import tokens_at_once
 from hisvd.utils.files import read_json, write_json, write_tensors
 from hisvd.utils.model_folders import open_safetensors
+from hisvd.utils.model_utils import multiplies_bfloat16
 from hisvd.utils.progress import progress_bar
 from hisvd.utils.save_utils import ModelWriter
 from hisvd.utils.streaming import Arguments, StreamedModel, decoder_layers, run_layer
 
 TOKENS_PER_STEP = 2048  # at least
 MAX_STEPS = 48  # each reads and writes all that is trained
-# Of the first step; they fall to zero like a cosine.
+WARM_UP = 1 / 6  # of the steps, in which rates rise to what follows; over all, they fall to zero like a cosine
 GAIN_RATE = {"norms": 5e-3, "weights": 1e-3}  # as a fraction of a norm's gain, by what is refined
-WEIGHT_RATE = 1e-4  # as a fraction of the root mean square of a weight's entries
+WEIGHT_RATE = 2e-4  # as a fraction of the root mean square of a weight's entries
 DECAY = 0.95  # of the running means, per step
 TINIEST = 1e-30  # squared gradient that counts
 # The schema of tuning.json.
@@ -101,16 +102,18 @@ def adafactor_step(
     """Step number `step`, from 0, against `gradient`, in place, by about `size` per entry (a scalar, or one each).
 
     `squares` holds running means of the squared gradients: of a matrix by rows (m, 1) and by columns (1, n), whose
-    product stands for those of the entries; of a vector those of the entries.
+    product stands for those of the entries; of a vector those of the entries. `gradient` is overwritten.
     """
     square = gradient.square().add_(TINIEST)
     for mean in squares.values():
         mean.lerp_(square.sum_to_size(mean.shape) * (mean.numel() / square.numel()), 1 - DECAY)
+    gradient *= size * (1 - DECAY ** (step + 1)) ** 0.5
     if "entries" in squares:
-        expected = squares["entries"]
+        gradient /= squares["entries"].sqrt()
     else:
-        expected = squares["rows"] / squares["rows"].mean() * squares["columns"]
-    value -= size * gradient / (expected / (1 - DECAY ** (step + 1))).sqrt()
+        rows, columns = squares["rows"], squares["columns"]
+        gradient.div_((rows / rows.mean()).sqrt()).div_(columns.sqrt())
+    value -= gradient
 
 
 def rounded_at_random(value: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
@@ -118,9 +121,10 @@ def rounded_at_random(value: torch.Tensor, dtype: torch.dtype, generator: torch.
 
     Source: stochastic rounding, arXiv 1502.02551.
     """
-    gap = torch.ldexp(torch.full_like(value, torch.finfo(dtype).eps / 2), torch.frexp(value).exponent)
-    noise = torch.rand(value.shape, generator=generator, device=value.device) - 0.5
-    return (value + gap * noise * value.ne(0)).to(dtype)  # the exponent of 0 is that of 1
+    # Between a number of `dtype` and the next there are as many of float32, and their bits count up.
+    steps = round(torch.finfo(dtype).eps / torch.finfo(value.dtype).eps)
+    noise = torch.randint(steps, value.shape, generator=generator, device=value.device, dtype=torch.int32)
+    return noise.add_(value.view(torch.int32)).bitwise_and_(-steps).view(value.dtype).to(dtype)
 
 
 def divergence_gradient(
@@ -138,9 +142,15 @@ def divergence_gradient(
         with torch.enable_grad():
             logits = logits_of(leaf).float()
         log_q, p = logits.detach().log_softmax(-1), log_p.exp()
-        divergences.append((p * (log_p - log_q)).sum(-1))
-        gradients += torch.autograd.grad(logits, leaf, log_q.exp() - p)
+        divergences.append(log_p.sub_(log_q).mul_(p).sum(-1))  # in place: these are the largest tensors
+        gradients += torch.autograd.grad(logits, leaf, log_q.exp_().sub_(p))
     return torch.cat(divergences), torch.cat(gradients)
+
+
+def pass_dtype(calibrated: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of the passes, for a cache that was `calibrated` in one: the same, or half of it where that is fast."""
+    halved = calibrated == torch.float32 and multiplies_bfloat16(device)
+    return torch.bfloat16 if halved else calibrated
 
 
 def state_bytes(trained: int) -> int:
@@ -160,7 +170,8 @@ class Tuning:
         self.job, self.target, self.writer, self.cache = job, target, writer, job.cache
         tokens, processes = job.cache.read_tokens(), distributed.count()
         batch_size, self.batches_per_step, self.num_steps = steps_for(len(tokens), tokens.shape[1], processes)
-        self.streamed = StreamedModel(job.checkpoint, batch_size, job.device, job.cache.dtype)
+        dtype = pass_dtype(job.cache.dtype, job.device)
+        self.streamed = StreamedModel(job.checkpoint, batch_size, job.device, dtype)
         layers = decoder_layers(self.streamed.skeleton, self.streamed.adapter)
         if job.settings.refine == "norms" and not any(map(norm_gains, layers)):
             raise HiSVDError("--refine norms: the decoder layers of this model have no norms with gains; leave it out.")
@@ -227,7 +238,9 @@ class Tuning:
         inputs = list(self._forward(batches))
         divergence, tokens, gradients = self._at_top(batches, inputs.pop())
         for index in reversed(range(self.cache.num_layers)):
-            layer, hidden = self._layer(index), inputs.pop()
+            shard = self.writer.read_shard(index)
+            state = self._state(index, shard)
+            layer, hidden = self._layer(index, shard, self._values(index, shard, state)), inputs.pop()
             gains, weights = self._trained(index, layer)
             trained = {name: p.requires_grad_() for name, p in (gains | weights).items()}
             sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in trained.items()}
@@ -241,7 +254,9 @@ class Tuning:
                 )
                 for total, gradient in zip(sums.values(), found, strict=True):
                     total += gradient
-            self._change(index, {name: distributed.total(total).div_(tokens) for name, total in sums.items()}, gains)
+            means = {name: distributed.total(total).div_(tokens) for name, total in sums.items()}
+            if distributed.is_first():
+                self._change(index, shard, state, means, gains)
         self.record(divergences=[*self.figures["divergences"], divergence])
         self._delete_states(but=self.done)
 
@@ -249,7 +264,8 @@ class Tuning:
         """Put the trained tensors into the shards, in the dtype that they have there."""
         for index in range(self.cache.num_layers) if distributed.is_first() else ():
             shard = self.writer.read_shard(index)
-            self.writer.write_shard(index, shard | {k: t.cpu() for k, t in self._values(index, shard, True).items()})
+            values = self._values(index, shard, self._state(index, shard), as_stored=True)
+            self.writer.write_shard(index, shard | {name: tensor.cpu() for name, tensor in values.items()})
         self.record(written=True)
         self._delete_states()
 
@@ -259,7 +275,8 @@ class Tuning:
         states = [batch.embedded for batch in batches]
         yield states
         for index in range(self.cache.num_layers):
-            layer = self._layer(index, as_stored)
+            shard = self.writer.read_shard(index)
+            layer = self._layer(index, shard, self._values(index, shard, self._state(index, shard), as_stored))
             states = [run_layer(layer, h, batch.arguments[index]) for h, batch in zip(states, batches, strict=True)]
             yield states
 
@@ -281,11 +298,10 @@ class Tuning:
             )
         return total / tokens, int(tokens), gradients
 
-    def _layer(self, index: int, as_stored: bool = False) -> nn.Module:
-        """Layer `index` of the compressed model, as trained so far; `as_stored`: in the dtype of the files."""
-        shard, shapes = self.writer.read_shard(index), self.job.shapes(self.target, index)
-        tensors = shard | self._values(index, shard, as_stored)
-        return compressed_layer(self.streamed, index, shapes, tensors).requires_grad_(False)
+    def _layer(self, index: int, shard: Tensors, values: Tensors) -> nn.Module:
+        """Layer `index` of the compressed model, with `values` in the place of those of the `shard`."""
+        shapes = self.job.shapes(self.target, index)
+        return compressed_layer(self.streamed, index, shapes, shard | values).requires_grad_(False)
 
     def _trained(self, index: int, layer: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
         """The gains and the weights of `layer` that are trained, by their names in the files."""
@@ -298,13 +314,11 @@ class Tuning:
         }
         return gains, weights
 
-    def _change(self, index: int, gradients: Tensors, gains: Collection[str]) -> None:
+    def _change(self, index: int, shard: Tensors, state: Tensors, gradients: Tensors, gains: Collection[str]) -> None:
         """Write the state of layer `index` after one more step; `gains` are the names of gains among the gradients."""
-        if not distributed.is_first():
-            return
-        shard = self.writer.read_shard(index)
-        state, offset = self._state(index, shard), self.streamed.adapter.gain_offset
-        rate = 0.5 * (1 + math.cos(math.pi * self.done / self.num_steps))
+        offset = self.streamed.adapter.gain_offset
+        rate = min(1, (self.done + 1) / max(1, WARM_UP * self.num_steps))
+        rate *= 0.5 * (1 + math.cos(math.pi * self.done / self.num_steps))
         for name, gradient in gradients.items():
             start = shard[name].to(gradient.device, torch.float32)
             if name in gains:
@@ -316,17 +330,17 @@ class Tuning:
             adafactor_step(value, gradient, squares, self.done, size)
         write_tensors(self._state_file(self.done + 1, index), {name: t.cpu() for name, t in state.items()})
 
-    def _values(self, index: int, shard: Tensors, as_stored: bool) -> Tensors:
-        """The trained tensors of layer `index`, by their names in the files; none before the first step.
+    def _values(self, index: int, shard: Tensors, state: Tensors, as_stored: bool = False) -> Tensors:
+        """The trained tensors in the `state` of layer `index`, by their names in the files.
 
         They are in the dtype of the passes or, `as_stored`, in those of the `shard`.
         """
         generator: torch.Generator | None = None
         values = {}
-        for key, tensor in self._state(index, shard).items():
+        for key, tensor in state.items():
             kind, _, name = key.partition(".")
             if kind == "value":
-                dtype = shard[name].dtype if as_stored else self.cache.dtype
+                dtype = shard[name].dtype if as_stored else self.streamed.dtype
                 if dtype.itemsize < tensor.dtype.itemsize:
                     seed = self.done * self.cache.num_layers + index
                     generator = generator or torch.Generator(self.job.device).manual_seed(seed)
@@ -353,7 +367,7 @@ class Tuning:
         squares = {f"{k}.{name}": zero for name in names for k, zero in zero_squares(shard[name]).items()}
         expected = {f"value.{name}": shard[name] for name in names} | squares
         found, due = ({name: tensor.shape for name, tensor in part.items()} for part in (state, expected))
-        if found != due or any(t.dtype != torch.float32 or not t.isfinite().all() for t in state.values()):
+        if found != due or any(t.dtype != torch.float32 or not t.sum().isfinite() for t in state.values()):
             raise damaged
         return state
 

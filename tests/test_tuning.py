@@ -43,7 +43,11 @@ CONFIGS = {
 
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
-    """Steps of two of the six sequences, small ones, judged by the text itself: nothing holds on other text here."""
+    """Steps of two of the six sequences, small ones, judged by the text itself: nothing holds on other text here.
+
+    Passes are in float32 on every CPU.
+    """
+    monkeypatch.setattr(tuning, "multiplies_bfloat16", lambda device: False)
     monkeypatch.setattr(tuning, "TOKENS_PER_STEP", 32)
     monkeypatch.setattr(tuning, "MAX_STEPS", STEPS)
     monkeypatch.setattr(tuning, "GAIN_RATE", dict.fromkeys(REFINEMENTS, 1e-3))
@@ -132,9 +136,9 @@ def sharp(request, tokenizer, tmp_path):
 def test_what_is_named_changes_and_predictions_come_nearer(sharp, tmp_path, monkeypatch, refine):
     (folder, cache), seen, change = sharp, {}, Tuning._change
 
-    def watched(self, index, gradients, gains):
-        seen.setdefault(self.done, {}).update(gradients)
-        change(self, index, gradients, gains)
+    def watched(self, index, shard, state, gradients, gains):
+        seen.setdefault(self.done, {}).update({name: g.clone() for name, g in gradients.items()})
+        change(self, index, shard, state, gradients, gains)
 
     monkeypatch.setattr(Tuning, "_change", watched)
     plain, tuned = (
@@ -227,6 +231,24 @@ def test_figures_are_those_of_the_rounded_weights(chain, caches, model_folders):
     with torch.no_grad():
         after = divergence(hisvd.load(out).float(), hisvd.load(model_folders["llama"]), tokens).item()
     assert figures["kept"] and figures["divergence_after"] == pytest.approx(after, rel=1e-2)
+
+
+def test_passes_are_in_bfloat16_where_that_is_fast(chain, caches, model_folders, monkeypatch):
+    monkeypatch.setattr(tuning, "multiplies_bfloat16", lambda device: True)
+    assert tuning.pass_dtype(torch.float16, torch.device("cpu")) == torch.float16
+    run_layer, seen = tuning.run_layer, set()
+
+    def watched(layer, hidden, arguments):
+        seen.update({hidden.dtype, *(p.dtype for p in layer.parameters())})
+        return run_layer(layer, hidden, arguments)
+
+    monkeypatch.setattr(tuning, "run_layer", watched)
+    out = chain("llama", "0.4", "out", *ONE_SHOT, "--refine", "weights")
+    tokens, figures = read_cache(caches["llama"]).read_tokens(), json.loads((out / "hisvd.json").read_text())["tuning"]
+    assert seen == {torch.bfloat16} and {t.dtype for t in saved_tensors(out).values()} >= {torch.float32}
+    with torch.no_grad():
+        after = divergence(hisvd.load(out), hisvd.load(model_folders["llama"]), tokens).item()
+    assert figures["kept"] and figures["divergence_after"] == pytest.approx(after, rel=5e-2)
 
 
 def test_a_run_that_is_killed_among_its_codes_resumes(chain, monkeypatch):

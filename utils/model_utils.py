@@ -323,6 +323,13 @@ def resolve_dtype(dtype: str, device: torch.device, stored: torch.dtype | None) 
     return torch.float32 if device.type == "cpu" else stored
 
 
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether `device` is a CPU that multiplies matrices in bfloat16 several times as fast as in float32: with AMX."""
+    if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):  # as in old releases
+        return False
+    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
+
+
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer saved in a model folder.
 

@@ -129,6 +129,7 @@ class StreamedModel:
         Raises:
             HiSVDError: a weight is missing, not finite or, in codes, damaged.
         """
+        release_freed_memory()
         layer, prefix = self.empty_layer(index), self.layer_name(index)
         names = {name: self.checkpoint.stored_name(f"{prefix}.{name}") for name in layer.state_dict()}
         computed = {name for name, _ in layer.named_buffers() if names.get(name) not in self.checkpoint.files}
@@ -136,7 +137,6 @@ class StreamedModel:
 
     def empty_layer(self, index: int) -> nn.Module:
         """A copy of decoder layer `index` without weights, to be changed and `filled`."""
-        release_freed_memory()
         return copy.deepcopy(self._layers()[index])
 
     def filled(self, layer: nn.Module, index: int, tensors: dict[str, torch.Tensor]) -> nn.Module:
