@@ -31,8 +31,10 @@ from hisvd.utils.streaming import Arguments, StreamedModel, decoder_layers, run_
 TOKENS_PER_STEP = 2048  # at least
 MAX_STEPS = 48  # each reads and writes all that is trained
 WARM_UP = 1 / 6  # of the steps, in which rates rise to what follows; over all, they fall to zero like a cosine
-GAIN_RATE = {"norms": 5e-3, "weights": 1e-3}  # as a fraction of a norm's gain, by what is refined
-WEIGHT_RATE = 2e-4  # as a fraction of the root mean square of a weight's entries
+# As a fraction of a norm's gain, by what is refined, and of the root mean square of a weight's entries. Both times the
+# square root of the divergence before: what chance adds in a step grows with its square, whatever is to be gained.
+GAIN_RATE = {"norms": 6e-3, "weights": 1.25e-3}
+WEIGHT_RATE = 2.5e-4
 DECAY = 0.95  # of the running means, per step
 TINIEST = 1e-30  # squared gradient that counts
 # The schema of tuning.json.
@@ -317,7 +319,8 @@ class Tuning:
     def _change(self, index: int, shard: Tensors, state: Tensors, gradients: Tensors, gains: Collection[str]) -> None:
         """Write the state of layer `index` after one more step; `gains` are the names of gains among the gradients."""
         offset = self.streamed.adapter.gain_offset
-        rate = min(1, (self.done + 1) / max(1, WARM_UP * self.num_steps))
+        rate = max(0.0, self.figures["divergence_before"]) ** 0.5
+        rate *= min(1, (self.done + 1) / max(1, WARM_UP * self.num_steps))
         rate *= 0.5 * (1 + math.cos(math.pi * self.done / self.num_steps))
         for name, gradient in gradients.items():
             start = shard[name].to(gradient.device, torch.float32)

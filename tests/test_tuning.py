@@ -207,7 +207,8 @@ def test_a_run_that_is_stopped_resumes_at_its_step(chain, monkeypatch, refine):
         *((refine, ("--export", "int6", "--quality_gate_delta", "0.5")) for refine in REFINEMENTS),
     ],
 )
-def test_every_export_may_be_refined(chain, refine, options):
+def test_every_export_may_be_refined(chain, monkeypatch, refine, options):
+    monkeypatch.setattr(tuning, "GAIN_RATE", dict.fromkeys(REFINEMENTS, 0.5))  # there is next to nothing to gain
     out = chain("llama", "0.8", "out", *ONE_SHOT, *options, "--refine", refine)
     report = json.loads((out / "hisvd.json").read_text())
     figures = report["tuning"]
@@ -233,21 +234,23 @@ def test_figures_are_those_of_the_rounded_weights(chain, caches, model_folders):
     assert figures["kept"] and figures["divergence_after"] == pytest.approx(after, rel=1e-2)
 
 
-def test_passes_are_in_bfloat16_where_that_is_fast(chain, caches, model_folders, monkeypatch):
+@pytest.mark.parametrize("sharp", ["llama"], indirect=True)
+def test_passes_are_in_bfloat16_where_that_is_fast(sharp, tmp_path, monkeypatch):
+    (folder, cache), run_layer, seen = sharp, tuning.run_layer, set()
     monkeypatch.setattr(tuning, "multiplies_bfloat16", lambda device: True)
     assert tuning.pass_dtype(torch.float16, torch.device("cpu")) == torch.float16
-    run_layer, seen = tuning.run_layer, set()
 
     def watched(layer, hidden, arguments):
         seen.update({hidden.dtype, *(p.dtype for p in layer.parameters())})
         return run_layer(layer, hidden, arguments)
 
     monkeypatch.setattr(tuning, "run_layer", watched)
-    out = chain("llama", "0.4", "out", *ONE_SHOT, "--refine", "weights")
-    tokens, figures = read_cache(caches["llama"]).read_tokens(), json.loads((out / "hisvd.json").read_text())["tuning"]
-    assert seen == {torch.bfloat16} and {t.dtype for t in saved_tensors(out).values()} >= {torch.float32}
+    settings = hisvd.CompressionSettings(update="none", refine="weights")
+    (tuned,) = hisvd.compress(folder, cache, tmp_path / "out", 0.3, settings)
+    assert seen == {torch.bfloat16} and {t.dtype for t in saved_tensors(tuned.path).values()} >= {torch.float32}
     with torch.no_grad():
-        after = divergence(hisvd.load(out), hisvd.load(model_folders["llama"]), tokens).item()
+        after = divergence(hisvd.load(tuned.path), hisvd.load(folder), read_cache(cache).read_tokens()).item()
+    figures = tuned.report["tuning"]
     assert figures["kept"] and figures["divergence_after"] == pytest.approx(after, rel=5e-2)
 
 
