@@ -17,6 +17,7 @@ from hisvd.report import finished_report, model_card, plan_report
 from hisvd.settings import CompressionSettings, Resources
 from hisvd.stage_estimates import stream_bytes
 from hisvd.tuning import state_bytes, tune
+from hisvd.tuning_text import TuningText
 from hisvd.updates import UPDATES
 from hisvd.utils import distributed
 from hisvd.utils.files import check_disk, is_left_behind, locked, make_folder
@@ -97,10 +98,13 @@ def compress(
         open_job = _unfinished(job)
         if open_job.writers:
             factor_layers(open_job)
-        found = {target: _refined(job, target, writer) for target, writer in job.writers.items()}
+        found = _refined(job)
         if not distributed.is_first():
             return []  # the first process assembles the shards
-        return [CompressedModel(w.output, job.plans[t], _finish(job, t, w, found[t])) for t, w in job.writers.items()]
+        return [
+            CompressedModel(w.output, job.plans[t], _finish(job, t, w, found.get(t, {})))
+            for t, w in job.writers.items()
+        ]
 
 
 def _outputs(output: str | Path, plans: list[Plan], settings: CompressionSettings) -> list[tuple[Plan, Path]]:
@@ -174,7 +178,7 @@ def _needed_bytes(job: CompressionJob, targets: int) -> int:
         streams = stream_bytes(hidden, tokens, job.cache.dtype, targets)
     if job.settings.refine != "none":
         held_out = distributed.count() * job.cache.read_held_out().numel()
-        streams += 3 * targets * (tokens + held_out) * hidden * job.cache.dtype.itemsize
+        streams += 3 * (tokens + held_out) * hidden * job.cache.dtype.itemsize
     if job.settings.refine == "weights":
         missing = [job.plans[target] for target, writer in job.writers.items() if not writer.is_finished]
         streams += state_bytes(max(sum(map(plan.parameters_of, job.cache.sublayers)) for plan in missing))
@@ -220,12 +224,17 @@ def factor_layers(job: CompressionJob) -> None:
     distributed.wait()
 
 
-def _refined(job: CompressionJob, target: float, writer: ModelWriter) -> dict[str, dict]:
-    """Refine the model in the shards of `writer` where that is asked for; what the report says of it."""
-    changes = job.encodes or any(map(job.plans[target].changes, job.cache.sublayers))
-    if job.settings.refine == "none" or writer.is_complete or not changes:
+def _refined(job: CompressionJob) -> dict[float, dict[str, dict]]:
+    """Refine the models in the shards where that is asked for; what the reports say of it, by target."""
+    writers = {
+        target: writer
+        for target, writer in job.writers.items()
+        if not writer.is_complete and (job.encodes or any(map(job.plans[target].changes, job.cache.sublayers)))
+    }
+    if job.settings.refine == "none" or not writers:
         return {}
-    return {"tuning": tune(job, target, writer)}
+    text = TuningText(job, next(iter(writers.values())).work)
+    return {target: {"tuning": tune(job, target, writer, text)} for target, writer in writers.items()}
 
 
 def _finish(job: CompressionJob, target: float, writer: ModelWriter, found: dict[str, dict]) -> dict:

@@ -10,7 +10,7 @@ from hisvd.component.families import adapter_for
 from hisvd.machine_rates import Rates, Work, measure_rates
 from hisvd.settings import CalibrationSettings, Resources
 from hisvd.stage_estimates import Layer, RunSizes, Shapes, Stage, estimated_stages
-from hisvd.tuning import pass_dtype
+from hisvd.tuning_text import pass_dtype
 from hisvd.utils.model_folders import local_folder
 from hisvd.utils.model_utils import (
     check_calibratable,

@@ -16,7 +16,8 @@ from hisvd.integer_codes import INTEGERS
 from hisvd.layer_statistics import NUM_LEADING_VECTORS
 from hisvd.machine_rates import Work
 from hisvd.neurons import BLOCK, spectrum_widths
-from hisvd.tuning import state_bytes, steps_for
+from hisvd.tuning import state_bytes
+from hisvd.tuning_text import steps_for
 from hisvd.utils.data_utils import TOKENS_PER_BATCH
 from hisvd.utils.eval_utils import LOGITS_AT_ONCE
 
@@ -304,15 +305,14 @@ def _tuning(shapes: Shapes, sizes: RunSizes) -> Stage:
         # Weights, gradients and their totals, values, and the tensors of the files; Adafactor's temporaries.
         held = (2 * c + 8 + sizes.stored.itemsize) * layer.parameters
         inside = max(inside, held + 8 * max(m * n for m, n in layer.shapes), held + _batch(shapes, sizes.compute, True))
-        # The original; forwards; again, with the gradients at inputs and weights.
-        for backward in (0, 0, 2):
-            _pass(work, layer, shapes, sizes, sizes.targets * sizes.nsamples, backward)
+        _pass(work, layer, shapes, sizes, (1 + sizes.targets) * sizes.nsamples)  # the original, and forwards
+        _pass(work, layer, shapes, sizes, sizes.targets * sizes.nsamples, 2)  # again, and the gradients
         work.memory += sizes.targets * steps * ADAFACTOR_MOVED * 4 * layer.parameters
         work.disk += sizes.targets * steps * (2 * (sizes.stored.itemsize + 4) + 4) * layer.parameters
     work.products[sizes.compute] += sizes.targets * 6 * tokens * shapes.hidden * shapes.vocabulary
     work.memory += sizes.targets * LOGITS_MOVED * 4 * tokens * shapes.vocabulary
     states = c * batch_size * batches * sizes.seqlen * shapes.hidden * (layers + 1)
-    disk = 3 * sizes.targets * tokens * shapes.hidden * c
+    disk = 3 * tokens * shapes.hidden * c
     disk += state_bytes(sum(layer.parameters for layer in shapes.layers))
     return Stage("compress: --refine weights", BASE + states + max(inside, _top(shapes, sizes)), disk, work)
 

@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -19,17 +19,15 @@ from hisvd.errors import HiSVDError
 from hisvd.factoring import CompressionJob, Tensors
 from hisvd.layer_tensors import compressed_layer, norm_gains, stored_prefix
 from hisvd.schema import NUMBER, SIZE, one_of
+from hisvd.tuning_text import Batch, TuningText
 from hisvd.utils import distributed
 from hisvd.utils.eval_utils import tokens_at_once
 from hisvd.utils.files import read_json, write_json, write_tensors
 from hisvd.utils.model_folders import open_safetensors
-from hisvd.utils.model_utils import multiplies_bfloat16
 from hisvd.utils.progress import progress_bar
 from hisvd.utils.save_utils import ModelWriter
-from hisvd.utils.streaming import Arguments, StreamedModel, decoder_layers, run_layer
+from hisvd.utils.streaming import run_layer
 
-TOKENS_PER_STEP = 2048  # at least
-MAX_STEPS = 48  # each reads and writes all that is trained
 WARM_UP = 1 / 6  # of the steps, in which rates rise to what follows; over all, they fall to zero like a cosine
 # As a fraction of a norm's gain, by what is refined, and of the root mean square of a weight's entries. Both times the
 # square root of the divergence before: what chance adds in a step grows with its square, whatever is to be gained.
@@ -47,15 +45,7 @@ FIGURES = {
 }
 
 
-class Batch(NamedTuple):
-    """Sequences: embedded, after the original's last layer, and what each layer gets besides hidden states."""
-
-    embedded: torch.Tensor
-    wanted: torch.Tensor
-    arguments: tuple[Arguments, ...]
-
-
-def tune(job: CompressionJob, target: float, writer: ModelWriter) -> dict:
+def tune(job: CompressionJob, target: float, writer: ModelWriter, text: TuningText) -> dict:
     """Replace what `refine` names in the shards of `writer`; returns what the report says of it.
 
     If the divergence on held-out text is not lower in the end, the shards stay as they were. Memory: one decoder layer
@@ -63,13 +53,11 @@ def tune(job: CompressionJob, target: float, writer: ModelWriter) -> dict:
     run resumes at the step that it was in. Several processes share the tokens of every step.
 
     Raises:
-        HiSVDError: nothing of the layers can be trained, the loss is not finite, a working file is damaged, or see
-            StreamedModel.
+        HiSVDError: the loss is not finite, a working file is damaged, or see StreamedModel.
     """
-    tuning = Tuning(job, target, writer)
-    figures, steps = tuning.figures, tuning.num_steps
+    tuning = Tuning(job, target, writer, text)
+    figures, steps = tuning.figures, text.num_steps
     if not {"divergence_before", "divergence_after"} <= figures.keys():
-        tuning.run_original()
         if "divergence_before" not in figures:
             tuning.record(divergence_before=tuning.held_out_divergence())
         with progress_bar(None, f"tuning {job.settings.refine}", total=steps, initial=tuning.done) as bar:
@@ -82,14 +70,6 @@ def tune(job: CompressionJob, target: float, writer: ModelWriter) -> dict:
     if helps and not figures["written"]:
         tuning.write()
     return {name: figures[name] for name in ("divergence_before", "divergence_after", "divergences")} | {"kept": helps}
-
-
-def steps_for(sequences: int, seqlen: int, processes: int = 1) -> tuple[int, int, int]:
-    """Sequences per batch, batches per step, and steps, where each of the processes has its share of the sequences."""
-    batch_size = max(1, TOKENS_PER_STEP // (processes * seqlen))
-    batches = -(-sequences // (processes * batch_size))  # of the process with the most
-    batches_per_step = -(-batches // MAX_STEPS)
-    return batch_size, batches_per_step, -(-batches // batches_per_step)
 
 
 def zero_squares(value: torch.Tensor) -> Tensors:
@@ -149,12 +129,6 @@ def divergence_gradient(
     return torch.cat(divergences), torch.cat(gradients)
 
 
-def pass_dtype(calibrated: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype of the passes, for a cache that was `calibrated` in one: the same, or half of it where that is fast."""
-    halved = calibrated == torch.float32 and multiplies_bfloat16(device)
-    return torch.bfloat16 if halved else calibrated
-
-
 def state_bytes(trained: int) -> int:
     """Bytes on disk while `trained` numbers are trained: their values before and after a step."""
     return 2 * torch.float32.itemsize * trained
@@ -168,16 +142,9 @@ class Tuning:
     by their names in the model's files, after "value.", and the `squares` of each, after their names.
     """
 
-    def __init__(self, job: CompressionJob, target: float, writer: ModelWriter) -> None:
+    def __init__(self, job: CompressionJob, target: float, writer: ModelWriter, text: TuningText) -> None:
         self.job, self.target, self.writer, self.cache = job, target, writer, job.cache
-        tokens, processes = job.cache.read_tokens(), distributed.count()
-        batch_size, self.batches_per_step, self.num_steps = steps_for(len(tokens), tokens.shape[1], processes)
-        dtype = pass_dtype(job.cache.dtype, job.device)
-        self.streamed = StreamedModel(job.checkpoint, batch_size, job.device, dtype)
-        layers = decoder_layers(self.streamed.skeleton, self.streamed.adapter)
-        if job.settings.refine == "norms" and not any(map(norm_gains, layers)):
-            raise HiSVDError("--refine norms: the decoder layers of this model have no norms with gains; leave it out.")
-        self.texts = {"tokens": distributed.share(tokens), "held_out": job.cache.read_held_out()}
+        self.text, self.streamed, self.num_steps = text, text.streamed, text.num_steps
         self.path = writer.work / "tuning.json"
         self.figures: dict[str, Any] = {"steps": self.num_steps, "divergences": [], "written": False}
         found = read_json(self.path, FIGURES) if self.path.is_file() else {}
@@ -198,26 +165,11 @@ class Tuning:
             write_json(self.path, self.figures)
         distributed.wait()
 
-    def run_original(self) -> None:
-        """Embed all text, and take it through the original's layers."""
-        self.read = {name: self._read_by_original(name, tokens) for name, tokens in self.texts.items()}
-
-    def _read_by_original(self, name: str, tokens: torch.Tensor) -> Callable[[], Iterator[Batch]]:
-        """What gives the batches of `tokens`, once the original has run; `name` is that of its files."""
-        path = self.writer.work / distributed.own_name(f"hidden_{name}")
-        states = self.streamed.pair(path, tokens, keep_first=True)
-        arguments = self.streamed.embed(tokens, states[0])
-        for index in progress_bar(range(self.cache.num_layers), "the original's predictions", leave=False):
-            layer = self.streamed.layer(index)
-            states[index + 1].write(self.streamed.outputs(layer, index, states[index], arguments[index]))
-        files = states[0], states[self.cache.num_layers]
-        return lambda: map(Batch, *map(self.streamed.read, files), zip(*arguments, strict=True))
-
     def steps(self) -> Iterator[list[Batch]]:
         """This process's batches, step by step, from the start again once they end: other processes may have more."""
-        batches = itertools.chain.from_iterable(self.read["tokens"]() for _ in itertools.count())
+        batches = itertools.chain.from_iterable(self.text.read["tokens"]() for _ in itertools.count())
         while True:
-            yield list(itertools.islice(batches, self.batches_per_step))
+            yield list(itertools.islice(batches, self.text.batches_per_step))
 
     def held_out_divergence(self) -> float:
         """The mean KL divergence per token of held-out text from the original's predictions.
@@ -225,7 +177,7 @@ class Tuning:
         Raises:
             HiSVDError: it is not finite.
         """
-        batches, last = list(self.read["held_out"]()), list[torch.Tensor]()
+        batches, last = list(self.text.read["held_out"]()), list[torch.Tensor]()
         for states in self._forward(batches, as_stored=True):
             last = states
         return self._at_top(batches, last)[0]
@@ -240,9 +192,7 @@ class Tuning:
         inputs = list(self._forward(batches))
         divergence, tokens, gradients = self._at_top(batches, inputs.pop())
         for index in reversed(range(self.cache.num_layers)):
-            shard = self.writer.read_shard(index)
-            state = self._state(index, shard)
-            layer, hidden = self._layer(index, shard, self._values(index, shard, state)), inputs.pop()
+            (layer, shard, state), hidden = self._layer(index), inputs.pop()
             gains, weights = self._trained(index, layer)
             trained = {name: p.requires_grad_() for name, p in (gains | weights).items()}
             sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in trained.items()}
@@ -277,8 +227,7 @@ class Tuning:
         states = [batch.embedded for batch in batches]
         yield states
         for index in range(self.cache.num_layers):
-            shard = self.writer.read_shard(index)
-            layer = self._layer(index, shard, self._values(index, shard, self._state(index, shard), as_stored))
+            layer, _, _ = self._layer(index, as_stored)
             states = [run_layer(layer, h, batch.arguments[index]) for h, batch in zip(states, batches, strict=True)]
             yield states
 
@@ -300,10 +249,13 @@ class Tuning:
             )
         return total / tokens, int(tokens), gradients
 
-    def _layer(self, index: int, shard: Tensors, values: Tensors) -> nn.Module:
-        """Layer `index` of the compressed model, with `values` in the place of those of the `shard`."""
-        shapes = self.job.shapes(self.target, index)
-        return compressed_layer(self.streamed, index, shapes, shard | values).requires_grad_(False)
+    def _layer(self, index: int, as_stored: bool = False) -> tuple[nn.Module, Tensors, Tensors]:
+        """Layer `index` as trained so far, and the shard and the state that it is made of; `as_stored`: see _values."""
+        shard, shapes = self.writer.read_shard(index), self.job.shapes(self.target, index)
+        state = self._state(index, shard)
+        values = self._values(index, shard, state, as_stored)
+        layer = compressed_layer(self.streamed, index, shapes, shard | values).requires_grad_(False)
+        return layer, shard, state
 
     def _trained(self, index: int, layer: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
         """The gains and the weights of `layer` that are trained, by their names in the files."""

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig
 
-from hisvd import tuning
+from hisvd import tuning_text
 from hisvd.pivoting import pack_pivoted
 
 # In older versions attention makes its causal mask in C++, to which the fake accelerator is a CPU.
@@ -263,7 +263,7 @@ def test_calibration(chain):
 
 @pytest.mark.parametrize("output", OUTPUTS)
 def test_compression(chain, output, monkeypatch):
-    monkeypatch.setattr(tuning, "multiplies_bfloat16", lambda device: False)  # as on the accelerator
+    monkeypatch.setattr(tuning_text, "multiplies_bfloat16", lambda device: False)  # as on the accelerator
     if output in PASSES and chain.family != "mixtral":
         pytest.skip("takes long, and one family shows where things are")
     chain.compress(output)

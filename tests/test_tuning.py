@@ -10,12 +10,13 @@ from safetensors.torch import load_file, save_file
 from transformers import Gemma2Config, GPT2Config, LlamaConfig, OPTConfig
 
 import hisvd
-from hisvd import tuning
+from hisvd import tuning, tuning_text
 from hisvd.calibration_cache import CalibrationCache, read_cache
 from hisvd.component.conv1d import conv1d_weights
 from hisvd.component.families import adapter_for
 from hisvd.layer_tensors import norm_gains
 from hisvd.tuning import DECAY, Tuning, adafactor_step, divergence_gradient, rounded_at_random, zero_squares
+from hisvd.tuning_text import TuningText
 from hisvd.utils.save_utils import ModelWriter
 from hisvd.utils.streaming import decoder_layers
 
@@ -47,9 +48,9 @@ def small_steps(monkeypatch):
 
     Passes are in float32 on every CPU.
     """
-    monkeypatch.setattr(tuning, "multiplies_bfloat16", lambda device: False)
-    monkeypatch.setattr(tuning, "TOKENS_PER_STEP", 32)
-    monkeypatch.setattr(tuning, "MAX_STEPS", STEPS)
+    monkeypatch.setattr(tuning_text, "multiplies_bfloat16", lambda device: False)
+    monkeypatch.setattr(tuning_text, "TOKENS_PER_STEP", 32)
+    monkeypatch.setattr(tuning_text, "MAX_STEPS", STEPS)
     monkeypatch.setattr(tuning, "GAIN_RATE", dict.fromkeys(REFINEMENTS, 1e-3))
     monkeypatch.setattr(CalibrationCache, "read_held_out", CalibrationCache.read_tokens)
 
@@ -217,6 +218,15 @@ def test_every_export_may_be_refined(chain, monkeypatch, refine, options):
         assert torch.isfinite(hisvd.load(out)(IDS).logits).all()
 
 
+def test_the_original_reads_the_text_once_for_all_targets(chain, monkeypatch):
+    read, names = TuningText._read_by_original, []
+    monkeypatch.setattr(
+        TuningText, "_read_by_original", lambda self, name, tokens: names.append(name) or read(self, name, tokens)
+    )
+    chain("llama", "0.8,0.5", "out", *ONE_SHOT, "--refine", "weights")
+    assert names == ["tokens", "held_out"]
+
+
 def test_weights_that_are_no_longer_plain_are_not_trained():
     for options in ({"linear_dtype": "int8"}, {"budget": "bytes"}, {"export": "dense"}):
         with pytest.raises(hisvd.HiSVDError, match="use --refine norms"):
@@ -237,8 +247,8 @@ def test_figures_are_those_of_the_rounded_weights(chain, caches, model_folders):
 @pytest.mark.parametrize("sharp", ["llama"], indirect=True)
 def test_passes_are_in_bfloat16_where_that_is_fast(sharp, tmp_path, monkeypatch):
     (folder, cache), run_layer, seen = sharp, tuning.run_layer, set()
-    monkeypatch.setattr(tuning, "multiplies_bfloat16", lambda device: True)
-    assert tuning.pass_dtype(torch.float16, torch.device("cpu")) == torch.float16
+    monkeypatch.setattr(tuning_text, "multiplies_bfloat16", lambda device: True)
+    assert tuning_text.pass_dtype(torch.float16, torch.device("cpu")) == torch.float16
 
     def watched(layer, hidden, arguments):
         seen.update({hidden.dtype, *(p.dtype for p in layer.parameters())})
