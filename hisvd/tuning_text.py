@@ -58,6 +58,8 @@ class TuningText:
         layers = decoder_layers(self.streamed.skeleton, self.streamed.adapter)
         if job.settings.refine == "norms" and not any(map(norm_gains, layers)):
             raise HiSVDError("--refine norms: the decoder layers of this model have no norms with gains; leave it out.")
+        # Neighbours in a text are alike, and each step should see of everything.
+        tokens = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))]
         self.texts = {"tokens": distributed.share(tokens), "held_out": job.cache.read_held_out()}
 
     @cached_property

@@ -135,11 +135,12 @@ def sharp(request, tokenizer, tmp_path):
 
 @pytest.mark.parametrize("refine", REFINEMENTS)
 def test_what_is_named_changes_and_predictions_come_nearer(sharp, tmp_path, monkeypatch, refine):
-    (folder, cache), seen, change = sharp, {}, Tuning._change
+    (folder, cache), seen, change, read = sharp, {}, Tuning._change, []
 
     def watched(self, index, shard, state, gradients, gains):
         seen.setdefault(self.done, {}).update({name: g.clone() for name, g in gradients.items()})
         change(self, index, shard, state, gradients, gains)
+        read[:] = self.text.texts["tokens"]
 
     monkeypatch.setattr(Tuning, "_change", watched)
     plain, tuned = (
@@ -150,13 +151,14 @@ def test_what_is_named_changes_and_predictions_come_nearer(sharp, tmp_path, monk
     gradients = seen[0]
     assert before.keys() == after.keys() and seen.keys() == set(range(STEPS))
     assert {name for name in before if not torch.equal(before[name], after[name])} == set(gradients)
-    tokens = read_cache(cache).read_tokens()
+    tokens, steps = read_cache(cache).read_tokens(), torch.stack(read)
+    assert sorted(tokens.tolist()) == sorted(steps.tolist()) and not torch.equal(tokens, steps)
     original, model = hisvd.load(folder), hisvd.load(plain.path)
     parts = trained_parts(model, refine)
     for part in parts.values():
         part.requires_grad_()
     expected = dict(
-        zip(parts, torch.autograd.grad(divergence(model, original, tokens[:2]), list(parts.values())), strict=True)
+        zip(parts, torch.autograd.grad(divergence(model, original, steps[:2]), list(parts.values())), strict=True)
     )
     turned = conv1d_weights(model)
     assert len(expected) == len(gradients)
@@ -170,7 +172,7 @@ def test_what_is_named_changes_and_predictions_come_nearer(sharp, tmp_path, monk
     report = tuned.report["tuning"]
     with torch.no_grad():
         figures = [divergence(hisvd.load(m.path), original, tokens).item() for m in (plain, tuned)]
-        first = divergence(model, original, tokens[:2])
+        first = divergence(model, original, steps[:2])
     assert [report["divergence_before"], report["divergence_after"]] == pytest.approx(figures, rel=1e-3)
     assert figures[1] < figures[0] and len(report["divergences"]) == STEPS
     assert report["divergences"][0] == pytest.approx(first.item(), rel=1e-4)
