@@ -61,7 +61,7 @@ def tune(job: CompressionJob, target: float, writer: ModelWriter, text: TuningTe
         if "divergence_before" not in figures:
             tuning.record(divergence_before=tuning.held_out_divergence())
         with progress_bar(None, f"tuning {job.settings.refine}", total=steps, initial=tuning.done) as bar:
-            for batches in itertools.islice(tuning.steps(), tuning.done, steps):
+            for batches in itertools.islice(text.steps(), tuning.done, steps):
                 tuning.step(batches)
                 bar.set_postfix(divergence=figures["divergences"][-1])
                 bar.update()
@@ -144,11 +144,11 @@ class Tuning:
 
     def __init__(self, job: CompressionJob, target: float, writer: ModelWriter, text: TuningText) -> None:
         self.job, self.target, self.writer, self.cache = job, target, writer, job.cache
-        self.text, self.streamed, self.num_steps = text, text.streamed, text.num_steps
+        self.text, self.streamed = text, text.streamed
         self.path = writer.work / "tuning.json"
-        self.figures: dict[str, Any] = {"steps": self.num_steps, "divergences": [], "written": False}
+        self.figures: dict[str, Any] = {"steps": text.num_steps, "divergences": [], "written": False}
         found = read_json(self.path, FIGURES) if self.path.is_file() else {}
-        if found.get("steps") == self.num_steps:  # else of another number of processes, whose steps are larger
+        if found.get("steps") == text.num_steps:  # else of another number of processes, whose steps are larger
             self.figures = found
         distributed.wait()  # until all have read it
         self._delete_states(but=self.done)  # those of a step that was not finished, or of an old one
@@ -164,12 +164,6 @@ class Tuning:
         if distributed.is_first():
             write_json(self.path, self.figures)
         distributed.wait()
-
-    def steps(self) -> Iterator[list[Batch]]:
-        """This process's batches, step by step, from the start again once they end: other processes may have more."""
-        batches = itertools.chain.from_iterable(self.text.read["tokens"]() for _ in itertools.count())
-        while True:
-            yield list(itertools.islice(batches, self.text.batches_per_step))
 
     def held_out_divergence(self) -> float:
         """The mean KL divergence per token of held-out text from the original's predictions.
@@ -272,8 +266,8 @@ class Tuning:
         """Write the state of layer `index` after one more step; `gains` are the names of gains among the gradients."""
         offset = self.streamed.adapter.gain_offset
         rate = max(0.0, self.figures["divergence_before"]) ** 0.5
-        rate *= min(1, (self.done + 1) / max(1, WARM_UP * self.num_steps))
-        rate *= 0.5 * (1 + math.cos(math.pi * self.done / self.num_steps))
+        rate *= min(1, (self.done + 1) / max(1, WARM_UP * self.text.num_steps))
+        rate *= 0.5 * (1 + math.cos(math.pi * self.done / self.text.num_steps))
         for name, gradient in gradients.items():
             start = shard[name].to(gradient.device, torch.float32)
             if name in gains:

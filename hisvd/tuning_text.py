@@ -1,5 +1,6 @@
 """The text that compressed models are tuned on, as the original reads it: where its states start, and should end."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -66,6 +67,12 @@ class TuningText:
     def read(self) -> dict[str, Callable[[], Iterator[Batch]]]:
         """What gives the batches of "tokens", and of "held_out"; the original runs when this is first asked for."""
         return {name: self._read_by_original(name, tokens) for name, tokens in self.texts.items()}
+
+    def steps(self) -> Iterator[list[Batch]]:
+        """The calibration text, step by step, from the start again once it ends: other processes may have more."""
+        batches = itertools.chain.from_iterable(self.read["tokens"]() for _ in itertools.count())
+        while True:
+            yield list(itertools.islice(batches, self.batches_per_step))
 
     def _read_by_original(self, name: str, tokens: torch.Tensor) -> Callable[[], Iterator[Batch]]:
         """Embed `tokens`, and take them through the original's layers; `name` is that of their files."""
