@@ -123,6 +123,7 @@ def test_rounding_at_random_goes_to_a_neighbour_and_is_right_on_average(dtype):
     assert ((found.mean(0) - values).abs() < 0.05 * gap).all()
     exact = torch.cat([values, torch.zeros(3)]).to(dtype)
     assert torch.equal(rounded_at_random(exact.float(), dtype, generator), exact)
+    assert torch.equal(rounded_at_random(values, torch.float32, generator), values)
 
 
 @pytest.fixture(params=CONFIGS)
